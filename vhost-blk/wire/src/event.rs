@@ -1,0 +1,66 @@
+//! What the daemon tells unasked, to every connection that has negotiated.
+
+use crate::types::SnapshotInfo;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// An event; its name on the wire is the variant in upper case with underscores.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Event {
+    /// A front end has connected to the volume.
+    VolumeConnected {
+        /// Volume by name.
+        volume: String,
+    },
+    /// The front end has gone; its socket takes another one.
+    VolumeDisconnected {
+        /// Volume by name.
+        volume: String,
+    },
+    /// A disk failed: the volume refuses everything until the daemon is restarted.
+    VolumePoisoned {
+        /// Volume by name.
+        volume: String,
+        /// What failed.
+        reason: String,
+    },
+    /// Shadow storage is full: guest writes that need room are held until there is some.
+    ShadowStorageFull {
+        /// Volume by name.
+        volume: String,
+    },
+    /// Every snapshot of a set is on disk, provisional.
+    SnapshotSetCommitted {
+        /// The set.
+        set: Uuid,
+        /// Its snapshots.
+        snapshots: Vec<SnapshotInfo>,
+    },
+    /// A set was kept for good.
+    SnapshotSetKept {
+        /// The set.
+        set: Uuid,
+    },
+    /// A set was undone.
+    SnapshotSetAborted {
+        /// The set.
+        set: Uuid,
+        /// Why.
+        reason: String,
+    },
+    /// Snapshots were deleted.
+    SnapshotsDeleted {
+        /// Which.
+        snapshots: Vec<Uuid>,
+    },
+    /// A long-running job has made progress or ended.
+    JobProgress {
+        /// Job by number.
+        job: u64,
+        /// Bytes done.
+        done_bytes: u64,
+        /// Bytes in all.
+        total_bytes: u64,
+    },
+}
