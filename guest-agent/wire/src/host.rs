@@ -1,0 +1,373 @@
+//! The native protocol between `qmp-bridge` and the agent.
+//!
+//! JSON lines (one object, then `\n`) on the virtio-serial port [`PORT_NAME`]. The bridge sends requests
+//! `{"id":N,"execute":NAME,"arguments":{..}}`; the agent answers `{"id":N,"return":{..}}` or `{"id":N,"error":{..}}` with
+//! the same id, not necessarily in order: `status` is answered while a freeze is under way. A line that starts with byte
+//! 0xFF, or the loss of the other side, starts a new conversation. When the host side goes away while a set is open, the
+//! agent thaws and aborts that set at once.
+//!
+//! The life of a set: `hello`, `identify`, `prepare`, `freeze`, `thaw`, `post_snapshot`, or at any step `abort`.
+
+use crate::types::{BackupType, DiskExtent, Hold, Level, WriterFailure, WriterState};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Name of the virtio-serial port.
+pub const PORT_NAME: &str = "org.vmshadow.agent.0";
+
+/// Version of this protocol. A bridge and an agent talk the highest version that both have.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Longest time that file systems stay frozen, milliseconds (VSS: flush-and-hold).
+pub const HOLD_MS_MAX: u64 = 10_000;
+
+/// Longest time that a writer stays frozen, milliseconds (VSS: OnFreeze to OnThaw).
+pub const WRITER_MS_MAX: u64 = 60_000;
+
+/// A request of the bridge.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    /// Echoed in the answer.
+    pub id: u64,
+    /// What to do.
+    #[serde(flatten)]
+    pub command: Command,
+}
+
+/// What the bridge asks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "execute", content = "arguments", rename_all = "snake_case")]
+pub enum Command {
+    /// Opens a conversation; ends (aborts) a set that an earlier one left open. Answer: [`Hello`].
+    Hello {
+        /// Versions that the bridge speaks.
+        versions: Vec<u32>,
+    },
+    /// Asks for writers and file systems. Answer: [`Identified`].
+    Identify {},
+    /// prepare-backup and prepare-snapshot of all writers in scope; minutes are allowed. Flushes file systems at its end.
+    /// Answer: [`Prepared`]. On error every prepared writer has been aborted.
+    Prepare(Prepare),
+    /// Freezes writers by level, then file systems, innermost first. Answer: [`Frozen`]. On error everything has been
+    /// thawed and aborted.
+    Freeze(Freeze),
+    /// Thaws file systems, then writers, in reverse. Answer: [`Thawed`]. Answers `HOLD_BROKEN` if the hold ended earlier.
+    Thaw {
+        /// The set.
+        set: String,
+        /// Generation that `freeze` answered.
+        generation: u64,
+    },
+    /// The verdict is known: post-snapshot and backup-complete of all writers. Answer: [`PostSnapshot`].
+    PostSnapshot {
+        /// The set.
+        set: String,
+        /// The set is kept; if false the writers get abort instead.
+        kept: bool,
+    },
+    /// Undoes a set at any step; thaws what is frozen. Idempotent. Answer: an empty object.
+    Abort {
+        /// The set.
+        set: String,
+        /// Why, for writers and the log.
+        reason: String,
+    },
+    /// What the agent is doing. Answered at once, also while frozen. Answer: [`Status`].
+    Status {},
+}
+
+/// An answer of the agent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Response {
+    /// The request's id.
+    pub id: u64,
+    /// Answer or error.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// Answer or error.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The answer, by the command's own type.
+    Return(Value),
+    /// The failure.
+    Error(AgentError),
+}
+
+/// A failed request. It tells, per writer and file system, what was said before it failed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
+#[error("{message} ({code:?})")]
+pub struct AgentError {
+    /// What kind of failure.
+    pub code: ErrorCode,
+    /// For people; names the writer or file system that failed.
+    pub message: String,
+    /// Another try may work (VSS advises 10 minutes later, at most 3 times).
+    pub retryable: bool,
+    /// What each writer said.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub writers: Vec<WriterReport>,
+    /// What each file system said.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub filesystems: Vec<FilesystemReport>,
+}
+
+/// Kinds of failure of a set in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum ErrorCode {
+    /// The request is not understood.
+    BadRequest,
+    /// No common version.
+    VersionMismatch,
+    /// Another set (or a freeze by the QEMU guest agent protocol) is open.
+    SnapshotSetInProgress,
+    /// The set is not open: never begun, or ended by abort, dead-man or restart.
+    SetNotFound,
+    /// A writer said no.
+    WriterVeto,
+    /// A writer did not answer in time or hung up.
+    WriterNotResponding,
+    /// A file system did not freeze in time.
+    FlushWritesTimeout,
+    /// A file system refused to freeze.
+    FreezeFailed,
+    /// Writes were not held until the thaw: the dead-man fired, or somebody else thawed.
+    HoldBroken,
+    /// Anything else.
+    Internal,
+}
+
+/// Answer of `hello`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Version of the conversation.
+    pub version: u32,
+    /// Program and version.
+    pub agent: String,
+    /// The guest kernel's boot id.
+    pub boot_id: String,
+}
+
+/// Answer of `identify`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Identified {
+    /// Writers, in freeze order.
+    pub writers: Vec<WriterInfo>,
+    /// Mounted file systems that are backed by a disk, in freeze order.
+    pub filesystems: Vec<FilesystemInfo>,
+    /// Areas that may be written while all is frozen: swap.
+    pub exempt: Vec<DiskExtent>,
+}
+
+/// A writer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WriterInfo {
+    /// Names what kind of writer it is (VSS: class id).
+    pub class_id: String,
+    /// Names this running instance.
+    pub instance_id: String,
+    /// For people.
+    pub name: String,
+    /// Freeze level.
+    pub level: Level,
+    /// Longest time it can stay frozen, milliseconds.
+    pub freeze_timeout_ms: u64,
+    /// Who holds its writes.
+    pub hold: Hold,
+    /// State.
+    pub state: WriterState,
+    /// Its last failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_failure: Option<Failure>,
+    /// Its metadata document as it gave it.
+    #[serde(default)]
+    pub metadata: Value,
+}
+
+/// A failure of a writer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Code.
+    pub code: WriterFailure,
+    /// For people.
+    pub message: String,
+}
+
+/// A mounted file system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilesystemInfo {
+    /// Where it is mounted (one place, if several).
+    pub mountpoint: String,
+    /// Type, as in mountinfo.
+    pub fstype: String,
+    /// Device, as in mountinfo.
+    pub device: String,
+    /// Mounted read-only: nothing to freeze.
+    pub read_only: bool,
+    /// It can be frozen; if false, `why_not` tells.
+    pub freezable: bool,
+    /// Why it cannot be frozen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why_not: Option<String>,
+    /// Where it lies.
+    pub extents: Vec<DiskExtent>,
+}
+
+/// Arguments of `prepare`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepare {
+    /// Identity of the set.
+    pub set: String,
+    /// Kind of backup.
+    #[serde(default)]
+    pub backup_type: BackupType,
+    /// Serials of the disks in the set; empty means all disks.
+    #[serde(default)]
+    pub disks: Vec<String>,
+    /// Writers left out, by class id, instance id or name (VSS: DisableWriterClasses).
+    #[serde(default)]
+    pub exclude_writers: Vec<String>,
+    /// Longest time for all of it, milliseconds.
+    pub limit_ms: u64,
+}
+
+/// Answer of `prepare`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Prepared {
+    /// What each writer in scope said.
+    pub writers: Vec<WriterReport>,
+    /// Time of the flush of all file systems (`syncfs`), milliseconds.
+    pub sync_ms: u64,
+}
+
+/// Arguments of `freeze`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Freeze {
+    /// The set.
+    pub set: String,
+    /// Longest time from the first frozen file system to the thaw, milliseconds; at most [`HOLD_MS_MAX`].
+    pub hold_ms: u64,
+    /// Longest time from the first frozen writer to its thaw, milliseconds; at most [`WRITER_MS_MAX`].
+    pub writer_ms: u64,
+    /// Mount points left out.
+    #[serde(default)]
+    pub exclude_filesystems: Vec<String>,
+}
+
+/// Answer of `freeze`: everything is held from now on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// Generation of this hold, to be given back to `thaw`.
+    pub generation: u64,
+    /// What each writer in scope said, in freeze order.
+    pub writers: Vec<WriterReport>,
+    /// What each file system said, in freeze order.
+    pub filesystems: Vec<FilesystemReport>,
+    /// Areas of the disks that may still be written.
+    pub exempt: Vec<DiskExtent>,
+    /// Milliseconds from the first writer to the last.
+    pub writers_ms: u64,
+    /// Milliseconds from the first file system to the last.
+    pub filesystems_ms: u64,
+}
+
+/// Answer of `thaw`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Thawed {
+    /// True only if every file system and every writer held until now, inside the limits.
+    pub held: bool,
+    /// Why not, for people; empty if held.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub why_not: String,
+    /// What each writer said, in thaw order.
+    pub writers: Vec<WriterReport>,
+    /// What each file system said, in thaw order.
+    pub filesystems: Vec<FilesystemReport>,
+    /// From the first frozen file system to the first thaw by CLOCK_BOOTTIME, milliseconds.
+    pub hold_ms: u64,
+}
+
+/// Answer of `post_snapshot`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PostSnapshot {
+    /// What each writer said.
+    pub writers: Vec<WriterReport>,
+}
+
+/// What a writer said in one step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WriterReport {
+    /// Instance id.
+    pub instance_id: String,
+    /// Name.
+    pub name: String,
+    /// State after the step.
+    pub state: WriterState,
+    /// It held its writes; known after the thaw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<bool>,
+    /// What it gave as evidence (a position in a log, a transaction number).
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub evidence: Value,
+    /// Its failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+    /// Time it took, milliseconds.
+    pub took_ms: u64,
+}
+
+/// What a file system said in one step.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilesystemReport {
+    /// Where it is mounted.
+    pub mountpoint: String,
+    /// Type.
+    pub fstype: String,
+    /// `frozen`, `thawed`, `left-out` (the request excluded it), `read-only`, or `failed`.
+    pub result: FilesystemResult,
+    /// errno of FIFREEZE or FITHAW, 0 if it succeeded.
+    pub errno: i32,
+    /// For people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// Where it lies.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extents: Vec<DiskExtent>,
+    /// Time it took, microseconds.
+    pub took_us: u64,
+}
+
+/// Outcome of one step for one file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FilesystemResult {
+    /// FIFREEZE returned 0.
+    Frozen,
+    /// FITHAW returned 0: it had been frozen until then.
+    Thawed,
+    /// The request excluded it.
+    LeftOut,
+    /// Nothing to freeze.
+    ReadOnly,
+    /// See errno and message.
+    Failed,
+}
+
+/// Answer of `status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Open set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set: Option<String>,
+    /// File systems or writers are frozen.
+    pub frozen: bool,
+    /// Frozen by the QEMU guest agent protocol rather than by a set.
+    pub frozen_by_qga: bool,
+    /// Time left until the dead-man thaws file systems, milliseconds; 0 if not frozen.
+    pub hold_left_ms: u64,
+    /// Writers and their states.
+    pub writers: Vec<WriterInfo>,
+}
