@@ -1,0 +1,157 @@
+#!/bin/bash
+# Builds our programs and the guest images the tests and the demo boot, and prints the directory
+# they are in: vmlinux (an ELF kernel for PVH), initramfs, manifest. Needs no root, no loop
+# device, no network when nothing has changed. README.md beside this file has the whole story.
+#
+#   images/build.sh             all; the last line of the output is the directory
+#   images/build.sh programs    only the programs
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+top=$(dirname "$here")
+recipe=$here/small
+target=${CARGO_TARGET_DIR:-$top/target}
+cache=$target/images
+triple=x86_64-unknown-linux-gnu
+programs=$target/$triple/release
+
+say() { echo "images: $*" >&2; }
+
+# One static build serves the host and the guest (the agent must run in any Linux guest, and a
+# second, dynamic build of the same crates would double the time).
+build_programs() {
+    cd "$top"
+    # A build inside `cargo test` must not inherit what cargo told that run.
+    env -u CARGO_ENCODED_RUSTFLAGS RUSTFLAGS="-C target-feature=+crt-static" \
+        cargo build --quiet --locked --release --target "$triple" --bins \
+        -p vhost-blk -p guest-agent -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
+}
+
+# The words of a list without its comments.
+list() { sed 's/#.*//' "$1"; }
+
+# "name version sha256" of each package, from apt's signed index. The kernel's package only stands
+# for the one it depends on.
+resolve_packages() {
+    local kernel names
+    kernel=$(apt-cache depends linux-image-cloud-amd64 |
+        awk '$1 == "Depends:" && $2 ~ /^linux-image-/ {print $2; exit}')
+    names=$(list "$recipe/packages" | sed "s/^linux-image-cloud-amd64$/$kernel/")
+    # One call for all: apt takes half a second to read its index.
+    apt-cache show --no-all-versions $names | awk -v names="$names" '
+        $1 == "Package:" {name = $2}
+        $1 == "Version:" {version[name] = $2}
+        $1 == "SHA256:" {sha256[name] = $2}
+        END {
+            count = split(names, wanted)
+            for (i = 1; i <= count; i++) {
+                if (sha256[wanted[i]] == "") exit 1
+                print wanted[i], version[wanted[i]], sha256[wanted[i]]
+            }
+        }' || { say "apt does not know every package: run 'make deps' (apt-get update)"; return 1; }
+}
+
+# Downloads into the current directory; apt checks each file against its signed index, and so do we.
+fetch_packages() {
+    local name version sha256
+    while read -r name version sha256; do
+        apt-get -qq -o APT::Sandbox::User=root download "$name=$version"
+        echo "$sha256  $(ls "${name}"_*.deb)"
+    done <"$1" | sha256sum --check --quiet
+}
+
+# The ELF kernel inside a bzImage: setup_sects is at 0x1f1, payload_offset and payload_length are
+# at 0x248 and 0x24c, relative to the code after the setup sectors (Linux's boot protocol).
+unpack_kernel() {
+    local sectors offset length magic
+    sectors=$(od -An -t u1 -j $((0x1f1)) -N 1 "$1" | tr -d ' ')
+    read -r offset length < <(od -An -t u4 -j $((0x248)) -N 8 "$1")
+    offset=$((offset + (sectors + 1) * 512))
+    magic=$(od -An -t x1 -j "$offset" -N 4 "$1" | tr -d ' ')
+    # The last four bytes are the unpacked size; unpackers complain about them after their work.
+    dd if="$1" bs=1M iflag=skip_bytes,count_bytes skip="$offset" count=$((length - 4)) status=none | case $magic in
+    02214c18) lz4 -dc ;;
+    28b52ffd) zstd -dc ;;
+    fd377a58) xz -dc ;;
+    1f8b*) gzip -dc ;;
+    *) say "unknown kernel compression $magic"; return 1 ;;
+    esac >"$2"
+    [ "$(head -c 4 "$2" | tail -c 3)" = ELF ]
+}
+
+pack() { # pack DIRECTORY FILE: an uncompressed cpio (unpacking costs the guest time)
+    (cd "$1" && find . -mindepth 1 | LC_ALL=C sort | cpio --quiet --reproducible -o -H newc -R 0:0) >"$2"
+}
+
+# Kernel, modules, busybox, sqlite3 and its libraries: depends on the packages and lists alone.
+build_base() { # build_base OUTPUT MANIFEST
+    local work=$1.work root module class link
+    rm -rf "$work" && mkdir -p "$work/debs" "$work/root" "$work/out"
+    say "fetching $(wc -l <"$2") packages"
+    (cd "$work/debs" && fetch_packages "$2")
+    local deb
+    for deb in "$work"/debs/*.deb; do dpkg-deb -x "$deb" "$work/files"; done
+
+    say "unpacking the kernel"
+    unpack_kernel "$work"/files/boot/vmlinuz-* "$work/out/vmlinux"
+
+    root=$work/root
+    mkdir -p "$root"/{bin,sbin,etc,proc,sys,dev,run,tmp,mnt,lib/modules,lib64,usr}
+    cp "$work/files/bin/busybox" "$root/bin/busybox"
+    for link in $("$root/bin/busybox" --list); do
+        [ "$link" = busybox ] || ln -s busybox "$root/bin/$link"
+    done
+    cp "$work/files/usr/bin/sqlite3" "$root/bin/sqlite3"
+    local name
+    for name in libsqlite3.so.0 libreadline.so.8 libtinfo.so.6 libz.so.1 libc.so.6 libm.so.6; do
+        cp -L "$(find "$work/files" -name "$name" | head -n 1)" "$root/lib/$name"
+    done
+    cp -L "$(find "$work/files" -name ld-linux-x86-64.so.2 | head -n 1)" "$root/lib64/"
+    list "$recipe/modules" | grep . | while read -r class module; do
+        objcopy --strip-debug "$work"/files/lib/modules/*/kernel/"$module.ko" "$root/lib/modules/${module##*/}.ko"
+        echo "$class $module" >>"$root/lib/modules/list"
+    done
+    pack "$root" "$work/out/base.cpio"
+    cp "$2" "$work/out/packages"
+    rm -rf "$1" && mv "$work/out" "$1" && rm -rf "$work"
+}
+
+# Our own files come as a second archive behind the base: the kernel unpacks both.
+build_image() { # build_image OUTPUT BASE
+    local work=$1.work program
+    rm -rf "$work" && mkdir -p "$work/root/bin" "$work/root/etc/vmshadow" "$work/out"
+    cp "$recipe/init" "$work/root/init"
+    cp "$recipe/start-agent" "$work/root/bin/"
+    for program in guest-agent guest-shell guest-load; do
+        strip -o "$work/root/bin/$program" "$programs/$program"
+    done
+    pack "$work/root" "$work/out/own.cpio"
+    cat "$2/base.cpio" "$work/out/own.cpio" >"$work/out/initramfs"
+    rm "$work/out/own.cpio"
+    ln "$2/vmlinux" "$work/out/vmlinux"
+    {
+        cat "$2/packages"
+        (cd "$work/out" && sha256sum vmlinux initramfs)
+    } >"$work/out/manifest"
+    rm -rf "$1" && mv "$work/out" "$1" && rm -rf "$work"
+}
+
+build_programs
+[ "${1:-}" != programs ] || exit 0
+
+mkdir -p "$cache"
+exec 9>"$cache/.lock"
+flock 9
+
+resolve_packages >"$cache/packages.new"
+base=$cache/base-$(cat "$cache/packages.new" "$recipe/packages" "$recipe/modules" "$here/build.sh" | sha256sum | head -c 16)
+if [ ! -d "$base" ]; then
+    build_base "$base" "$cache/packages.new"
+fi
+image=$cache/small-$({ echo "$base"; cat "$recipe/init" "$recipe/start-agent" "$programs"/guest-{agent,shell,load}; } | sha256sum | head -c 16)
+if [ ! -d "$image" ]; then
+    say "packing $(basename "$image")"
+    build_image "$image" "$base"
+fi
+# Older images are of no use to anybody once a new one is there, but a running test may still boot one.
+find "$cache" -maxdepth 1 -name 'small-*' -type d -mmin +600 ! -path "$image" -exec rm -rf {} +
+echo "$image"
