@@ -25,13 +25,17 @@ const BODY_BYTES: usize = 6000;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let port = arguments.next().context("usage: guest-load PORT DATABASE...")?;
+    let port = arguments
+        .next()
+        .context("usage: guest-load PORT DATABASE...")?;
     let mut port = OpenOptions::new()
         .write(true)
         .custom_flags(i32::try_from(OFlags::NONBLOCK.bits())?)
         .open(&port)
         .context(port)?;
-    let mut databases = arguments.map(|path| open(&path)).collect::<Result<Vec<_>>>()?;
+    let mut databases = arguments
+        .map(|path| open(&path))
+        .collect::<Result<Vec<_>>>()?;
     ensure!(!databases.is_empty(), "no database named");
     let last = databases.iter().map(last_id).collect::<Result<Vec<_>>>()?;
     let mut id = last.iter().copied().max().unwrap_or(0);
@@ -76,10 +80,19 @@ fn commit(databases: &mut [Connection], database: usize, id: u64) -> Result<Ack>
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     transaction.execute(
         "INSERT INTO tx(id, began_us, body) VALUES (?1, ?2, randomblob(?3))",
-        (i64::try_from(id)?, i64::try_from(began_us)?, i64::try_from(BODY_BYTES)?),
+        (
+            i64::try_from(id)?,
+            i64::try_from(began_us)?,
+            i64::try_from(BODY_BYTES)?,
+        ),
     )?;
     transaction.commit()?;
-    Ok(Ack { database, id, began_us, acked_us: boottime_us()? })
+    Ok(Ack {
+        database,
+        id,
+        began_us,
+        acked_us: boottime_us()?,
+    })
 }
 
 fn acknowledge(port: &mut File, ack: &Ack) -> Result<()> {

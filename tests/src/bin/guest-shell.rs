@@ -18,7 +18,11 @@ use vmshadow_tests::guest_protocol::{OUTPUT_MAX_BYTES, ShellRequest, ShellRespon
 
 fn main() -> Result<()> {
     let path = std::env::args().nth(1).context("usage: guest-shell PORT")?;
-    let port = OpenOptions::new().read(true).write(true).open(&path).context(path)?;
+    let port = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .context(path)?;
     let answers = Arc::new(Mutex::new(port.try_clone()?));
     let mut requests = BufReader::new(port);
     let mut line = String::new();
@@ -76,14 +80,20 @@ fn run(request: &ShellRequest) -> Result<ShellResponse> {
 }
 
 fn status_code(status: ExitStatus) -> i32 {
-    status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(127)
+    status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal))
+        .unwrap_or(127)
 }
 
 /// Keeps the beginning and throws the rest away, so that a chatty command does not block.
 fn collect(mut from: impl Read + Send + 'static) -> thread::JoinHandle<String> {
     thread::spawn(move || {
         let mut kept = Vec::new();
-        if (&mut from).take(OUTPUT_MAX_BYTES).read_to_end(&mut kept).is_ok()
+        if (&mut from)
+            .take(OUTPUT_MAX_BYTES)
+            .read_to_end(&mut kept)
+            .is_ok()
             && let Err(error) = std::io::copy(&mut from, &mut std::io::sink())
         {
             eprintln!("guest-shell: {error}");

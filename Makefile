@@ -1,0 +1,81 @@
+# Every command of the project. Each installs what it lacks (Debian packages; root or sudo), prints
+# what it does, and is quick when there is nothing to do. `make` alone lists them.
+SHELL := /bin/bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+# What the commands need besides a Rust toolchain.
+PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
+            qemu-system-x86 qemu-utils qemu-system-common
+TRIPLE := x86_64-unknown-linux-gnu
+PROGRAMS := target/$(TRIPLE)/release
+# Machines are emulated on as many processors as the host has; two at once is what two carry.
+MACHINES := 2
+
+.PHONY: help deps images demo test test-quick test-machines bench window-figures nightly fmt lint doc
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+deps: ## install the Debian packages the other commands need
+	@missing=()
+	for package in $(PACKAGES); do
+	    [ "$$(dpkg-query -W -f '$${Status}' "$$package" 2>/dev/null)" = "install ok installed" ] || missing+=("$$package")
+	done
+	# The image's packages are looked up in apt's index, which a bare machine may not have.
+	if [ $${#missing[@]} -eq 0 ] && apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; then exit 0; fi
+	sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo
+	echo "deps: apt-get update"
+	$$sudo apt-get update -qq </dev/null
+	if [ $${#missing[@]} -gt 0 ]; then
+	    echo "deps: installing $${missing[*]}"
+	    $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" </dev/null >/dev/null
+	fi
+	command -v cargo >/dev/null || { echo "deps: no cargo: install Rust from https://rustup.rs"; exit 1; }
+
+images: deps ## build the programs and the small guest's image
+	@echo "images: building the programs and the guest"
+	images/build.sh
+
+demo: images ## the main job on a real machine, narrated; writes target/demo/report.json
+	@$(PROGRAMS)/demo
+
+test: test-quick test-machines ## every test, quick ones first
+
+test-quick: deps ## the tests that start no machine
+	@echo "test: rooms and rules"
+	cargo test --locked --workspace --exclude vmshadow-tests
+	cargo test --locked -p vmshadow-tests --lib --bins --test tidy
+
+test-machines: images ## the tests that start real machines
+	@echo "test: real machines"
+	tests=()
+	for file in tests/tests/*.rs; do
+	    name=$$(basename "$$file" .rs)
+	    [ "$$name" = tidy ] || tests+=(--test "$$name")
+	done
+	cargo test --locked -p vmshadow-tests "$${tests[@]}" -- --test-threads=$(MACHINES)
+
+bench: window-figures ## every measurement
+
+window-figures: images ## boot, freeze to thaw, hold and each step, over 50 sets under load
+	@$(PROGRAMS)/window-figures
+
+nightly: test bench ## everything that takes long
+
+fmt: ## format the code
+	@cargo fmt
+
+lint: deps ## formatting and clippy, warnings are errors
+	@echo "lint: formatting"
+	cargo fmt --check
+	echo "lint: clippy"
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	# The guest's programs, with the flags they are built with.
+	RUSTFLAGS="-C target-feature=+crt-static" cargo clippy --locked --release --target $(TRIPLE) \
+	    -p vmshadow-tests --features guest --bins -- -D warnings
+
+doc: ## the rooms' documentation, warnings are errors
+	@RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps

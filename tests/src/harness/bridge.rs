@@ -1,0 +1,1 @@
+//! `vmshadow` as a process.

@@ -1,0 +1,80 @@
+//! Disk images on the host: plain files with a file system in them, made without root or loop devices.
+//!
+//! Called by scenarios and the demo. Whoever serves the file (`daemon`, or QEMU itself) is not this
+//! room's business.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use super::requires;
+
+/// A file system of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileSystem {
+    /// ext4, built into the guest's kernel.
+    Ext4,
+    /// XFS, a module the guest loads when asked (a second or two under TCG).
+    Xfs,
+}
+
+impl FileSystem {
+    /// The name `mount -t` knows.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+}
+
+/// 256 MiB: enough for every scenario, sparse on the host.
+pub const EXT4_BYTES: u64 = 256 << 20;
+/// 384 MiB: `mkfs.xfs` refuses less than 300.
+pub const XFS_BYTES: u64 = 384 << 20;
+
+/// Makes `DIRECTORY/NAME.raw` with an empty file system.
+pub fn create(directory: &Path, name: &str, file_system: FileSystem) -> Result<PathBuf> {
+    let path = directory.join(format!("{name}.raw"));
+    let file = File::create(&path)?;
+    match file_system {
+        FileSystem::Ext4 => {
+            file.set_len(EXT4_BYTES)?;
+            // Without lazy initialisation: no background writes of the guest's kernel later.
+            run(
+                "mke2fs",
+                &[
+                    "-q",
+                    "-t",
+                    "ext4",
+                    "-E",
+                    "lazy_itable_init=0,lazy_journal_init=0",
+                ],
+                &path,
+            )?;
+        }
+        FileSystem::Xfs => {
+            file.set_len(XFS_BYTES)?;
+            run("mkfs.xfs", &["-q", "-f"], &path)?;
+        }
+    }
+    Ok(path)
+}
+
+/// Runs a program of the host on an image and fails with its output unless it ends with 0.
+pub fn run(program: &str, arguments: &[&str], image: &Path) -> Result<String> {
+    let path = requires::find(program).with_context(|| format!("{program} is not installed"))?;
+    let output = Command::new(path).args(arguments).arg(image).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "{program} {}: {}: {text}",
+        image.display(),
+        output.status
+    );
+    Ok(text)
+}

@@ -1,0 +1,103 @@
+//! SQLite transactions in a running guest, and what it acknowledged.
+//!
+//! Called by scenarios, the demo and the measuring commands. A thread reads the acknowledgements
+//! as they come; the load in the guest never waits for it.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::guest::Running;
+use super::vm::Vm;
+use super::wait;
+use crate::guest_protocol::{Ack, LOAD_PORT};
+
+/// A load that runs.
+#[derive(Debug)]
+pub struct Load {
+    acks: Arc<Mutex<Vec<Ack>>>,
+    running: Running,
+}
+
+impl Load {
+    /// Starts it on these databases (paths in the guest) and waits for the first acknowledgements.
+    pub fn start(vm: &Vm, databases: &[&str]) -> Result<Self> {
+        let port = UnixStream::connect(vm.port(LOAD_PORT))?;
+        let acks = Arc::<Mutex<Vec<Ack>>>::default();
+        let list = Arc::clone(&acks);
+        thread::spawn(move || {
+            for line in BufReader::new(port).lines().map_while(Result::ok) {
+                match serde_json::from_str::<Ack>(&line) {
+                    Ok(ack) => list
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push(ack),
+                    Err(error) => eprintln!("harness: {error} in the acknowledgement {line:?}"),
+                }
+            }
+        });
+        let command = format!(
+            "exec guest-load /dev/virtio-ports/{LOAD_PORT} {}",
+            databases.join(" ")
+        );
+        let load = Self {
+            acks,
+            running: vm.guest()?.start(&command)?,
+        };
+        load.wait_for_more(20).with_context(|| vm.log())?;
+        Ok(load)
+    }
+
+    /// Every acknowledgement so far, in the order they came.
+    #[must_use]
+    pub fn acks(&self) -> Vec<Ack> {
+        self.acks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// The highest acknowledged number of a database, 0 before the first.
+    #[must_use]
+    pub fn last(&self, database: usize) -> u64 {
+        let acks = self.acks.lock().unwrap_or_else(PoisonError::into_inner);
+        acks.iter()
+            .rev()
+            .find(|ack| ack.database == database)
+            .map_or(0, |ack| ack.id)
+    }
+
+    /// Waits until `count` more transactions are acknowledged: the load is alive.
+    pub fn wait_for_more(&self, count: usize) -> Result<()> {
+        self.wait_for_more_within(count, wait::STEP)
+    }
+
+    /// The same with a deadline of the caller's.
+    pub fn wait_for_more_within(&self, count: usize, deadline: Duration) -> Result<()> {
+        let length = || {
+            self.acks
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .len()
+        };
+        let goal = length() + count;
+        wait::until("transactions to be acknowledged", deadline, || {
+            if !self.running.still_runs() {
+                bail!("the load has ended");
+            }
+            Ok((length() >= goal).then_some(()))
+        })
+    }
+
+    /// Ends it and returns every acknowledgement.
+    pub fn stop(self, vm: &Vm) -> Result<Vec<Ack>> {
+        vm.shell("killall -9 guest-load")?;
+        // Its own end is the proof that no acknowledgement follows.
+        self.running.wait(wait::STEP)?;
+        Ok(self.acks())
+    }
+}

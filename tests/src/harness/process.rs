@@ -1,0 +1,142 @@
+//! Processes the rig starts: QEMU, the daemon, `vmshadow`.
+//!
+//! Called by `vm`, `daemon` and `bridge`. Output goes to files, so that nothing blocks on a pipe
+//! nobody reads and a failing test can show it. A process is killed when its owner is dropped, and by the kernel
+//! (parent-death signal) when the test program itself is killed.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::sync::mpsc::{Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::wait;
+
+/// A running process, killed on drop.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    output: PathBuf,
+}
+
+impl Process {
+    /// Starts `command`; both outputs go to `output`.
+    pub fn start(name: &str, command: Command, output: &Path) -> Result<Self> {
+        let file = File::create(output).with_context(|| output.display().to_string())?;
+        let mut wrapped = Command::new("setpriv");
+        wrapped.args(["--pdeathsig", "KILL", "--"]);
+        wrapped.arg(command.get_program()).args(command.get_args());
+        for (key, value) in command.get_envs() {
+            match value {
+                Some(value) => wrapped.env(key, value),
+                None => wrapped.env_remove(key),
+            };
+        }
+        wrapped
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file);
+        let child = spawn(wrapped).with_context(|| format!("cannot start {name}"))?;
+        Ok(Self {
+            name: name.to_owned(),
+            child,
+            output: output.to_owned(),
+        })
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has printed so far.
+    #[must_use]
+    pub fn output(&self) -> String {
+        fs::read(&self.output)
+            .map(|b| String::from_utf8_lossy(&b).into_owned())
+            .unwrap_or_default()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.pid())
+            .ok()
+            .and_then(Pid::from_raw)
+            .context("pid")?;
+        kill_process(pid, signal).with_context(|| format!("signal to {}", self.name))
+    }
+
+    /// Kills it (-9) and waits for its end.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Its exit status, if it has ended.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let what = format!("the end of {}", self.name);
+        let child = &mut self.child;
+        wait::until(&what, deadline, || Ok(child.try_wait()?)).with_context(|| self.output())
+    }
+
+    /// Waits until it has stopped itself (SIGSTOP): state `T` in /proc.
+    pub fn wait_stopped(&mut self, deadline: Duration) -> Result<()> {
+        let stat = format!("/proc/{}/stat", self.pid());
+        wait::until(&format!("{} to stop", self.name), deadline, || {
+            if let Some(status) = self.child.try_wait()? {
+                return Err(anyhow!("{} ended ({status}): {}", self.name, self.output()));
+            }
+            // The state is the word after the name in brackets.
+            let text = fs::read_to_string(&stat)?;
+            let state = text
+                .rsplit_once(") ")
+                .map(|(_, rest)| rest.starts_with('T'));
+            Ok((state == Some(true)).then_some(()))
+        })
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Err(error) = self.kill() {
+            eprintln!("harness: cannot kill {}: {error:#}", self.name);
+        }
+    }
+}
+
+type Order = (Command, Sender<std::io::Result<Child>>);
+
+/// The parent-death signal comes when the *thread* that started the child ends, and a test's
+/// thread ends before a machine it shares with other tests: one thread starts all of them.
+fn spawn(command: Command) -> Result<Child> {
+    static NURSERY: OnceLock<Sender<Order>> = OnceLock::new();
+    let nursery = NURSERY.get_or_init(|| {
+        let (orders, inbox) = channel::<Order>();
+        thread::spawn(move || {
+            for (mut command, reply) in inbox {
+                if reply.send(command.spawn()).is_err() {
+                    eprintln!("harness: nobody waits for the process");
+                }
+            }
+        });
+        orders
+    });
+    let (reply, answer) = channel();
+    nursery
+        .send((command, reply))
+        .map_err(|_| anyhow!("the nursery has ended"))?;
+    Ok(answer.recv()??)
+}

@@ -1,0 +1,335 @@
+//! A real machine under stock QEMU.
+//!
+//! Called by scenarios, the demo, `image` (to try an accelerator) and `oracle`. It knows QEMU's
+//! command line and nothing of the programs under test: a disk is either a vhost-user socket
+//! somebody serves or a plain file. The machine is killed when it is dropped.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+use super::disk::FileSystem;
+use super::guest::Guest;
+use super::image::{self, Accelerator};
+use super::process::Process;
+use super::qmp::Qmp;
+use super::wait;
+use crate::guest_protocol::{AGENT_PORT, LOAD_PORT, QGA_PORT, SHELL_PORT};
+
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr \
+     no_timer_check tsc=reliable cryptomgr.notests rodata=off";
+
+#[derive(Clone, Debug)]
+enum Backing {
+    VhostUser(PathBuf),
+    File(PathBuf),
+}
+
+#[derive(Clone, Debug)]
+struct Disk {
+    serial: String,
+    backing: Backing,
+    mount: Option<(String, FileSystem)>,
+}
+
+/// What a machine shall be. Methods chain; `boot` starts it.
+#[derive(Clone, Debug)]
+pub struct VmBuilder {
+    name: String,
+    disks: Vec<Disk>,
+    memory_mib: u32,
+    cpus: u32,
+    agent: bool,
+    accelerator: Option<Accelerator>,
+    boot_deadline: Duration,
+}
+
+impl VmBuilder {
+    /// A machine without disks; the name shows in messages.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            disks: Vec::new(),
+            memory_mib: 512,
+            cpus: 2,
+            agent: false,
+            accelerator: None,
+            boot_deadline: wait::BOOT,
+        }
+    }
+
+    /// A disk served over vhost-user on `socket`. QEMU connects again when the server goes away.
+    #[must_use]
+    pub fn vhost_user(mut self, serial: &str, socket: &Path) -> Self {
+        let backing = Backing::VhostUser(socket.to_owned());
+        self.disks.push(Disk {
+            serial: serial.to_owned(),
+            backing,
+            mount: None,
+        });
+        self
+    }
+
+    /// A disk QEMU itself serves from a plain file.
+    #[must_use]
+    pub fn file(mut self, serial: &str, path: &Path) -> Self {
+        let backing = Backing::File(path.to_owned());
+        self.disks.push(Disk {
+            serial: serial.to_owned(),
+            backing,
+            mount: None,
+        });
+        self
+    }
+
+    /// Mounts the disk added last.
+    #[must_use]
+    pub fn mounted(mut self, point: &str, file_system: FileSystem) -> Self {
+        if let Some(disk) = self.disks.last_mut() {
+            disk.mount = Some((point.to_owned(), file_system));
+        }
+        self
+    }
+
+    /// Starts the guest agent in it.
+    #[must_use]
+    pub fn with_agent(mut self) -> Self {
+        self.agent = true;
+        self
+    }
+
+    /// Uses this accelerator instead of the one that was found to work.
+    #[must_use]
+    pub fn accelerator(mut self, accelerator: Accelerator) -> Self {
+        self.accelerator = Some(accelerator);
+        self
+    }
+
+    /// Gives up on the boot after this time.
+    #[must_use]
+    pub fn boot_deadline(mut self, deadline: Duration) -> Self {
+        self.boot_deadline = deadline;
+        self
+    }
+
+    /// Starts QEMU and waits until the guest says that it is ready.
+    pub fn boot(self) -> Result<Vm> {
+        let image = image::guest_image()?;
+        let accelerator = match self.accelerator {
+            Some(accelerator) => accelerator,
+            None => image::accelerator()?,
+        };
+        let directory = tempfile::Builder::new().prefix("vmshadow-vm-").tempdir()?;
+        let console = directory.path().join("console");
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args([
+            "-name",
+            &self.name,
+            "-accel",
+            accelerator.name(),
+            "-cpu",
+            "max",
+        ])
+        .args([
+            "-m",
+            &format!("{}M", self.memory_mib),
+            "-smp",
+            &self.cpus.to_string(),
+        ])
+        .args(["-M", "q35,memory-backend=mem"])
+        .arg("-object")
+        .arg(format!(
+            "memory-backend-memfd,id=mem,size={}M,share=on",
+            self.memory_mib
+        ))
+        .args([
+            "-nodefaults",
+            "-nic",
+            "none",
+            "-display",
+            "none",
+            "-no-reboot",
+        ])
+        .arg("-kernel")
+        .arg(&image.kernel)
+        .arg("-initrd")
+        .arg(&image.initramfs)
+        .args(["-append", &self.kernel_arguments()])
+        .args(["-serial", &format!("file:{}", console.display())])
+        // One monitor for the program under test, one for the rig.
+        .args(["-qmp", &server(&directory.path().join("qmp.sock"))])
+        .args(["-qmp", &server(&directory.path().join("rig.sock"))])
+        .args(["-device", "virtio-serial-pci"]);
+        for (number, name) in [SHELL_PORT, LOAD_PORT, QGA_PORT, AGENT_PORT]
+            .iter()
+            .enumerate()
+        {
+            let socket = directory.path().join(format!("{name}.sock"));
+            qemu.arg("-chardev")
+                .arg(format!(
+                    "socket,id=port{number},path={},server=on,wait=off",
+                    socket.display()
+                ))
+                .arg("-device")
+                .arg(format!("virtserialport,chardev=port{number},name={name}"));
+        }
+        for (number, disk) in self.disks.iter().enumerate() {
+            disk_arguments(&mut qemu, number, disk);
+        }
+        let begin = Instant::now();
+        let process = Process::start(&self.name, qemu, &directory.path().join("qemu.log"))?;
+        let mut vm = Vm {
+            name: self.name,
+            process,
+            directory,
+            guest: None,
+            boot_time: Duration::ZERO,
+        };
+        wait::until(
+            &format!("{} to be ready", vm.name),
+            self.boot_deadline,
+            || {
+                if let Some(status) = vm.process.ended()? {
+                    bail!("QEMU ended: {status}");
+                }
+                let text = vm.console();
+                if text.lines().any(|line| line == "failed") || text.contains("Kernel panic") {
+                    bail!("the guest could not start");
+                }
+                Ok(text.lines().any(|line| line == "ready").then_some(()))
+            },
+        )
+        .with_context(|| vm.log())?;
+        vm.boot_time = begin.elapsed();
+        vm.guest = Some(Guest::connect(&vm.port(SHELL_PORT))?);
+        Ok(vm)
+    }
+
+    fn kernel_arguments(&self) -> String {
+        let mounts: Vec<_> = self
+            .disks
+            .iter()
+            .filter_map(|disk| {
+                let (point, file_system) = disk.mount.as_ref()?;
+                Some(format!("{}:{point}:{}", disk.serial, file_system.name()))
+            })
+            .collect();
+        let agent = if self.agent { "on" } else { "off" };
+        format!(
+            "{KERNEL_ARGUMENTS} vmshadow.agent={agent} vmshadow.mount={}",
+            mounts.join(",")
+        )
+    }
+}
+
+fn server(socket: &Path) -> String {
+    format!("unix:{},server=on,wait=off", socket.display())
+}
+
+fn disk_arguments(qemu: &mut Command, number: usize, disk: &Disk) {
+    match &disk.backing {
+        Backing::VhostUser(socket) => {
+            // One queue: stock backends refuse more than they have, and QEMU asks one per CPU.
+            qemu.arg("-chardev")
+                .arg(format!(
+                    "socket,id=vhost{number},path={},reconnect=1",
+                    socket.display()
+                ))
+                .arg("-device")
+                .arg(format!(
+                    "vhost-user-blk-pci,id=disk{number},chardev=vhost{number},num-queues=1"
+                ));
+        }
+        Backing::File(path) => {
+            qemu.arg("-blockdev")
+                .arg(format!(
+                    "driver=file,node-name=file{number},filename={}",
+                    path.display()
+                ))
+                .arg("-device")
+                .arg(format!(
+                    "virtio-blk-pci,drive=file{number},serial={}",
+                    disk.serial
+                ));
+        }
+    }
+}
+
+/// A machine that has said it is ready.
+#[derive(Debug)]
+pub struct Vm {
+    name: String,
+    process: Process,
+    directory: TempDir,
+    guest: Option<Guest>,
+    boot_time: Duration,
+}
+
+impl Vm {
+    /// From the start of QEMU to the guest's word.
+    #[must_use]
+    pub fn boot_time(&self) -> Duration {
+        self.boot_time
+    }
+
+    /// The command shell in the guest.
+    pub fn guest(&self) -> Result<&Guest> {
+        self.guest.as_ref().context("the guest is not up")
+    }
+
+    /// Runs a command in the guest; any status but 0 is an error.
+    pub fn shell(&self, command: &str) -> Result<String> {
+        self.guest()?.shell(command).with_context(|| self.log())
+    }
+
+    /// The monitor socket for the program under test.
+    #[must_use]
+    pub fn qmp_socket(&self) -> PathBuf {
+        self.directory.path().join("qmp.sock")
+    }
+
+    /// The Unix socket behind a virtio-serial port.
+    #[must_use]
+    pub fn port(&self, name: &str) -> PathBuf {
+        self.directory.path().join(format!("{name}.sock"))
+    }
+
+    /// The rig's own monitor.
+    pub fn monitor(&self) -> Result<Qmp> {
+        Qmp::connect(&self.directory.path().join("rig.sock"))
+    }
+
+    /// Console and QEMU's own output, for messages.
+    #[must_use]
+    pub fn log(&self) -> String {
+        format!(
+            "{}: console:\n{}\nqemu:\n{}",
+            self.name,
+            self.console(),
+            self.process.output()
+        )
+    }
+
+    /// Writes everything back, stops the guest and waits for QEMU's end, so that its disks can be read.
+    pub fn shut_down(mut self) -> Result<()> {
+        self.shell("for point in /mnt/*; do umount $point || exit 1; done; sync")?;
+        self.monitor()?.execute("quit", serde_json::json!({}))?;
+        self.process.wait(wait::STEP)?;
+        Ok(())
+    }
+
+    /// Cuts the power: QEMU is killed at once.
+    pub fn power_cut(mut self) -> Result<()> {
+        self.process.kill()
+    }
+
+    fn console(&self) -> String {
+        let bytes = fs::read(self.directory.path().join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).replace('\r', "")
+    }
+}

@@ -1,0 +1,206 @@
+//! Rules of the repository that no compiler checks, as tests.
+//!
+//! Rooms: data flows one way, and a room names only rooms to its right; crate edges hold that between crates,
+//! the table below holds it inside them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vmshadow_tests::harness::image::project;
+
+/// Per crate: its rooms from left to right. A room may name rooms after it, never one before it.
+/// Rooms not listed (`error`, `units` and the like) are the vocabulary of all.
+const ROOMS: &[(&str, &[&str])] = &[
+    ("vhost-blk", &["control", "frontend", "engine"]),
+    (
+        "guest-agent",
+        &["session", "quiesce", "writer", "filesystem"],
+    ),
+    (
+        "qmp-bridge",
+        &["cli", "snapshot", "guest", "storage", "qmp"],
+    ),
+    ("tests", &["harness", "guest_protocol"]),
+];
+
+/// The crates of the workspace, whose `src` is under the rules.
+const CRATES: &[&str] = &[
+    "vhost-blk",
+    "vhost-blk/store",
+    "vhost-blk/wire",
+    "guest-agent",
+    "guest-agent/wire",
+    "qmp-bridge",
+    "tests",
+];
+
+fn rust_files(directory: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() && path.file_name().is_some_and(|name| name != "target") {
+            rust_files(&path, files);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+fn files_of(name: &str, below: &str) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    rust_files(&project().join(name).join(below), &mut files);
+    files
+}
+
+fn all_files() -> Vec<PathBuf> {
+    let mut files: Vec<_> = CRATES
+        .iter()
+        .flat_map(|name| ["src", "tests", "benches"].map(|b| files_of(name, b)))
+        .flatten()
+        .collect();
+    files.sort();
+    files.dedup();
+    assert!(
+        files.len() > 20,
+        "the walk found only {} files",
+        files.len()
+    );
+    files
+}
+
+fn shown(path: &Path) -> String {
+    path.strip_prefix(project())
+        .unwrap_or(path)
+        .display()
+        .to_string()
+}
+
+#[test]
+fn every_crate_of_the_workspace_is_under_the_rules() {
+    let manifest = fs::read_to_string(project().join("Cargo.toml")).unwrap();
+    let members = manifest
+        .split("members = [")
+        .nth(1)
+        .and_then(|rest| rest.split(']').next());
+    let members: Vec<_> = members
+        .unwrap()
+        .split(',')
+        .map(|word| word.trim().trim_matches('"'))
+        .filter(|w| !w.is_empty())
+        .collect();
+    assert_eq!(members, CRATES);
+}
+
+#[test]
+fn every_file_says_what_it_is() {
+    let silent: Vec<_> = all_files()
+        .into_iter()
+        .filter(|path| !fs::read_to_string(path).unwrap().starts_with("//!"))
+        .map(|path| shown(&path))
+        .collect();
+    assert!(
+        silent.is_empty(),
+        "these do not begin with `//!`: {silent:#?}"
+    );
+}
+
+#[test]
+fn nothing_is_left_for_later_in_a_comment() {
+    // Put together here, so that this file does not find itself.
+    let marks = [
+        concat!("FIX", "ME"),
+        concat!("TO", "DO"),
+        concat!("XX", "X"),
+        concat!("todo", "!("),
+        concat!("unimplemented", "!("),
+    ];
+    let mut found = Vec::new();
+    for path in all_files() {
+        for (number, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+            if marks.iter().any(|mark| line.contains(mark)) {
+                found.push(format!("{}:{}: {}", shown(&path), number + 1, line.trim()));
+            }
+        }
+    }
+    assert!(
+        found.is_empty(),
+        "write an issue or a test instead: {found:#?}"
+    );
+}
+
+/// `crate::ROOM` and `super::super::...` are how a room is named; only the first is allowed across rooms.
+fn rooms_named(text: &str) -> Vec<String> {
+    text.match_indices("crate::")
+        .filter(|(at, _)| !text[..*at].ends_with(|c: char| c.is_alphanumeric() || c == '_'))
+        .flat_map(|(at, word)| {
+            let rest = &text[at + word.len()..];
+            // `use crate::{a::B, c::D}` names several.
+            let list = rest
+                .strip_prefix('{')
+                .and_then(|rest| rest.split("};").next());
+            list.map_or_else(|| vec![rest], |list| list.split(',').collect())
+                .into_iter()
+                .map(|path| {
+                    path.trim()
+                        .chars()
+                        .take_while(|c| c.is_alphanumeric() || *c == '_')
+                        .collect()
+                })
+                .collect::<Vec<String>>()
+        })
+        .collect()
+}
+
+fn edges_to_the_left(rooms: &[&str], room: &str, text: &str) -> Vec<String> {
+    let Some(here) = rooms.iter().position(|name| *name == room) else {
+        return Vec::new();
+    };
+    rooms_named(text)
+        .into_iter()
+        .filter(|named| {
+            rooms
+                .iter()
+                .position(|name| name == named)
+                .is_some_and(|there| there < here)
+        })
+        .collect()
+}
+
+#[test]
+fn a_room_names_only_rooms_to_its_right() {
+    let mut wrong = Vec::new();
+    for (name, rooms) in ROOMS {
+        let source = project().join(name).join("src");
+        for path in files_of(name, "src") {
+            let inside = path.strip_prefix(&source).unwrap();
+            let first = inside
+                .components()
+                .next()
+                .unwrap()
+                .as_os_str()
+                .to_string_lossy();
+            let room = first.trim_end_matches(".rs");
+            let text = fs::read_to_string(&path).unwrap();
+            for named in edges_to_the_left(rooms, room, &text) {
+                wrong.push(format!(
+                    "{} names {named}, which is to the left of {room}",
+                    shown(&path)
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn the_search_for_edges_sees_every_way_to_name_a_room() {
+    let rooms = ["control", "frontend", "engine"];
+    let left = |text| edges_to_the_left(&rooms, "engine", text);
+    assert_eq!(left("use crate::frontend::Device;"), ["frontend"]);
+    assert_eq!(
+        left("use crate::{\n    control::Server,\n    engine::Op,\n};"),
+        ["control"]
+    );
+    assert_eq!(left("let x = crate::control::start();"), ["control"]);
+    assert!(left("use crate::engine::Op; use other_crate::control::X;").is_empty());
+    assert!(edges_to_the_left(&rooms, "control", "use crate::engine::Op;").is_empty());
+}
