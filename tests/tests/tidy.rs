@@ -3,6 +3,11 @@
 //! Rooms: data flows one way, and a room names only rooms to its right; crate edges hold that between crates,
 //! the table below holds it inside them.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test may panic; clippy sees only its #[test] functions as one"
+)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -203,4 +208,20 @@ fn the_search_for_edges_sees_every_way_to_name_a_room() {
     assert_eq!(left("let x = crate::control::start();"), ["control"]);
     assert!(left("use crate::engine::Op; use other_crate::control::X;").is_empty());
     assert!(edges_to_the_left(&rooms, "control", "use crate::engine::Op;").is_empty());
+}
+
+#[test]
+fn every_wire_crate_freezes_its_bytes() {
+    for name in CRATES.iter().filter(|name| name.ends_with("/wire")) {
+        let tests = project().join(name).join("tests");
+        assert!(
+            tests.join("golden.rs").is_file(),
+            "{name} has no tests/golden.rs"
+        );
+        let files = fs::read_dir(tests.join("golden"))
+            .into_iter()
+            .flatten()
+            .count();
+        assert!(files > 0, "{name} has no golden messages");
+    }
 }
