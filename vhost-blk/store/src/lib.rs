@@ -1,1 +1,61 @@
-//! Room to be filled by the next commits.
+//! The crash-safe snapshot store: a base file or block device, and a shadow storage directory.
+//!
+//! The daemon `vhost-blk` is its caller; it knows no virtio, no sockets, and starts no threads.
+//! FORMAT.md is normative for the bytes and for the order of writes.
+//!
+//! Rooms, left to right as a request passes them:
+//! `plan` (with `first_write`) -> `read_path`, `write_path` -> `state` (with `index`, `snapshot_table`) ->
+//! `journal`, `space`, `pins` -> `commit` -> `io`. From the side: `snapshot`, `sets`, `maintain` (with
+//! `checkpoint`, `settle`), `open` (with `recover`), `check`, `dump`.
+//!
+//! Invariants, named in comments, errors and tests:
+//!
+//! * I1: the index holds at most one location per (block, death); a newer layer wins.
+//! * I2: every record names blocks of the volume and of the log only, and no log block serves two versions.
+//! * I3: what a snapshot sees is never overwritten: it is redirected around, or preserved durably first.
+//! * I4: what is kept of the journal is a prefix; a COMMIT in it stands only for data synced before.
+//! * I5: epochs only grow; a snapshot is the state at the end of its epoch, with nothing later in it.
+//! * I6: a log block is reused only after its freeing is durable and older I/O is over.
+//! * I7: the current superblock, index and journal are never overwritten; their twins are.
+//! * I8: after a failed sync nothing is acknowledged until the volume is reopened.
+//! * I9: a set is kept on all its members or on none.
+
+mod checkpoint;
+mod commit;
+mod error;
+mod first_write;
+mod index;
+mod io;
+mod journal;
+pub mod layout;
+mod maintain;
+mod open;
+mod pins;
+mod plan;
+mod read_path;
+mod recover;
+mod sets;
+mod settle;
+#[cfg(feature = "sim")]
+pub mod sim;
+mod snapshot;
+mod snapshot_table;
+mod space;
+mod state;
+mod superblock;
+mod units;
+mod volume;
+mod write_path;
+
+pub use error::{FileName, Result, StoreError};
+pub use io::{Access, AlignedBuffer, BlockFile, DiskFile};
+pub use maintain::Maintenance;
+pub use open::RecoveryReport;
+pub use plan::{Extent, MAX_REQUEST_BYTES, ReadPlan, Source, View, WriteKind, WritePlan};
+pub use sets::{SetOutcome, SetResolution, resolve_sets};
+pub use snapshot_table::{Method, SnapshotInfo, SnapshotState};
+pub use superblock::ModifiedTime;
+pub use units::{BLOCK_BYTES, BootId, ByteRange, Epoch, SECTOR_BYTES, SetId, SnapshotId, VolumeId};
+pub use volume::{
+    DataFile, NewSnapshot, OpenOptions, SyncCounters, Volume, VolumeFiles, VolumeStatus,
+};

@@ -1,0 +1,269 @@
+//! Every offset, size, limit and magic of the on-disk format, and the byte codecs over them.
+//!
+//! `superblock`, `journal` and `index` encode and decode with it. No other room holds a format number.
+//! FORMAT.md is normative; `tests/format.rs` compares its tables with [`FIELDS`].
+#![deny(clippy::indexing_slicing)]
+
+use crate::units::{Generation, VolumeId};
+
+/// First bytes of a superblock slot.
+pub(crate) const MAGIC: [u8; 8] = *b"vmshadow";
+/// Version of the format this program writes and reads.
+pub(crate) const VERSION: u32 = 1;
+/// Incompatible feature bits this program knows: none yet.
+pub(crate) const KNOWN_FEATURES: u32 = 0;
+
+/// Bytes of one superblock slot; slot A at 0, slot B behind it.
+pub(crate) const SLOT_BYTES: u64 = 4096;
+/// Bytes of a slot that carry meaning: one sector, which a power cut cannot tear.
+pub(crate) const SLOT_USED_BYTES: usize = 512;
+/// Bytes of a journal record. Eight fit a sector, so a record is never torn.
+pub(crate) const RECORD_BYTES: usize = 64;
+/// Bytes of an index page.
+pub(crate) const PAGE_BYTES: usize = 4096;
+/// Bytes of an index page's header.
+pub(crate) const PAGE_HEADER_BYTES: usize = 16;
+/// Bytes of an index entry.
+pub(crate) const ENTRY_BYTES: usize = 20;
+/// Entries of a full index page.
+pub(crate) const ENTRIES_PER_PAGE: usize = (PAGE_BYTES - PAGE_HEADER_BYTES) / ENTRY_BYTES;
+
+/// Death of a live version.
+pub(crate) const LIVE: u32 = u32::MAX;
+/// Largest epoch: the one below [`LIVE`] is never reached.
+pub(crate) const MAX_EPOCH: u32 = u32::MAX - 2;
+/// Most snapshots of one volume.
+pub const MAX_SNAPSHOTS: usize = 4096;
+/// Most volumes of one set.
+pub const MAX_SET_MEMBERS: usize = 256;
+/// Largest volume, in bytes: 4 EiB.
+pub(crate) const MAX_VOLUME_BYTES: u64 = 1 << 62;
+/// Most blocks of a log.
+pub(crate) const MAX_LOG_BLOCKS: u64 = 1 << 50;
+/// Bytes written to each journal at adoption, so that appending allocates nothing.
+pub(crate) const JOURNAL_PREWRITTEN_BYTES: u64 = 4 << 20;
+
+/// Slot flag: the volume was closed in order.
+pub(crate) const FLAG_CLEAN: u32 = 1;
+/// Slot flag: the base's modification time is known.
+pub(crate) const FLAG_BASE_TIME: u32 = 2;
+/// MAP flag: the old live version becomes history of the record's epoch.
+pub(crate) const FLAG_HISTORY: u8 = 1;
+
+/// Offsets in a superblock slot.
+pub(crate) mod slot {
+    pub(crate) const MAGIC: usize = 0;
+    pub(crate) const CRC: usize = 8;
+    pub(crate) const VERSION: usize = 12;
+    pub(crate) const GENERATION: usize = 16;
+    pub(crate) const FEATURES: usize = 24;
+    pub(crate) const BLOCK_BYTES: usize = 28;
+    pub(crate) const VOLUME_ID: usize = 32;
+    pub(crate) const SIZE_BYTES: usize = 48;
+    pub(crate) const BOOT_ID: usize = 56;
+    pub(crate) const INCARNATION: usize = 72;
+    pub(crate) const FLAGS: usize = 76;
+    pub(crate) const EPOCH: usize = 80;
+    pub(crate) const INDEX_SLOT: usize = 84;
+    pub(crate) const INDEX_GENERATION: usize = 88;
+    pub(crate) const INDEX_PAGES: usize = 96;
+    pub(crate) const INDEX_RECORDS: usize = 104;
+    pub(crate) const TABLE_RECORDS: usize = 112;
+    pub(crate) const JOURNAL_GENERATION: usize = 120;
+    pub(crate) const FIRST_SEQUENCE: usize = 128;
+    pub(crate) const BASE_SECONDS: usize = 136;
+    pub(crate) const BASE_NANOSECONDS: usize = 144;
+    pub(crate) const APPLIED_THROUGH: usize = 152;
+}
+
+/// Offsets in a journal record.
+pub(crate) mod record {
+    pub(crate) const CRC: usize = 0;
+    pub(crate) const KIND: usize = 4;
+    pub(crate) const FLAGS: usize = 5;
+    pub(crate) const RESERVED: usize = 6;
+    pub(crate) const INCARNATION: usize = 8;
+    pub(crate) const COUNT: usize = 12;
+    pub(crate) const SEQUENCE: usize = 16;
+    pub(crate) const PAYLOAD: usize = 24;
+    /// MAP, PRESERVE, SETTLE.
+    pub(crate) const BLOCK: usize = 24;
+    /// MAP, PRESERVE.
+    pub(crate) const LOCATION: usize = 32;
+    /// MAP, PRESERVE.
+    pub(crate) const EPOCH: usize = 40;
+    /// COMMIT, RESTART.
+    pub(crate) const THROUGH: usize = 24;
+    /// COMMIT.
+    pub(crate) const SUPERBLOCK: usize = 32;
+    /// START.
+    pub(crate) const GENERATION: usize = 24;
+    /// SNAP_ID, DELETE: snapshot; KEEP, DISCARD: set; SNAP_MEMBERS: first member.
+    pub(crate) const FIRST_ID: usize = 24;
+    /// SNAP_ID: set; SNAP_MEMBERS: second member.
+    pub(crate) const SECOND_ID: usize = 40;
+    /// SNAP_ID.
+    pub(crate) const CREATED_UNIX_MS: usize = 56;
+    /// SNAP.
+    pub(crate) const SNAP_EPOCH: usize = 24;
+    /// SNAP.
+    pub(crate) const METHOD: usize = 28;
+}
+
+/// Record kinds.
+pub(crate) mod kind {
+    pub(crate) const START: u8 = 1;
+    pub(crate) const MAP: u8 = 2;
+    pub(crate) const PRESERVE: u8 = 3;
+    pub(crate) const SETTLE: u8 = 4;
+    pub(crate) const SNAP_ID: u8 = 5;
+    pub(crate) const SNAP_MEMBERS: u8 = 6;
+    pub(crate) const SNAP: u8 = 7;
+    pub(crate) const KEEP: u8 = 8;
+    pub(crate) const DISCARD: u8 = 9;
+    pub(crate) const DELETE: u8 = 10;
+    pub(crate) const COMMIT: u8 = 11;
+    pub(crate) const RESTART: u8 = 12;
+}
+
+/// Offsets in an index page and in an index entry.
+pub(crate) mod page {
+    pub(crate) const CRC: usize = 0;
+    pub(crate) const ENTRY_COUNT: usize = 4;
+    pub(crate) const PAGE_NUMBER: usize = 8;
+    pub(crate) const ENTRY_BLOCK: usize = 0;
+    pub(crate) const ENTRY_DEATH: usize = 8;
+    pub(crate) const ENTRY_LOCATION: usize = 12;
+}
+
+/// One row of a byte table: structure, field, offset, length in bytes.
+pub type Field = (&'static str, &'static str, usize, usize);
+
+/// The byte tables of the format, for the comparison with FORMAT.md.
+pub const FIELDS: &[Field] = &[
+    ("slot", "magic", slot::MAGIC, 8),
+    ("slot", "crc", slot::CRC, 4),
+    ("slot", "version", slot::VERSION, 4),
+    ("slot", "generation", slot::GENERATION, 8),
+    ("slot", "features", slot::FEATURES, 4),
+    ("slot", "block_bytes", slot::BLOCK_BYTES, 4),
+    ("slot", "volume_id", slot::VOLUME_ID, 16),
+    ("slot", "size_bytes", slot::SIZE_BYTES, 8),
+    ("slot", "boot_id", slot::BOOT_ID, 16),
+    ("slot", "incarnation", slot::INCARNATION, 4),
+    ("slot", "flags", slot::FLAGS, 4),
+    ("slot", "epoch", slot::EPOCH, 4),
+    ("slot", "index_slot", slot::INDEX_SLOT, 4),
+    ("slot", "index_generation", slot::INDEX_GENERATION, 8),
+    ("slot", "index_pages", slot::INDEX_PAGES, 8),
+    ("slot", "index_records", slot::INDEX_RECORDS, 8),
+    ("slot", "table_records", slot::TABLE_RECORDS, 8),
+    ("slot", "journal_generation", slot::JOURNAL_GENERATION, 8),
+    ("slot", "first_sequence", slot::FIRST_SEQUENCE, 8),
+    ("slot", "base_seconds", slot::BASE_SECONDS, 8),
+    ("slot", "base_nanoseconds", slot::BASE_NANOSECONDS, 4),
+    ("slot", "applied_through", slot::APPLIED_THROUGH, 8),
+    ("record", "crc", record::CRC, 4),
+    ("record", "kind", record::KIND, 1),
+    ("record", "flags", record::FLAGS, 1),
+    ("record", "reserved", record::RESERVED, 2),
+    ("record", "incarnation", record::INCARNATION, 4),
+    ("record", "count", record::COUNT, 4),
+    ("record", "sequence", record::SEQUENCE, 8),
+    ("record", "payload", record::PAYLOAD, 40),
+    ("payload", "map.block", record::BLOCK, 8),
+    ("payload", "map.location", record::LOCATION, 8),
+    ("payload", "map.epoch", record::EPOCH, 4),
+    ("payload", "commit.through", record::THROUGH, 8),
+    ("payload", "commit.superblock", record::SUPERBLOCK, 8),
+    ("payload", "start.generation", record::GENERATION, 8),
+    ("payload", "snap_id.snapshot_id", record::FIRST_ID, 16),
+    ("payload", "snap_id.set_id", record::SECOND_ID, 16),
+    (
+        "payload",
+        "snap_id.created_unix_ms",
+        record::CREATED_UNIX_MS,
+        8,
+    ),
+    ("payload", "snap.epoch", record::SNAP_EPOCH, 4),
+    ("payload", "snap.method", record::METHOD, 4),
+    ("page", "crc", page::CRC, 4),
+    ("page", "entry_count", page::ENTRY_COUNT, 4),
+    ("page", "page_number", page::PAGE_NUMBER, 8),
+    ("entry", "block", page::ENTRY_BLOCK, 8),
+    ("entry", "death", page::ENTRY_DEATH, 4),
+    ("entry", "location", page::ENTRY_LOCATION, 8),
+];
+
+/// The kinds of journal records by name, for the comparison with FORMAT.md.
+pub const KINDS: &[(&str, u8)] = &[
+    ("START", kind::START),
+    ("MAP", kind::MAP),
+    ("PRESERVE", kind::PRESERVE),
+    ("SETTLE", kind::SETTLE),
+    ("SNAP_ID", kind::SNAP_ID),
+    ("SNAP_MEMBERS", kind::SNAP_MEMBERS),
+    ("SNAP", kind::SNAP),
+    ("KEEP", kind::KEEP),
+    ("DISCARD", kind::DISCARD),
+    ("DELETE", kind::DELETE),
+    ("COMMIT", kind::COMMIT),
+    ("RESTART", kind::RESTART),
+];
+
+/// What a checksum is seeded with, so that bytes of one place never pass in another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Seal {
+    /// A journal record of this generation.
+    Journal(Generation),
+    /// A page of the index of this generation.
+    Page(Generation, u64),
+    /// A snapshot table record of the index of this generation.
+    Table(Generation),
+}
+
+impl Seal {
+    /// CRC32C of what the seal stands for and of `bytes`.
+    pub(crate) fn crc(self, volume: VolumeId, bytes: &[u8]) -> u32 {
+        let (tag, generation, number) = match self {
+            Seal::Journal(generation) => (b'J', generation, 0),
+            Seal::Page(generation, number) => (b'P', generation, number),
+            Seal::Table(generation) => (b'T', generation, 0),
+        };
+        let mut seed = [0; 33];
+        put(&mut seed, 0, &[tag]);
+        put(&mut seed, 1, volume.0.as_bytes());
+        put(&mut seed, 17, &generation.0.to_le_bytes());
+        put(&mut seed, 25, &number.to_le_bytes());
+        crc32c::crc32c_append(crc32c::crc32c(&seed), bytes)
+    }
+}
+
+/// Copies `source` to offset `at`; the offsets are constants above, so it always fits.
+pub(crate) fn put(bytes: &mut [u8], at: usize, source: &[u8]) {
+    debug_assert!(at + source.len() <= bytes.len());
+    if let Some(target) = bytes.get_mut(at..at + source.len()) {
+        target.copy_from_slice(source);
+    }
+}
+
+/// `N` bytes at offset `at`, zeroes where `bytes` is too short.
+pub(crate) fn take<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    debug_assert!(at + N <= bytes.len());
+    bytes
+        .get(at..at + N)
+        .and_then(|part| part.try_into().ok())
+        .unwrap_or([0; N])
+}
+
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(take(bytes, at))
+}
+
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(take(bytes, at))
+}
+
+pub(crate) fn uuid_at(bytes: &[u8], at: usize) -> uuid::Uuid {
+    uuid::Uuid::from_bytes(take(bytes, at))
+}

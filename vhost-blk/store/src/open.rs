@@ -1,0 +1,463 @@
+//! Adoption, opening, recovery's writes, closing.
+//!
+//! The daemon calls it through `Volume`. Order of recovery's writes (I4): data and the journal's tail are
+//! synced, RESTART is appended and synced, only then the superblock takes the new boot id and
+//! incarnation, only then I/O begins.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use crate::checkpoint::Turn;
+use crate::error::{FileName, Result, StoreError};
+use crate::io::{Access, BlockFile, DiskFile};
+use crate::journal::{Journal, Record};
+use crate::layout::{MAX_VOLUME_BYTES, RECORD_BYTES};
+use crate::pins::Pins;
+use crate::recover::{Loaded, load};
+use crate::settle::Settle;
+use crate::space::Space;
+use crate::superblock::Superblock;
+use crate::units::{
+    BootId, Epoch, Generation, Incarnation, SECTOR_BYTES, Sequence, VolumeId, in_memory,
+};
+use crate::volume::{
+    Core, Counters, Gate, Maintenance, OpenOptions, Shared, Volume, VolumeFiles, lock,
+};
+
+/// What opening a volume found and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct RecoveryReport {
+    /// The volume was adopted just now.
+    pub created: bool,
+    /// It had been closed in order.
+    pub clean: bool,
+    /// The machine has not booted since it was last open.
+    pub same_boot: bool,
+    /// Journal records replayed onto the index.
+    pub replayed_records: u64,
+    /// Of these: acknowledged by a daemon that was killed, and in no commit.
+    pub tail_records: u64,
+    /// Records dropped, because the machine went down before they were committed.
+    pub dropped_records: u64,
+    /// One superblock slot did not verify; it has been rewritten.
+    pub superblock_slot_damaged: bool,
+}
+
+fn io(op: &'static str, file: FileName) -> impl Fn(std::io::Error) -> StoreError {
+    move |source| StoreError::Io {
+        op,
+        file,
+        offset_bytes: 0,
+        source,
+    }
+}
+
+/// The kernel's boot id.
+fn kernel_boot_id() -> Result<BootId> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = fs::read_to_string(path).map_err(io("read boot id", FileName::Directory))?;
+    let id = uuid::Uuid::try_parse(text.trim()).map_err(|_| StoreError::Corrupted {
+        file: FileName::Directory,
+        offset_bytes: 0,
+        what: "the kernel's boot id is no UUID",
+    })?;
+    Ok(BootId(*id.as_bytes()))
+}
+
+impl VolumeFiles {
+    /// Opens, and unless read-only makes, the files of a volume. Takes the lock unless read-only.
+    pub fn open(base: &Path, shadow_storage: &Path, options: &OpenOptions) -> Result<VolumeFiles> {
+        let directory = io("open", FileName::Directory);
+        if !options.read_only {
+            fs::create_dir_all(shadow_storage).map_err(&directory)?;
+        }
+        let open = |name: &str, file, direct| {
+            let access = Access {
+                direct,
+                read_only: options.read_only,
+                create: !options.read_only,
+            };
+            DiskFile::open(&shadow_storage.join(name), access).map_err(io("open", file))
+        };
+        let superblock = open("superblock", FileName::Superblock, false)?;
+        if !options.read_only
+            && !superblock
+                .try_lock()
+                .map_err(io("lock", FileName::Superblock))?
+        {
+            return Err(StoreError::InUse);
+        }
+        let shared = |file: DiskFile| -> Arc<dyn BlockFile> { Arc::new(file) };
+        let access = Access {
+            direct: options.direct,
+            read_only: options.read_only,
+            create: false,
+        };
+        let files = VolumeFiles {
+            base: shared(DiskFile::open(base, access).map_err(io("open", FileName::Base))?),
+            superblock: shared(superblock),
+            log: shared(open("log", FileName::Log, options.direct)?),
+            journal: [
+                shared(open("journal.0", FileName::Journal, false)?),
+                shared(open("journal.1", FileName::Journal, false)?),
+            ],
+            index: [
+                shared(open("index.0", FileName::Index, false)?),
+                shared(open("index.1", FileName::Index, false)?),
+            ],
+        };
+        if !options.read_only {
+            sync_directory(shadow_storage).map_err(&directory)?;
+            if let Some(parent) = shadow_storage
+                .parent()
+                .filter(|p| !p.as_os_str().is_empty())
+            {
+                sync_directory(parent).map_err(&directory)?;
+            }
+        }
+        Ok(files)
+    }
+}
+
+/// Makes the names in a directory durable.
+fn sync_directory(path: &Path) -> std::io::Result<()> {
+    let directory = fs::File::open(path)?;
+    Ok(rustix::fs::fsync(&directory)?)
+}
+
+/// Writes an empty volume. The superblock comes last: until it is there, nothing is adopted.
+fn format(files: &VolumeFiles, size_bytes: u64, options: &OpenOptions) -> Result<()> {
+    let id = options
+        .volume_id
+        .unwrap_or_else(|| VolumeId(uuid::Uuid::new_v4()));
+    let journal_io = io("write", FileName::Journal);
+    for journal in &files.journal {
+        let zeroes = vec![0; 1 << 16];
+        let mut at = 0;
+        while at < options.journal_prewritten_bytes {
+            journal.write_at(&zeroes, at).map_err(&journal_io)?;
+            at += zeroes.len() as u64;
+        }
+    }
+    let first = Sequence(1);
+    let mut journal = Journal {
+        volume_id: id,
+        generation: Generation(0),
+        incarnation: Incarnation(0),
+        superblock: Generation(0),
+        superblock_unnamed: false,
+        first,
+        next: first,
+        committed: first,
+        end_bytes: 0,
+        unsynced: [false; 2],
+    };
+    journal.append(
+        &files.journal,
+        &[Record::Start {
+            generation: Generation(0),
+        }],
+    )?;
+    for journal in &files.journal {
+        journal.sync_data().map_err(io("sync", FileName::Journal))?;
+    }
+    Superblock {
+        generation: Generation(0),
+        volume_id: id,
+        size_bytes,
+        boot_id: BootId([0; 16]),
+        incarnation: Incarnation(0),
+        clean: true,
+        epoch: Epoch(1),
+        index_slot: 0,
+        index_generation: Generation(0),
+        index_pages: 0,
+        index_records: 0,
+        table_records: 0,
+        journal_generation: Generation(0),
+        first_sequence: first,
+        applied_through: first,
+        base_modified: None,
+    }
+    .store(&*files.superblock)
+}
+
+/// Compares the base with what the superblock remembers; the size the volume has from now on.
+fn check_base(files: &VolumeFiles, loaded: &Loaded, options: &OpenOptions) -> Result<u64> {
+    let length_bytes = base_length(files)?;
+    let superblock = &loaded.superblock;
+    let plain = loaded.state.table.is_empty() && loaded.state.index.is_empty();
+    if plain {
+        // Nothing depends on the base: it may have been used, or resized, without us.
+        return Ok(length_bytes);
+    }
+    if length_bytes < superblock.size_bytes
+        || (length_bytes != superblock.size_bytes && !options.force_base)
+    {
+        return Err(StoreError::BaseChanged { what: "its size" });
+    }
+    if let Some(then) = superblock.base_modified
+        && superblock.clean
+        && !options.force_base
+        && files
+            .base
+            .modified()
+            .map_err(io("stat", FileName::Base))?
+            .is_some_and(|now| now != then)
+    {
+        return Err(StoreError::BaseChanged {
+            what: "its modification time",
+        });
+    }
+    Ok(superblock.size_bytes)
+}
+
+fn base_length(files: &VolumeFiles) -> Result<u64> {
+    let length_bytes = files
+        .base
+        .len_bytes()
+        .map_err(io("measure", FileName::Base))?;
+    let fits = length_bytes != 0
+        && length_bytes.is_multiple_of(SECTOR_BYTES)
+        && length_bytes <= MAX_VOLUME_BYTES;
+    if fits {
+        Ok(length_bytes)
+    } else {
+        Err(StoreError::BadBaseSize(length_bytes))
+    }
+}
+
+/// Makes durable what recovery decided (I4), and returns the journal to append to.
+fn finish_recovery(
+    files: &VolumeFiles,
+    loaded: &mut Loaded,
+    size_bytes: u64,
+    boot_id: BootId,
+) -> Result<Journal> {
+    let incarnation = loaded.incarnation.next();
+    let mut journal = Journal {
+        volume_id: loaded.superblock.volume_id,
+        generation: loaded.generation,
+        incarnation,
+        superblock: loaded.superblock.generation,
+        superblock_unnamed: false,
+        first: loaded.first,
+        next: loaded.last.next(),
+        committed: loaded.last.next(),
+        end_bytes: loaded.end_bytes,
+        unsynced: [false; 2],
+    };
+    if loaded.tail_records + loaded.dropped_records > 0 || !loaded.superblock.clean {
+        files.base.sync_data().map_err(io("sync", FileName::Base))?;
+        files.log.sync_data().map_err(io("sync", FileName::Log))?;
+        rewrite_journal(files, loaded)?;
+        journal.append(
+            &files.journal,
+            &[Record::Restart {
+                through: loaded.kept_through,
+            }],
+        )?;
+        for file in &files.journal {
+            file.sync_data().map_err(io("sync", FileName::Journal))?;
+        }
+        journal.unsynced = [false; 2];
+        journal.committed = journal.next;
+    }
+    loaded.superblock = Superblock {
+        generation: loaded.superblock.generation.next(),
+        size_bytes,
+        boot_id,
+        incarnation,
+        clean: false,
+        base_modified: None,
+        ..loaded.superblock.clone()
+    };
+    loaded.superblock.store(&*files.superblock)?;
+    journal.superblock = loaded.superblock.generation;
+    Ok(journal)
+}
+
+/// Writes the journals' valid bytes over themselves: a sync that failed before the daemon died may have
+/// left them in the page cache, marked clean, and not on the disk.
+fn rewrite_journal(files: &VolumeFiles, loaded: &Loaded) -> Result<()> {
+    let current = loaded.generation.slot();
+    let older_records = loaded
+        .chain
+        .iter()
+        .filter(|entry| entry.sequence < loaded.first)
+        .count();
+    let older_bytes = (older_records * RECORD_BYTES) as u64;
+    for (slot, file) in files.journal.iter().enumerate() {
+        let end = if slot == current {
+            loaded.end_bytes
+        } else {
+            older_bytes
+        };
+        let mut bytes = vec![0; in_memory(end.min(1 << 20))];
+        let mut at = 0;
+        while at < end {
+            let part = in_memory((end - at).min(bytes.len() as u64));
+            file.read_at(&mut bytes[..part], at)
+                .map_err(io("read", FileName::Journal))?;
+            file.write_at(&bytes[..part], at)
+                .map_err(io("write", FileName::Journal))?;
+            at += part as u64;
+        }
+    }
+    Ok(())
+}
+
+impl Volume {
+    /// Adopts `base` with a new shadow storage directory, or opens the one that is there and recovers.
+    /// The base is never converted: its bytes stay where they are.
+    pub fn adopt(
+        base: &Path,
+        shadow_storage: &Path,
+        options: &OpenOptions,
+    ) -> Result<(Volume, RecoveryReport)> {
+        let files = VolumeFiles::open(base, shadow_storage, options)?;
+        Volume::open_files(files, options)
+    }
+
+    /// The same over files that are open already.
+    pub fn open_files(
+        files: VolumeFiles,
+        options: &OpenOptions,
+    ) -> Result<(Volume, RecoveryReport)> {
+        let boot_id = match options.boot_id {
+            Some(boot_id) => boot_id,
+            None => kernel_boot_id()?,
+        };
+        let mut created = false;
+        let mut loaded = match load(&files, boot_id, options.cache_pages)? {
+            Some(loaded) => loaded,
+            None if options.read_only => return Err(StoreError::ReadOnly),
+            None => {
+                format(&files, base_length(&files)?, options)?;
+                created = true;
+                load(&files, boot_id, options.cache_pages)?.ok_or(StoreError::Corrupted {
+                    file: FileName::Superblock,
+                    offset_bytes: 0,
+                    what: "what was written does not read back",
+                })?
+            }
+        };
+        let id = loaded.superblock.volume_id;
+        if options.volume_id.is_some_and(|wanted| wanted != id) {
+            return Err(StoreError::WrongVolume(id));
+        }
+        let size_bytes = check_base(&files, &loaded, options)?;
+        let report = RecoveryReport {
+            created,
+            clean: loaded.superblock.clean,
+            same_boot: loaded.same_boot,
+            replayed_records: loaded.replayed_records,
+            tail_records: loaded.tail_records,
+            dropped_records: loaded.dropped_records,
+            superblock_slot_damaged: loaded.other_slot_damaged,
+        };
+        let journal = if options.read_only {
+            Journal {
+                volume_id: id,
+                generation: loaded.generation,
+                incarnation: loaded.incarnation,
+                superblock: loaded.superblock.generation,
+                superblock_unnamed: false,
+                first: loaded.first,
+                next: loaded.last.next(),
+                committed: loaded.last.next(),
+                end_bytes: loaded.end_bytes,
+                unsynced: [false; 2],
+            }
+        } else {
+            finish_recovery(&files, &mut loaded, size_bytes, boot_id)?
+        };
+        Ok((
+            Volume::from_loaded(files, options, loaded, size_bytes, journal),
+            report,
+        ))
+    }
+
+    fn from_loaded(
+        files: VolumeFiles,
+        options: &OpenOptions,
+        loaded: Loaded,
+        size_bytes: u64,
+        journal: Journal,
+    ) -> Volume {
+        let mut space = Space::new(options.segment_bytes, options.log_limit_bytes);
+        loaded.mapped_blocks().for_each(|block| space.mark(block));
+        let mut settle = Settle::default();
+        settle.note_checkpoint();
+        let superblock = loaded.superblock;
+        let core = Core {
+            state: loaded.state,
+            space,
+            journal,
+            pins: Pins::default(),
+            busy: Default::default(),
+            settling: Default::default(),
+            reserved: Default::default(),
+            dropped: Vec::new(),
+            // Records may have been superseded before the last close; one checkpoint finds out.
+            reclaim: loaded.replayed_records > 0,
+            discarded_blocks: 0,
+            changes: 0,
+        };
+        let shared = Shared {
+            id: superblock.volume_id,
+            size_bytes,
+            options: options.clone(),
+            gate: Gate::default(),
+            counters: Counters::default(),
+            rounds: Default::default(),
+            maintenance: Mutex::new(Maintenance {
+                superblock,
+                checkpoint: None,
+                settle,
+            }),
+            files,
+            core: Mutex::new(core),
+        };
+        shared.note_plain(&shared.core());
+        Volume {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Makes everything durable, merges what is in memory, and marks the volume clean. `Busy` if a write
+    /// is in flight. Dropping a volume instead is what a killed daemon does.
+    pub fn close(self) -> Result<()> {
+        use std::sync::atomic::Ordering;
+        let shared = &self.shared;
+        if shared.options.read_only {
+            return Ok(());
+        }
+        let mut work = lock(&shared.maintenance);
+        shared.gate.held.store(true, Ordering::SeqCst);
+        if shared.gate.writes_in_flight.load(Ordering::SeqCst) != 0 {
+            return Err(StoreError::Busy);
+        }
+        shared.flush()?;
+        shared.run_checkpoint(&mut work)?;
+        if shared.core().state.index.memtable_records() > 0 {
+            shared.begin_checkpoint(&mut work, Turn::Keep)?;
+            shared.run_checkpoint(&mut work)?;
+        }
+        let modified = shared
+            .files
+            .base
+            .modified()
+            .map_err(io("stat", FileName::Base))?;
+        let closed = Superblock {
+            generation: work.superblock.generation.next(),
+            clean: true,
+            base_modified: modified,
+            ..work.superblock.clone()
+        };
+        closed.store(&*shared.files.superblock)?;
+        work.superblock = closed;
+        Ok(())
+    }
+}

@@ -1,0 +1,359 @@
+//! Reading a volume's state from its files, without writing a byte.
+//!
+//! `open` uses it and then makes the outcome durable; `check` and `dump` use it as it is.
+//! What is kept (I4): everything up to the last COMMIT or RESTART; behind it, the whole valid tail if
+//! the machine has not booted since, else nothing.
+#![deny(clippy::indexing_slicing)]
+
+use crate::error::{FileName, Result, StoreError};
+use crate::index::{Fences, Index, Location, Run};
+use crate::journal::{Entry, Record, Scan, UnverifiedRecord, scan};
+use crate::layout::{self, LIVE, PAGE_BYTES, RECORD_BYTES, Seal};
+use crate::space::Bitmap;
+use crate::state::State;
+use crate::superblock::{self, SlotsFound, Superblock};
+use crate::units::{BLOCK_BYTES, BootId, Generation, Incarnation, LogBlock, Sequence};
+use crate::volume::VolumeFiles;
+
+/// A volume as its files describe it.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) superblock: Superblock,
+    pub(crate) other_slot_damaged: bool,
+    pub(crate) state: State,
+    /// Log blocks that the run or a kept record names, superseded or not: none may be reused yet.
+    pub(crate) mapped: Bitmap,
+    /// Generation that appends go to, and where.
+    pub(crate) generation: Generation,
+    pub(crate) first: Sequence,
+    pub(crate) end_bytes: u64,
+    pub(crate) last: Sequence,
+    /// Highest incarnation seen anywhere.
+    pub(crate) incarnation: Incarnation,
+    /// Last record that holds.
+    pub(crate) kept_through: Sequence,
+    /// Records kept that no COMMIT covered, and records dropped.
+    pub(crate) tail_records: u64,
+    pub(crate) dropped_records: u64,
+    pub(crate) replayed_records: u64,
+    pub(crate) same_boot: bool,
+    /// The valid chain, for the dump.
+    pub(crate) chain: Vec<Entry>,
+}
+
+fn corrupted(file: FileName, offset_bytes: u64, what: &'static str) -> StoreError {
+    StoreError::Corrupted {
+        file,
+        offset_bytes,
+        what,
+    }
+}
+
+/// Loads the volume; `None` if it was never formatted.
+pub(crate) fn load(
+    files: &VolumeFiles,
+    boot_id: BootId,
+    cache_pages: usize,
+) -> Result<Option<Loaded>> {
+    let (superblock, other_slot_damaged) = match superblock::load(&*files.superblock)? {
+        SlotsFound::Blank => return Ok(None),
+        SlotsFound::Valid {
+            current,
+            other_damaged,
+        } => (current, other_damaged),
+    };
+    let volume_blocks = superblock.size_bytes.div_ceil(BLOCK_BYTES);
+    let (run, mut mapped) = load_run(files, &superblock, volume_blocks)?;
+    let index = Index::new(files.index.clone(), run, cache_pages);
+    let mut state = State::new(index, superblock.epoch, volume_blocks);
+    load_table(files, &superblock, &mut state)?;
+
+    let (chain, older, younger) = load_chain(files, &superblock)?;
+    let last = chain
+        .last()
+        .map_or(superblock.first_sequence, |entry| entry.sequence);
+    let incarnation = chain
+        .last()
+        .map_or(superblock.incarnation, |entry| entry.incarnation)
+        .max(superblock.incarnation);
+    let same_boot = superblock.boot_id == boot_id;
+    let decided = decide(&chain, &superblock, same_boot)?;
+
+    let mut replayed_records = 0;
+    for entry in &decided.kept {
+        if entry.sequence <= superblock.applied_through {
+            continue;
+        }
+        state.check_snap(&entry.record)?;
+        let puts = state.puts(&entry.record)?;
+        for (_, location) in &puts {
+            if let Location::Log(at) = location {
+                mapped.set(at.0);
+            }
+        }
+        state.apply(&entry.record, puts);
+        replayed_records += 1;
+    }
+    let (generation, first, end_bytes) = match younger {
+        Some((scan, first)) => (superblock.journal_generation.next(), first, scan.end_bytes),
+        None => (
+            superblock.journal_generation,
+            superblock.first_sequence,
+            older.end_bytes,
+        ),
+    };
+    Ok(Some(Loaded {
+        superblock,
+        other_slot_damaged,
+        state,
+        mapped,
+        generation,
+        first,
+        end_bytes,
+        last,
+        incarnation,
+        kept_through: decided.through,
+        tail_records: decided.tail_records,
+        dropped_records: decided.dropped_records,
+        replayed_records,
+        same_boot,
+        chain,
+    }))
+}
+
+/// Reads every page of the run once: checks it, notes its fences and its log blocks.
+fn load_run(
+    files: &VolumeFiles,
+    superblock: &Superblock,
+    volume_blocks: u64,
+) -> Result<(Run, Bitmap)> {
+    let [first_file, second_file] = &files.index;
+    let file = if superblock.index_slot == 0 {
+        first_file
+    } else {
+        second_file
+    };
+    let mut run = Run {
+        volume_id: superblock.volume_id,
+        slot: superblock.index_slot,
+        generation: superblock.index_generation,
+        pages: superblock.index_pages,
+        records: superblock.index_records,
+        fences: Fences::default(),
+    };
+    let mut mapped = Bitmap::default();
+    let (mut previous, mut records) = (None, 0);
+    for number in 0..run.pages {
+        let page = run.read_page(&**file, number)?;
+        let at = number * PAGE_BYTES as u64;
+        let broken = |what| corrupted(FileName::Index, at, what);
+        if let Some((first, _)) = page.first() {
+            run.fences.push(*first);
+        }
+        for (key, location) in &page {
+            if previous.is_some_and(|previous| previous >= *key) {
+                return Err(broken("keys are not ascending across pages (I1)"));
+            }
+            if key.block.0 >= volume_blocks {
+                return Err(broken("a record names a block outside the volume (I2)"));
+            }
+            if key.death == 0 || (key.death != LIVE && key.death > superblock.epoch.0) {
+                return Err(broken("a version died in an epoch that has not been (I5)"));
+            }
+            if let Location::Log(at) = location {
+                mapped.set(at.0);
+            }
+            previous = Some(*key);
+            records += 1;
+        }
+    }
+    if records != run.records {
+        return Err(corrupted(
+            FileName::Index,
+            0,
+            "another number of records than announced",
+        ));
+    }
+    Ok((run, mapped))
+}
+
+/// Rebuilds the snapshot table from the records behind the pages.
+fn load_table(files: &VolumeFiles, superblock: &Superblock, state: &mut State) -> Result<()> {
+    let [first_file, second_file] = &files.index;
+    let file = if superblock.index_slot == 0 {
+        first_file
+    } else {
+        second_file
+    };
+    let most = layout::MAX_SNAPSHOTS * (2 + layout::MAX_SET_MEMBERS);
+    let start = superblock.index_pages * PAGE_BYTES as u64;
+    let broken = |what| corrupted(FileName::Index, start, what);
+    if superblock.table_records > most as u64 {
+        return Err(broken("the snapshot table is too long"));
+    }
+    for place in 0..superblock.table_records {
+        let offset_bytes = start + place * RECORD_BYTES as u64;
+        let mut bytes = [0; RECORD_BYTES];
+        file.read_at(&mut bytes, offset_bytes)
+            .map_err(|source| StoreError::Io {
+                op: "read",
+                file: FileName::Index,
+                offset_bytes,
+                source,
+            })?;
+        let seal = Seal::Table(superblock.index_generation);
+        let entry = UnverifiedRecord(&bytes)
+            .verify(superblock.volume_id, seal)
+            .filter(|entry| entry.sequence.0 == place + 1)
+            .ok_or(broken("a snapshot table record does not verify"))?;
+        match entry.record {
+            Record::SnapId { .. }
+            | Record::SnapMembers { .. }
+            | Record::Snap { .. }
+            | Record::Keep { .. } => {}
+            Record::Start { .. }
+            | Record::Map { .. }
+            | Record::Preserve { .. }
+            | Record::Settle { .. }
+            | Record::Discard { .. }
+            | Record::Delete { .. }
+            | Record::Commit { .. }
+            | Record::Restart { .. } => {
+                return Err(broken("a record that has no place in the snapshot table"));
+            }
+        }
+        state.check_snap(&entry.record)?;
+        state.apply(&entry.record, Vec::new());
+    }
+    if state.floor().is_some_and(|floor| floor >= superblock.epoch) {
+        return Err(broken("a snapshot of an epoch that is not closed (I5)"));
+    }
+    state.epoch = superblock.epoch;
+    Ok(())
+}
+
+type Chain = (Vec<Entry>, Scan, Option<(Scan, Sequence)>);
+
+/// The valid chain over one or two journal files.
+fn load_chain(files: &VolumeFiles, superblock: &Superblock) -> Result<Chain> {
+    let [first_file, second_file] = &files.journal;
+    let generation = superblock.journal_generation;
+    let (file, other) = match generation.slot() {
+        0 => (first_file, second_file),
+        _ => (second_file, first_file),
+    };
+    let volume = superblock.volume_id;
+    let floor = Incarnation(0);
+    let mut older = scan(
+        &**file,
+        volume,
+        generation,
+        superblock.first_sequence,
+        floor,
+    )?;
+    let mut chain = std::mem::take(&mut older.entries);
+    let Some((last, incarnation)) = chain.last().map(|e| (e.sequence, e.incarnation)) else {
+        // START is durable before the superblock names its generation.
+        return Err(corrupted(
+            FileName::Journal,
+            0,
+            "the journal that the superblock names does not begin; is the newer slot lost?",
+        ));
+    };
+    let first = last.next();
+    let mut younger = scan(&**other, volume, generation.next(), first, incarnation)?;
+    if younger.entries.is_empty() {
+        return Ok((chain, older, None));
+    }
+    chain.append(&mut younger.entries);
+    Ok((chain, older, Some((younger, first))))
+}
+
+struct Decided {
+    kept: Vec<Entry>,
+    through: Sequence,
+    tail_records: u64,
+    dropped_records: u64,
+}
+
+/// Which records of the chain hold.
+fn decide(chain: &[Entry], superblock: &Superblock, same_boot: bool) -> Result<Decided> {
+    let mut decided = Decided {
+        kept: Vec::new(),
+        through: superblock.first_sequence,
+        tail_records: 0,
+        dropped_records: 0,
+    };
+    let mut pending: Vec<Entry> = Vec::new();
+    let broken = |what| corrupted(FileName::Journal, 0, what);
+    for entry in chain {
+        let through = match &entry.record {
+            Record::Commit {
+                through,
+                superblock: named,
+            } => {
+                if *named > superblock.generation {
+                    return Err(corrupted(
+                        FileName::Superblock,
+                        0,
+                        "the journal names a newer superblock slot: it is lost",
+                    ));
+                }
+                Some(*through)
+            }
+            Record::Restart { through } => Some(*through),
+            Record::Start { .. }
+            | Record::Map { .. }
+            | Record::Preserve { .. }
+            | Record::Settle { .. }
+            | Record::SnapId { .. }
+            | Record::SnapMembers { .. }
+            | Record::Snap { .. }
+            | Record::Keep { .. }
+            | Record::Discard { .. }
+            | Record::Delete { .. } => None,
+        };
+        let restart = matches!(entry.record, Record::Restart { .. });
+        if entry.incarnation > superblock.incarnation && !restart {
+            return Err(broken(
+                "records of an opening that the superblock does not know",
+            ));
+        }
+        let Some(through) = through else {
+            pending.push(entry.clone());
+            continue;
+        };
+        if through >= entry.sequence {
+            return Err(broken("a COMMIT of records that come after it"));
+        }
+        let split = pending.partition_point(|entry| entry.sequence <= through);
+        let rest = pending.split_off(split);
+        decided.kept.append(&mut pending);
+        decided.through = decided.through.max(through);
+        if restart {
+            decided.dropped_records += rest.len() as u64;
+            decided.kept.push(entry.clone());
+            decided.through = decided.through.max(entry.sequence);
+        } else {
+            pending = rest;
+        }
+    }
+    // The tail: acknowledged by a daemon that was killed, or unflushed before a power cut.
+    for entry in pending {
+        if same_boot && entry.incarnation == superblock.incarnation {
+            decided.through = decided.through.max(entry.sequence);
+            decided.tail_records += 1;
+            decided.kept.push(entry);
+        } else {
+            decided.dropped_records += 1;
+        }
+    }
+    Ok(decided)
+}
+
+impl Loaded {
+    /// Every log block in use, for the allocator.
+    pub(crate) fn mapped_blocks(&self) -> impl Iterator<Item = LogBlock> + '_ {
+        self.mapped.ones().map(LogBlock)
+    }
+}

@@ -1,0 +1,184 @@
+//! A snapshot's life: prepare, take, keep or discard, delete, revert.
+//!
+//! The daemon calls it through `Volume`. It knows nothing of other volumes; `sets` does.
+//! Invariants: a snapshot is taken with no write in flight, and its SNAP record is durable only after all
+//! data of its epoch (I5); every change of the table is durable when its call returns.
+
+use std::sync::atomic::Ordering;
+
+use crate::checkpoint::Turn;
+use crate::error::{Result, StoreError};
+use crate::journal::Record;
+use crate::layout::{MAX_EPOCH, MAX_SET_MEMBERS, MAX_SNAPSHOTS};
+use crate::snapshot_table::{SnapshotInfo, SnapshotState, snap_records};
+use crate::units::{SetId, SnapshotId};
+use crate::volume::{NewSnapshot, Shared, Volume, lock};
+
+/// Writes are refused while it lives.
+struct Hold<'a>(&'a Shared);
+
+impl<'a> Hold<'a> {
+    /// Refuses new writes; `Busy` if one is in flight.
+    fn begin(shared: &'a Shared) -> Result<Hold<'a>> {
+        shared.gate.held.store(true, Ordering::SeqCst);
+        let hold = Hold(shared);
+        if shared.gate.writes_in_flight.load(Ordering::SeqCst) != 0 {
+            return Err(StoreError::Busy);
+        }
+        Ok(hold)
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        self.0.gate.held.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Shared {
+    /// Appends and commits records of the table.
+    fn change_table(&self, records: &[Record]) -> Result<()> {
+        self.core().record(self, records)?;
+        self.commit_records()
+    }
+}
+
+impl Volume {
+    /// What can be done before the freeze: flush, space for the first writes after the snapshot.
+    /// Blocking.
+    pub fn prepare_snapshot(&self) -> Result<()> {
+        let shared = &self.shared;
+        shared.check_writable()?;
+        let _work = lock(&shared.maintenance);
+        let segment = shared.core().space.segment_to_back();
+        if let Some(number) = segment {
+            shared.back_segment(number)?;
+        }
+        shared.flush()
+    }
+
+    /// Takes a provisional snapshot of the volume as it is now. The caller has held all writes and none
+    /// is in flight; `Busy` otherwise. Blocking: one sync of the data, one of the journal.
+    pub fn take_snapshot(&self, new: NewSnapshot) -> Result<SnapshotInfo> {
+        let shared = &self.shared;
+        shared.check_writable()?;
+        let _work = lock(&shared.maintenance);
+        let _hold = Hold::begin(shared)?;
+        let info = {
+            let mut core = shared.core();
+            let all = core.state.table.all();
+            if all
+                .iter()
+                .any(|s| s.snapshot_id == new.snapshot_id || s.set_id == new.set_id)
+            {
+                return Err(StoreError::SnapshotExists(new.snapshot_id));
+            }
+            if all.len() >= MAX_SNAPSHOTS {
+                return Err(StoreError::Limit("snapshots of one volume"));
+            }
+            if new.members.is_empty() || new.members.len() > MAX_SET_MEMBERS {
+                return Err(StoreError::Limit("volumes of one set"));
+            }
+            if core.state.epoch.0 >= MAX_EPOCH - 1 {
+                return Err(StoreError::Limit("epochs of one volume"));
+            }
+            let info = SnapshotInfo {
+                snapshot_id: new.snapshot_id,
+                set_id: new.set_id,
+                epoch: core.state.epoch,
+                method: new.method,
+                state: SnapshotState::Provisional,
+                created_unix_ms: new.created_unix_ms,
+                members: new.members,
+            };
+            core.record(shared, &snap_records(&info))?;
+            shared.note_plain(&core);
+            info
+        };
+        // The round syncs the data first and commits SNAP after it (I5).
+        shared.flush()?;
+        Ok(info)
+    }
+
+    /// Keeps the snapshot of the set. Only after all members' snapshots are durable. Blocking.
+    pub fn keep_set(&self, set_id: SetId) -> Result<()> {
+        self.shared.check_writable()?;
+        let _work = lock(&self.shared.maintenance);
+        let undecided = self
+            .shared
+            .core()
+            .state
+            .table
+            .all()
+            .iter()
+            .any(|s| s.set_id == set_id && s.state == SnapshotState::Provisional);
+        if !undecided {
+            return Ok(());
+        }
+        self.shared.change_table(&[Record::Keep { set_id }])
+    }
+
+    /// Drops the snapshot of the set, if there is one. Blocking.
+    pub fn discard_set(&self, set_id: SetId) -> Result<()> {
+        self.shared.check_writable()?;
+        let _work = lock(&self.shared.maintenance);
+        {
+            let mut core = self.shared.core();
+            if !core
+                .state
+                .table
+                .all()
+                .iter()
+                .any(|snapshot| snapshot.set_id == set_id)
+            {
+                return Ok(());
+            }
+            core.reclaim = true;
+        }
+        self.shared.change_table(&[Record::Discard { set_id }])
+    }
+
+    /// Drops one snapshot. Its space comes back in the background. Blocking.
+    pub fn delete_snapshot(&self, snapshot_id: SnapshotId) -> Result<()> {
+        self.shared.check_writable()?;
+        let _work = lock(&self.shared.maintenance);
+        {
+            let mut core = self.shared.core();
+            core.state
+                .table
+                .get(snapshot_id)
+                .ok_or(StoreError::NoSuchSnapshot(snapshot_id))?;
+            core.reclaim = true;
+        }
+        self.shared.change_table(&[Record::Delete { snapshot_id }])
+    }
+
+    /// Makes the volume what it was when the snapshot was taken; newer snapshots are dropped, it stays.
+    /// The caller has stopped the guest's writes; `Busy` otherwise. Blocking, as long as rewriting the
+    /// index takes.
+    pub fn revert(&self, snapshot_id: SnapshotId) -> Result<()> {
+        let shared = &self.shared;
+        shared.check_writable()?;
+        let mut work = lock(&shared.maintenance);
+        let _hold = Hold::begin(shared)?;
+        shared.flush()?;
+        // A checkpoint under way merges an older state: let it end first.
+        shared.run_checkpoint(&mut work)?;
+        let epoch = {
+            let mut core = shared.core();
+            work.settle.abandon(&mut core);
+            let table = &core.state.table;
+            let snapshot = table
+                .get(snapshot_id)
+                .ok_or(StoreError::NoSuchSnapshot(snapshot_id))?;
+            if core.state.epoch.0 >= MAX_EPOCH - 1 {
+                return Err(StoreError::Limit("epochs of one volume"));
+            }
+            snapshot.epoch
+        };
+        shared.begin_checkpoint(&mut work, Turn::Revert(epoch))?;
+        shared.run_checkpoint(&mut work)?;
+        shared.core().reclaim = true;
+        Ok(())
+    }
+}

@@ -1,0 +1,275 @@
+//! The superblock: two slots, the newer valid one says what is current.
+//!
+//! `open` reads it, `checkpoint` and `open` write it. It knows no journal and no index, only their numbers.
+//! Invariants: a slot is rewritten only after the other one is durable (I7); all that matters fits one
+//! sector, so a slot is old or new, never torn.
+#![deny(clippy::indexing_slicing)]
+
+use crate::error::{FileName, Result, StoreError};
+use crate::io::BlockFile;
+use crate::layout::{self, put, slot, u32_at, u64_at, uuid_at};
+use crate::units::{
+    BLOCK_BYTES, BootId, Epoch, Generation, Incarnation, SECTOR_BYTES, Sequence, VolumeId,
+};
+
+/// Modification time of the base, seconds and nanoseconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModifiedTime {
+    /// Seconds.
+    pub seconds: i64,
+    /// Nanoseconds.
+    pub nanoseconds: u32,
+}
+
+/// A checked slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Superblock {
+    pub(crate) generation: Generation,
+    pub(crate) volume_id: VolumeId,
+    pub(crate) size_bytes: u64,
+    pub(crate) boot_id: BootId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) clean: bool,
+    /// Epoch when the current index was written.
+    pub(crate) epoch: Epoch,
+    pub(crate) index_slot: usize,
+    pub(crate) index_generation: Generation,
+    pub(crate) index_pages: u64,
+    pub(crate) index_records: u64,
+    pub(crate) table_records: u64,
+    /// First journal generation to replay onto the index.
+    pub(crate) journal_generation: Generation,
+    /// Sequence of that journal's START record.
+    pub(crate) first_sequence: Sequence,
+    /// Records up to this one are in the index already.
+    pub(crate) applied_through: Sequence,
+    /// Set by a clean close, where the base can tell.
+    pub(crate) base_modified: Option<ModifiedTime>,
+}
+
+/// Bytes of a slot as read, before any check.
+pub(crate) struct UnverifiedSuperblock([u8; layout::SLOT_USED_BYTES]);
+
+impl UnverifiedSuperblock {
+    pub(crate) fn read(file: &dyn BlockFile, at: usize) -> Result<Self> {
+        let mut bytes = [0; layout::SLOT_USED_BYTES];
+        let offset_bytes = layout::SLOT_BYTES * u64::from(at == 1);
+        file.read_at(&mut bytes, offset_bytes)
+            .map_err(|source| StoreError::Io {
+                op: "read",
+                file: FileName::Superblock,
+                offset_bytes,
+                source,
+            })?;
+        Ok(Self(bytes))
+    }
+
+    /// Whether the slot was never written.
+    pub(crate) fn is_blank(&self) -> bool {
+        self.0.iter().all(|byte| *byte == 0)
+    }
+
+    /// The slot if its magic and checksum hold; `Err` only for a format this program must not touch.
+    pub(crate) fn verify(&self) -> Result<Option<Superblock>> {
+        let bytes = &self.0;
+        let mut summed = *bytes;
+        put(&mut summed, slot::CRC, &[0; 4]);
+        if layout::take::<8>(bytes, slot::MAGIC) != layout::MAGIC
+            || crc32c::crc32c(&summed) != u32_at(bytes, slot::CRC)
+        {
+            return Ok(None);
+        }
+        let (version, features) = (u32_at(bytes, slot::VERSION), u32_at(bytes, slot::FEATURES));
+        if version != layout::VERSION || features & !layout::KNOWN_FEATURES != 0 {
+            return Err(StoreError::Unsupported { version, features });
+        }
+        let flags = u32_at(bytes, slot::FLAGS);
+        let size_bytes = u64_at(bytes, slot::SIZE_BYTES);
+        let index_slot = match u32_at(bytes, slot::INDEX_SLOT) {
+            0 => 0,
+            1 => 1,
+            _ => return Ok(None),
+        };
+        if u64::from(u32_at(bytes, slot::BLOCK_BYTES)) != BLOCK_BYTES
+            || size_bytes == 0
+            || !size_bytes.is_multiple_of(SECTOR_BYTES)
+            || size_bytes > layout::MAX_VOLUME_BYTES
+            || u32_at(bytes, slot::EPOCH) == 0
+            || u32_at(bytes, slot::EPOCH) > layout::MAX_EPOCH
+        {
+            return Ok(None);
+        }
+        let base_modified = (flags & layout::FLAG_BASE_TIME != 0).then(|| ModifiedTime {
+            seconds: i64::from_le_bytes(layout::take(bytes, slot::BASE_SECONDS)),
+            nanoseconds: u32_at(bytes, slot::BASE_NANOSECONDS),
+        });
+        Ok(Some(Superblock {
+            generation: Generation(u64_at(bytes, slot::GENERATION)),
+            volume_id: VolumeId(uuid_at(bytes, slot::VOLUME_ID)),
+            size_bytes,
+            boot_id: BootId(layout::take(bytes, slot::BOOT_ID)),
+            incarnation: Incarnation(u32_at(bytes, slot::INCARNATION)),
+            clean: flags & layout::FLAG_CLEAN != 0,
+            epoch: Epoch(u32_at(bytes, slot::EPOCH)),
+            index_slot,
+            index_generation: Generation(u64_at(bytes, slot::INDEX_GENERATION)),
+            index_pages: u64_at(bytes, slot::INDEX_PAGES),
+            index_records: u64_at(bytes, slot::INDEX_RECORDS),
+            table_records: u64_at(bytes, slot::TABLE_RECORDS),
+            journal_generation: Generation(u64_at(bytes, slot::JOURNAL_GENERATION)),
+            first_sequence: Sequence(u64_at(bytes, slot::FIRST_SEQUENCE)),
+            applied_through: Sequence(u64_at(bytes, slot::APPLIED_THROUGH)),
+            base_modified,
+        }))
+    }
+}
+
+impl Superblock {
+    fn encode(&self) -> [u8; layout::SLOT_USED_BYTES] {
+        let mut bytes = [0; layout::SLOT_USED_BYTES];
+        let mut flags = 0;
+        if self.clean {
+            flags |= layout::FLAG_CLEAN;
+        }
+        if let Some(modified) = self.base_modified {
+            flags |= layout::FLAG_BASE_TIME;
+            put(
+                &mut bytes,
+                slot::BASE_SECONDS,
+                &modified.seconds.to_le_bytes(),
+            );
+            put(
+                &mut bytes,
+                slot::BASE_NANOSECONDS,
+                &modified.nanoseconds.to_le_bytes(),
+            );
+        }
+        put(&mut bytes, slot::MAGIC, &layout::MAGIC);
+        put(&mut bytes, slot::VERSION, &layout::VERSION.to_le_bytes());
+        put(
+            &mut bytes,
+            slot::GENERATION,
+            &self.generation.0.to_le_bytes(),
+        );
+        let block_bytes: [u8; 8] = BLOCK_BYTES.to_le_bytes();
+        put(
+            &mut bytes,
+            slot::BLOCK_BYTES,
+            &layout::take::<4>(&block_bytes, 0),
+        );
+        put(&mut bytes, slot::VOLUME_ID, self.volume_id.0.as_bytes());
+        put(&mut bytes, slot::SIZE_BYTES, &self.size_bytes.to_le_bytes());
+        put(&mut bytes, slot::BOOT_ID, &self.boot_id.0);
+        put(
+            &mut bytes,
+            slot::INCARNATION,
+            &self.incarnation.0.to_le_bytes(),
+        );
+        put(&mut bytes, slot::FLAGS, &flags.to_le_bytes());
+        put(&mut bytes, slot::EPOCH, &self.epoch.0.to_le_bytes());
+        put(
+            &mut bytes,
+            slot::INDEX_SLOT,
+            &u32::from(self.index_slot == 1).to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            slot::INDEX_GENERATION,
+            &self.index_generation.0.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            slot::INDEX_PAGES,
+            &self.index_pages.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            slot::INDEX_RECORDS,
+            &self.index_records.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            slot::TABLE_RECORDS,
+            &self.table_records.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            slot::JOURNAL_GENERATION,
+            &self.journal_generation.0.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            slot::FIRST_SEQUENCE,
+            &self.first_sequence.0.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            slot::APPLIED_THROUGH,
+            &self.applied_through.0.to_le_bytes(),
+        );
+        let crc = crc32c::crc32c(&bytes);
+        put(&mut bytes, slot::CRC, &crc.to_le_bytes());
+        bytes
+    }
+
+    /// Writes the slot of this generation and makes it durable (I7).
+    pub(crate) fn store(&self, file: &dyn BlockFile) -> Result<()> {
+        let offset_bytes = layout::SLOT_BYTES * u64::from(self.generation.slot() == 1);
+        let io = |op, source| StoreError::Io {
+            op,
+            file: FileName::Superblock,
+            offset_bytes,
+            source,
+        };
+        file.write_at(&self.encode(), offset_bytes)
+            .map_err(|error| io("write", error))?;
+        file.sync_data().map_err(|error| io("sync", error))
+    }
+}
+
+/// What both slots together say.
+pub(crate) enum SlotsFound {
+    /// Never written: the adoption did not finish, or did not begin.
+    Blank,
+    /// The newer valid slot; `other_damaged` when the other holds bytes that do not verify.
+    Valid {
+        current: Superblock,
+        other_damaged: bool,
+    },
+}
+
+/// Reads both slots and picks the newer valid one.
+pub(crate) fn load(file: &dyn BlockFile) -> Result<SlotsFound> {
+    let (a, b) = (
+        UnverifiedSuperblock::read(file, 0)?,
+        UnverifiedSuperblock::read(file, 1)?,
+    );
+    let misplaced = |found: Option<Superblock>, at| found.filter(|s| s.generation.slot() == at);
+    match (misplaced(a.verify()?, 0), misplaced(b.verify()?, 1)) {
+        (None, None) if a.is_blank() && b.is_blank() => Ok(SlotsFound::Blank),
+        (None, None) => Err(StoreError::Corrupted {
+            file: FileName::Superblock,
+            offset_bytes: 0,
+            what: "neither slot verifies",
+        }),
+        (Some(current), None) => Ok(SlotsFound::Valid {
+            current,
+            other_damaged: !b.is_blank(),
+        }),
+        (None, Some(current)) => Ok(SlotsFound::Valid {
+            current,
+            other_damaged: !a.is_blank(),
+        }),
+        (Some(first), Some(second)) => {
+            let current = if first.generation > second.generation {
+                first
+            } else {
+                second
+            };
+            Ok(SlotsFound::Valid {
+                current,
+                other_damaged: false,
+            })
+        }
+    }
+}

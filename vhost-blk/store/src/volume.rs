@@ -1,0 +1,363 @@
+//! `Volume`: the handle the daemon holds, and `Shared`, what all rooms behind it share.
+//!
+//! The daemon calls it; `open` makes it. The path of a request is in `read_path` and `write_path`, of a
+//! snapshot in `snapshot`, the order of syncs in `commit`.
+//! Locks, in the order they may be taken: `maintenance`, the round's own, `core`. No data I/O happens
+//! under `core`, only journal appends (page cache) and index page reads.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::checkpoint::Checkpoint;
+use crate::commit::Rounds;
+use crate::error::{FileName, Result, StoreError};
+use crate::io::BlockFile;
+use crate::journal::{Journal, Record};
+use crate::pins::{PinGeneration, Pins};
+use crate::settle::Settle;
+use crate::snapshot_table::SnapshotInfo;
+use crate::space::{LogRun, Space};
+use crate::state::State;
+use crate::superblock::Superblock;
+use crate::units::{BLOCK_BYTES, BootId, Epoch, SetId, SnapshotId, VolumeId};
+
+/// The files of a volume.
+#[derive(Clone, Debug)]
+pub struct VolumeFiles {
+    /// The adopted file or block device.
+    pub base: Arc<dyn BlockFile>,
+    /// Two superblock slots.
+    pub superblock: Arc<dyn BlockFile>,
+    /// Data blocks.
+    pub log: Arc<dyn BlockFile>,
+    /// Journals, alternating by generation.
+    pub journal: [Arc<dyn BlockFile>; 2],
+    /// Indexes, alternating by checkpoint.
+    pub index: [Arc<dyn BlockFile>; 2],
+}
+
+/// A file whose bytes the caller moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DataFile {
+    /// The base.
+    Base,
+    /// The log.
+    Log,
+}
+
+/// How a volume is opened.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// O_DIRECT for base and log, where the filesystem allows it.
+    pub direct: bool,
+    /// No writes at all, recovery included: the journal is replayed in memory only.
+    pub read_only: bool,
+    /// Open although the base was changed by somebody else.
+    pub force_base: bool,
+    /// Id of a newly adopted volume; an existing one must have it. Random if absent.
+    pub volume_id: Option<VolumeId>,
+    /// The machine's boot id; read from the kernel if absent.
+    pub boot_id: Option<BootId>,
+    /// Bytes of the log that are set aside, and given back, at a time.
+    pub segment_bytes: u64,
+    /// Most bytes the log may grow to.
+    pub log_limit_bytes: u64,
+    /// Records in memory after which a checkpoint is due; at four times as many, writes wait for it.
+    pub memtable_records: usize,
+    /// Bytes of a journal after which a checkpoint is due; at four times as many, writes wait for it.
+    pub journal_bytes: u64,
+    /// Index pages kept in memory.
+    pub cache_pages: usize,
+    /// Zeroes written to each journal at adoption, in bytes, so that appending allocates nothing.
+    pub journal_prewritten_bytes: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions {
+            direct: true,
+            read_only: false,
+            force_base: false,
+            volume_id: None,
+            boot_id: None,
+            segment_bytes: 64 << 20,
+            log_limit_bytes: u64::MAX,
+            memtable_records: 128 << 10,
+            journal_bytes: 4 << 20,
+            cache_pages: 1024,
+            journal_prewritten_bytes: crate::layout::JOURNAL_PREWRITTEN_BYTES,
+        }
+    }
+}
+
+/// Figures of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct VolumeStatus {
+    /// The open epoch.
+    pub epoch: Epoch,
+    /// Number of snapshots.
+    pub snapshots: usize,
+    /// Records of the index: versions and redirected blocks, upper bound.
+    pub index_records: u64,
+    /// Bytes of the log in use.
+    pub log_used_bytes: u64,
+    /// Bytes of the log set aside.
+    pub log_backed_bytes: u64,
+    /// Journal records that no commit covers.
+    pub pending_records: u64,
+    /// Whether a failed sync made the volume refuse writes.
+    pub poisoned: bool,
+    /// Whether the base alone is the disk.
+    pub plain: bool,
+    /// fdatasync calls on base, log and journal since the volume was opened.
+    pub syncs: SyncCounters,
+}
+
+/// How often each file was synced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct SyncCounters {
+    /// The base.
+    pub base: u64,
+    /// The log.
+    pub log: u64,
+    /// A journal.
+    pub journal: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) base_syncs: AtomicU64,
+    pub(crate) log_syncs: AtomicU64,
+    pub(crate) journal_syncs: AtomicU64,
+}
+
+/// The flags that a request looks at before it takes any lock.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    /// No snapshot, empty index: everything is in the base.
+    pub(crate) plain: AtomicBool,
+    pub(crate) poisoned: AtomicBool,
+    /// New writes are refused while a snapshot is taken.
+    pub(crate) held: AtomicBool,
+    pub(crate) writes_in_flight: AtomicU64,
+    /// Completed writes that no sync covers.
+    pub(crate) base_dirty: AtomicBool,
+    pub(crate) log_dirty: AtomicBool,
+}
+
+/// What is behind the lock that requests take.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) state: State,
+    pub(crate) space: Space,
+    pub(crate) journal: Journal,
+    pub(crate) pins: Pins,
+    /// Blocks whose location a write in flight changes: first to last.
+    pub(crate) busy: BTreeMap<u64, u64>,
+    /// Blocks being settled; a write takes its block out.
+    pub(crate) settling: BTreeSet<u64>,
+    /// Log blocks allocated by plans that no record names yet.
+    pub(crate) reserved: BTreeMap<u64, u64>,
+    /// Log blocks that a durable checkpoint dropped, waiting for older I/O to end (I6).
+    pub(crate) dropped: Vec<(PinGeneration, Vec<LogRun>)>,
+    /// Something was dropped that only a checkpoint gives back.
+    pub(crate) reclaim: bool,
+    /// Blocks whose log space a discard gave up since the last checkpoint.
+    pub(crate) discarded_blocks: u64,
+    /// Counts changes of the index.
+    pub(crate) changes: u64,
+}
+
+/// What control operations and background steps share.
+#[derive(Debug)]
+pub(crate) struct Maintenance {
+    pub(crate) superblock: Superblock,
+    pub(crate) checkpoint: Option<Checkpoint>,
+    pub(crate) settle: Settle,
+}
+
+/// Everything behind a volume.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) files: VolumeFiles,
+    pub(crate) id: VolumeId,
+    pub(crate) size_bytes: u64,
+    pub(crate) options: OpenOptions,
+    pub(crate) gate: Gate,
+    pub(crate) counters: Counters,
+    pub(crate) core: Mutex<Core>,
+    pub(crate) rounds: Rounds,
+    pub(crate) maintenance: Mutex<Maintenance>,
+}
+
+/// Takes a lock. A panic elsewhere is no reason for a second one: invariants are re-checked on disk.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Core {
+    /// Whether a write in flight moves one of the blocks.
+    pub(crate) fn is_busy(&self, first: u64, last: u64) -> bool {
+        self.busy
+            .range(..=last)
+            .next_back()
+            .is_some_and(|(_, end)| *end >= first)
+    }
+
+    /// Appends records and makes their changes. Only the append can leave the volume poisoned.
+    pub(crate) fn record(&mut self, shared: &Shared, records: &[Record]) -> Result<()> {
+        let mut puts = Vec::with_capacity(records.len());
+        for record in records {
+            puts.push(self.state.puts(record)?);
+        }
+        if let Err(error) = self.journal.append(&shared.files.journal, records) {
+            shared.poison();
+            return Err(error);
+        }
+        for (record, puts) in records.iter().zip(puts) {
+            self.changes += puts.len() as u64;
+            self.state.apply(record, puts);
+        }
+        Ok(())
+    }
+
+    /// Whether a checkpoint is due; `factor` 4 asks whether writes must wait for it.
+    pub(crate) fn is_over_bounds(&self, options: &OpenOptions, factor: u64) -> bool {
+        self.state.index.memtable_records() as u64 >= options.memtable_records as u64 * factor
+            || self.journal.end_bytes >= options.journal_bytes * factor
+    }
+
+    /// Whether the base alone is the disk.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.state.table.is_empty() && self.state.index.is_empty() && self.busy.is_empty()
+    }
+}
+
+impl Shared {
+    pub(crate) fn core(&self) -> MutexGuard<'_, Core> {
+        lock(&self.core)
+    }
+
+    pub(crate) fn poison(&self) {
+        self.gate.poisoned.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.options.read_only {
+            return Err(StoreError::ReadOnly);
+        }
+        if self.gate.poisoned.load(Ordering::SeqCst) {
+            return Err(StoreError::Poisoned);
+        }
+        Ok(())
+    }
+
+    /// fdatasync of one file; a failure poisons the volume and is never retried (I8).
+    pub(crate) fn sync(&self, file: &dyn BlockFile, name: FileName) -> Result<()> {
+        let counter = match name {
+            FileName::Base => Some(&self.counters.base_syncs),
+            FileName::Log => Some(&self.counters.log_syncs),
+            FileName::Journal => Some(&self.counters.journal_syncs),
+            FileName::Superblock | FileName::Index | FileName::Directory => None,
+        };
+        if let Some(counter) = counter {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        file.sync_data().map_err(|source| {
+            self.poison();
+            StoreError::Io {
+                op: "sync",
+                file: name,
+                offset_bytes: 0,
+                source,
+            }
+        })
+    }
+
+    /// Byte length of the part of a block that the volume has.
+    pub(crate) fn block_length_bytes(&self, offset_bytes: u64) -> u64 {
+        self.size_bytes
+            .saturating_sub(offset_bytes)
+            .min(BLOCK_BYTES)
+    }
+}
+
+/// An open volume. All calls may come from any thread.
+#[derive(Debug)]
+pub struct Volume {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl Volume {
+    /// Its id.
+    pub fn id(&self) -> VolumeId {
+        self.shared.id
+    }
+
+    /// Its size in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.shared.size_bytes
+    }
+
+    /// Whether it was opened read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.shared.options.read_only
+    }
+
+    /// Whether the base alone is the disk: it may be used without this program after a clean close.
+    pub fn is_plain(&self) -> bool {
+        self.shared.core().is_plain()
+    }
+
+    /// The file a plan's extents speak of.
+    pub fn data_file(&self, which: DataFile) -> &Arc<dyn BlockFile> {
+        match which {
+            DataFile::Base => &self.shared.files.base,
+            DataFile::Log => &self.shared.files.log,
+        }
+    }
+
+    /// Its snapshots, oldest first.
+    pub fn snapshots(&self) -> Vec<SnapshotInfo> {
+        self.shared.core().state.table.all().to_vec()
+    }
+
+    /// Its figures.
+    pub fn status(&self) -> VolumeStatus {
+        let core = self.shared.core();
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.shared.counters;
+        VolumeStatus {
+            epoch: core.state.epoch,
+            snapshots: core.state.table.all().len(),
+            index_records: core.state.index.run().records
+                + core.state.index.memtable_records() as u64,
+            log_used_bytes: core.space.used_blocks() * BLOCK_BYTES,
+            log_backed_bytes: core.space.backed_blocks() * BLOCK_BYTES,
+            pending_records: core.journal.pending_records(),
+            poisoned: self.shared.gate.poisoned.load(Ordering::SeqCst),
+            plain: core.is_plain(),
+            syncs: SyncCounters {
+                base: read(&counters.base_syncs),
+                log: read(&counters.log_syncs),
+                journal: read(&counters.journal_syncs),
+            },
+        }
+    }
+}
+
+/// A snapshot to be taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewSnapshot {
+    /// Its id.
+    pub snapshot_id: SnapshotId,
+    /// Its set.
+    pub set_id: SetId,
+    /// All volumes of the set, this one included.
+    pub members: Vec<VolumeId>,
+    /// Its method.
+    pub method: crate::snapshot_table::Method,
+    /// Now, in milliseconds since 1970.
+    pub created_unix_ms: u64,
+}

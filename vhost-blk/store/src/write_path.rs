@@ -1,0 +1,432 @@
+//! The way of a write: plan, prepare, (the caller moves the data,) complete.
+//!
+//! The daemon calls it through `Volume`; the blocking drivers at the end go the same way.
+//! Invariants: a MAP record is appended after its data landed and before the write is acknowledged; an
+//! in-place write over preserved data is planned out only after PRESERVE is durable (I3).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::error::{FileName, Result, StoreError};
+use crate::index::Location;
+use crate::io::AlignedBuffer;
+use crate::journal::Record;
+use crate::plan::{
+    Edge, Extent, Extents, MAX_REQUEST_BYTES, MapRun, PreserveRun, Source, Work, WriteKind,
+    WritePlan, outline, push_extent,
+};
+use crate::units::{BLOCK_BYTES, ByteRange, LogBlock, in_memory};
+use crate::volume::{Shared, Volume};
+
+/// Blocks copied at a time when old data is preserved.
+const COPY_BLOCKS: u64 = 64;
+
+impl WritePlan {
+    /// A plan that counts as a write in flight from here to its drop.
+    fn begin(shared: &Arc<Shared>, kind: WriteKind, extents: Extents) -> Result<WritePlan> {
+        shared.gate.writes_in_flight.fetch_add(1, Ordering::SeqCst);
+        let plan = WritePlan {
+            shared: Arc::clone(shared),
+            kind,
+            extents,
+            work: None,
+            _pin: None,
+        };
+        // After the count: whoever holds writes either sees this one or is seen here.
+        if shared.gate.held.load(Ordering::SeqCst) {
+            return Err(StoreError::Busy);
+        }
+        Ok(plan)
+    }
+
+    fn mark_dirty(&self) {
+        let gate = &self.shared.gate;
+        for extent in self.extents.as_slice() {
+            let flag = match extent.source {
+                Source::Base => &gate.base_dirty,
+                Source::Log => &gate.log_dirty,
+                Source::Zero => continue,
+            };
+            if !flag.load(Ordering::SeqCst) {
+                flag.store(true, Ordering::SeqCst);
+            }
+        }
+        // Edges and zero-fills go to the log as well, but so does the data beside them.
+    }
+}
+
+impl Drop for WritePlan {
+    fn drop(&mut self) {
+        // A write that failed may have landed in part.
+        self.mark_dirty();
+        if let Some(work) = self.work.take() {
+            let mut core = self.shared.core();
+            for (first, _) in &work.busy {
+                core.busy.remove(first);
+            }
+            for run in &work.reserved {
+                core.reserved.remove(&run.start.0);
+                core.space.free(*run);
+            }
+        }
+        self.shared
+            .gate
+            .writes_in_flight
+            .fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+fn map_record(run: &MapRun, epoch: crate::units::Epoch) -> Record {
+    Record::Map {
+        block: run.block,
+        count: u32::try_from(run.count).unwrap_or(u32::MAX),
+        location: run.location,
+        epoch,
+        history: run.history,
+    }
+}
+
+impl Shared {
+    fn plan_write(self: &Arc<Self>, range: ByteRange, kind: WriteKind) -> Result<WritePlan> {
+        self.check_range(range)?;
+        self.check_writable()?;
+        let mut plan = WritePlan::begin(self, kind, Extents::base(range))?;
+        if self.gate.plain.load(Ordering::SeqCst) {
+            return Ok(plan);
+        }
+        plan.extents = Extents::Many(Vec::new());
+        let mut core = self.core();
+        let (first, last) = (range.first_block(), range.last_block());
+        if core.is_busy(first.0, last.0) {
+            drop(core);
+            return Err(StoreError::Overlaps);
+        }
+        let floor = core.state.floor();
+        let method = core.state.table.newest().map(|snapshot| snapshot.method);
+        let states = core.state.index.states(first, last, floor)?;
+        let outline = outline(kind, range, self.size_bytes, &states, method);
+        let runs = match core.space.allocate(outline.log_blocks) {
+            Some(runs) => runs,
+            None => {
+                core.reclaim |= core.discarded_blocks > 0;
+                drop(core);
+                return Err(StoreError::NoSpace);
+            }
+        };
+        let (extents, mut work) = outline.place(range, self.size_bytes, &runs);
+        for run in &runs {
+            core.reserved.insert(run.start.0, run.count);
+            work.bare_segments.extend(core.space.bare_segments(*run));
+        }
+        for (first, last) in &work.busy {
+            core.busy.insert(*first, *last);
+        }
+        let settled: Vec<u64> = core.settling.range(first.0..=last.0).copied().collect();
+        for block in settled {
+            core.settling.remove(&block);
+        }
+        work.pressure = !work.busy.is_empty() && core.is_over_bounds(&self.options, 4);
+        plan._pin = Some(core.pins.pin());
+        drop(core);
+        plan.extents = Extents::Many(extents);
+        if !work.busy.is_empty() {
+            plan.work = Some(Box::new(work));
+        }
+        Ok(plan)
+    }
+
+    fn prepare_writes(&self, plans: &mut [WritePlan]) -> Result<()> {
+        self.check_writable()?;
+        let mut preserves = Vec::new();
+        for plan in plans.iter_mut() {
+            let Some(work) = plan.work.as_mut().filter(|work| work.needs_prepare()) else {
+                continue;
+            };
+            for segment in std::mem::take(&mut work.bare_segments) {
+                self.back_segment(segment)?;
+            }
+            for edge in &work.edges {
+                self.fill_edge(edge)?;
+            }
+            for run in &work.preserves {
+                self.copy_old(run)?;
+            }
+            if std::mem::take(&mut work.pressure) {
+                self.relieve()?;
+            }
+            preserves.extend(work.preserves.iter().copied());
+        }
+        if !preserves.is_empty() {
+            let mut core = self.core();
+            let epoch = core.state.epoch;
+            let records: Vec<Record> = preserves
+                .iter()
+                .map(|run| Record::Preserve {
+                    block: run.block,
+                    count: u32::try_from(run.count).unwrap_or(u32::MAX),
+                    copy: run.copy,
+                    epoch,
+                })
+                .collect();
+            self.gate.log_dirty.store(true, Ordering::SeqCst);
+            core.record(self, &records)?;
+            for plan in plans.iter_mut() {
+                if let Some(work) = plan.work.as_mut().filter(|work| !work.prepared) {
+                    work.forget_preserved(&mut core);
+                }
+            }
+            drop(core);
+            // Nothing is overwritten before the copies and their records are durable (I3).
+            self.commit_records()?;
+        }
+        for plan in plans {
+            if let Some(work) = plan.work.as_mut() {
+                work.prepared = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets space aside for a segment of the log.
+    pub(crate) fn back_segment(&self, number: u64) -> Result<()> {
+        let (offset_bytes, length_bytes) = self.core().space.segment_bytes(number);
+        match self.files.log.allocate(offset_bytes, length_bytes) {
+            Ok(()) => {
+                self.core().space.set_backed(number);
+                Ok(())
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+                Err(StoreError::NoSpace)
+            }
+            Err(source) => Err(StoreError::Io {
+                op: "allocate",
+                file: FileName::Log,
+                offset_bytes,
+                source,
+            }),
+        }
+    }
+
+    fn write_log(&self, bytes: &[u8], offset_bytes: u64) -> Result<()> {
+        self.files
+            .log
+            .write_at(bytes, offset_bytes)
+            .map_err(|source| StoreError::Io {
+                op: "write",
+                file: FileName::Log,
+                offset_bytes,
+                source,
+            })
+    }
+
+    /// Reads whole blocks that are neighbours in one place; what lies behind the volume's end is zero.
+    pub(crate) fn read_old(
+        &self,
+        block: crate::units::Block,
+        old: Location,
+        count: u64,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        let length_bytes =
+            (count * BLOCK_BYTES).min(self.size_bytes.saturating_sub(block.offset_bytes()));
+        let (data, tail) = buffer.split_at_mut(in_memory(length_bytes));
+        tail.fill(0);
+        let mut extents = Vec::with_capacity(1);
+        push_extent(&mut extents, block, old, 0, length_bytes);
+        for extent in &extents {
+            self.read_extent(extent, data)?;
+        }
+        Ok(())
+    }
+
+    /// Brings the bytes beside a partial first write along.
+    fn fill_edge(&self, edge: &Edge) -> Result<()> {
+        let mut buffer = AlignedBuffer::new(in_memory(BLOCK_BYTES));
+        self.read_old(edge.block, edge.old, 1, &mut buffer)?;
+        let (from, to) = (in_memory(edge.from), in_memory(edge.to));
+        let start = edge.new.offset_bytes();
+        if from > 0 {
+            self.write_log(&buffer[..from], start)?;
+        }
+        if to < buffer.len() {
+            self.write_log(&buffer[to..], start + edge.to)?;
+        }
+        Ok(())
+    }
+
+    fn copy_old(&self, run: &PreserveRun) -> Result<()> {
+        let mut buffer = AlignedBuffer::new(in_memory(COPY_BLOCKS.min(run.count) * BLOCK_BYTES));
+        let mut done = 0;
+        while done < run.count {
+            let part = COPY_BLOCKS.min(run.count - done);
+            let window = &mut buffer[..in_memory(part * BLOCK_BYTES)];
+            self.read_old(run.block.plus(done), run.old.plus(done), part, window)?;
+            self.write_log(window, run.copy.plus(done).offset_bytes())?;
+            done += part;
+        }
+        Ok(())
+    }
+
+    fn complete_write(&self, mut plan: WritePlan) -> Result<()> {
+        if plan.needs_prepare() {
+            return Err(StoreError::NotPrepared);
+        }
+        plan.mark_dirty();
+        let Some(work) = plan.work.as_mut() else {
+            return Ok(());
+        };
+        if work.maps.is_empty() {
+            return Ok(());
+        }
+        self.check_writable()?;
+        let mut core = self.core();
+        let epoch = core.state.epoch;
+        let records: Vec<Record> = work.maps.iter().map(|run| map_record(run, epoch)).collect();
+        core.record(self, &records)?;
+        for run in &work.maps {
+            if run.location == Location::Zero && !run.history {
+                core.discarded_blocks += run.count;
+            }
+        }
+        for run in std::mem::take(&mut work.reserved) {
+            core.reserved.remove(&run.start.0);
+        }
+        Ok(())
+    }
+
+    /// Moves a driver's bytes: `data` for a write, zeroes in place otherwise.
+    fn move_data(&self, plan: &WritePlan, data: Option<&[u8]>) -> Result<()> {
+        let mut rest = data;
+        for extent in plan.extents() {
+            let (file, name) = match extent.source {
+                Source::Base => (&self.files.base, FileName::Base),
+                Source::Log | Source::Zero => (&self.files.log, FileName::Log),
+            };
+            let done = match (&mut rest, plan.kind) {
+                (Some(data), _) => {
+                    let (now, later) = data.split_at(in_memory(extent.length_bytes));
+                    *data = later;
+                    file.write_at(now, extent.offset_bytes)
+                }
+                (None, kind) => {
+                    let may_unmap = extent.source == Source::Base
+                        && match kind {
+                            WriteKind::Write => false,
+                            WriteKind::WriteZeroes { may_unmap } => may_unmap,
+                            WriteKind::Discard => true,
+                        };
+                    file.write_zeroes(extent.offset_bytes, extent.length_bytes, may_unmap)
+                }
+            };
+            done.map_err(|source| io_error("write", name, extent, source))?;
+        }
+        Ok(())
+    }
+}
+
+fn io_error(
+    op: &'static str,
+    file: FileName,
+    extent: &Extent,
+    source: std::io::Error,
+) -> StoreError {
+    if source.kind() == std::io::ErrorKind::StorageFull && file == FileName::Log {
+        return StoreError::NoSpace;
+    }
+    StoreError::Io {
+        op,
+        file,
+        offset_bytes: extent.offset_bytes,
+        source,
+    }
+}
+
+impl Work {
+    /// After their records were appended the copies belong to the index.
+    fn forget_preserved(&mut self, core: &mut crate::volume::Core) {
+        let mut copies: Vec<LogBlock> = self
+            .preserves
+            .drain(..)
+            .flat_map(|run| (0..run.count).map(move |place| run.copy.plus(place)))
+            .collect();
+        copies.sort();
+        let mut rest = Vec::new();
+        for run in self.reserved.drain(..) {
+            core.reserved.remove(&run.start.0);
+            for place in 0..run.count {
+                let block = run.start.plus(place);
+                if copies.binary_search(&block).is_err() {
+                    rest.push(crate::space::LogRun {
+                        start: block,
+                        count: 1,
+                    });
+                    core.reserved.insert(block.0, 1);
+                }
+            }
+        }
+        self.reserved = rest;
+    }
+}
+
+impl Volume {
+    /// Plans a write. No data I/O.
+    ///
+    /// `Overlaps` and `Busy`: try again when the write in flight, or the snapshot, is through.
+    /// `NoSpace`: hold the write, call [`Volume::maintain`], try again.
+    pub fn plan_write(&self, range: ByteRange, kind: WriteKind) -> Result<WritePlan> {
+        self.shared.plan_write(range, kind)
+    }
+
+    /// Does what the plans need before their data may move, in one round for all of them. Blocking.
+    /// On an error drop the plans: none of them may go on.
+    pub fn prepare_writes(&self, plans: &mut [WritePlan]) -> Result<()> {
+        self.shared.prepare_writes(plans)
+    }
+
+    /// Makes a write whose data landed part of the volume. Acknowledge it after `Ok`.
+    pub fn complete_write(&self, plan: WritePlan) -> Result<()> {
+        self.shared.complete_write(plan)
+    }
+
+    fn drive(&self, range: ByteRange, kind: WriteKind, data: Option<&[u8]>) -> Result<()> {
+        let mut done = 0;
+        while done < range.length_bytes {
+            let part = (range.length_bytes - done).min(MAX_REQUEST_BYTES);
+            let now = ByteRange::new(range.offset_bytes + done, part);
+            let plan = loop {
+                match self.plan_write(now, kind) {
+                    Ok(plan) => break plan,
+                    // Another thread's write to the same block: a disk promises no order here.
+                    Err(StoreError::Overlaps) => std::thread::yield_now(),
+                    Err(error) => return Err(error),
+                }
+            };
+            let mut plans = [plan];
+            if plans.iter().any(WritePlan::needs_prepare) {
+                self.prepare_writes(&mut plans)?;
+            }
+            let [plan] = plans;
+            let data = data.map(|data| &data[in_memory(done)..in_memory(done + part)]);
+            self.shared.move_data(&plan, data)?;
+            self.complete_write(plan)?;
+            done += part;
+        }
+        Ok(())
+    }
+
+    /// Writes `data`. Blocking.
+    pub fn write_at(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
+        let range = ByteRange::new(offset_bytes, data.len() as u64);
+        self.drive(range, WriteKind::Write, Some(data))
+    }
+
+    /// Makes a range read as zeroes. Blocking.
+    pub fn write_zeroes_at(&self, range: ByteRange, may_unmap: bool) -> Result<()> {
+        self.drive(range, WriteKind::WriteZeroes { may_unmap }, None)
+    }
+
+    /// Discards a range: whole blocks may read as zeroes afterwards. Blocking.
+    pub fn discard_at(&self, range: ByteRange) -> Result<()> {
+        self.drive(range, WriteKind::Discard, None)
+    }
+}

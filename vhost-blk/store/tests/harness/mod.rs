@@ -1,0 +1,486 @@
+//! What the model, crash and failure tests share: operations, a plain model of a volume, and the code
+//! that applies the one to the other.
+//!
+//! A sector is one number in the model: what is written repeats that number through the sector, so that
+//! a torn sector, or one of foreign data, shows at once. 0 is a sector of zeroes.
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+#![allow(clippy::cast_possible_truncation, reason = "volumes of a few blocks")]
+
+use std::sync::Arc;
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use uuid::Uuid;
+use vhost_blk_store::sim::MemoryFile;
+use vhost_blk_store::{
+    BlockFile, BootId, ByteRange, Maintenance, Method, NewSnapshot, OpenOptions, SnapshotId,
+    Source, StoreError, View, Volume, VolumeFiles, VolumeId, WriteKind,
+};
+
+pub const SECTOR: u64 = 512;
+
+#[derive(Clone, Debug)]
+pub enum Op {
+    Write {
+        sector: u64,
+        count: u64,
+    },
+    /// Several writes planned, prepared and completed together.
+    Batch(Vec<(u64, u64)>),
+    Zero {
+        sector: u64,
+        count: u64,
+        may_unmap: bool,
+    },
+    Discard {
+        sector: u64,
+        count: u64,
+    },
+    Flush,
+    Snapshot {
+        method: Method,
+        verdict: Verdict,
+    },
+    Delete {
+        which: u64,
+    },
+    Revert {
+        which: u64,
+    },
+    Maintain {
+        steps: u64,
+        budget: u64,
+    },
+    CloseReopen,
+    KillReopen,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Keep,
+    Discard,
+    Leave,
+}
+
+/// A snapshot in the model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Taken {
+    pub id: SnapshotId,
+    pub sectors: Vec<u64>,
+}
+
+/// The plain truth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Model {
+    pub head: Vec<u64>,
+    /// What each sector may hold besides `head` after a power cut: the flushed value and all written since.
+    pub possible: Vec<Vec<u64>>,
+    pub snapshots: Vec<Taken>,
+    pub next_value: u64,
+    pub next_id: u128,
+}
+
+impl Model {
+    pub fn new(sectors: u64) -> Model {
+        let head: Vec<u64> = (0..sectors).map(|sector| 1_000_000 + sector).collect();
+        Model {
+            possible: vec![Vec::new(); head.len()],
+            head,
+            snapshots: Vec::new(),
+            next_value: 1,
+            next_id: 1,
+        }
+    }
+
+    pub fn sectors(&self) -> u64 {
+        self.head.len() as u64
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        self.head
+            .iter()
+            .flat_map(|value| sector_bytes(*value))
+            .collect()
+    }
+
+    fn set(&mut self, sector: u64, value: u64) {
+        let sector = sector as usize;
+        let old = self.head[sector];
+        if old != value {
+            self.possible[sector].push(old);
+            self.head[sector] = value;
+        }
+    }
+
+    pub fn flushed(&mut self) {
+        self.possible.iter_mut().for_each(Vec::clear);
+    }
+
+    pub fn fresh_id(&mut self) -> Uuid {
+        self.next_id += 1;
+        Uuid::from_u128(self.next_id)
+    }
+
+    /// Clips a request to the volume.
+    pub fn clip(&self, sector: u64, count: u64) -> (u64, u64) {
+        let sector = sector % self.sectors();
+        (sector, count.clamp(1, self.sectors() - sector))
+    }
+}
+
+pub fn sector_bytes(value: u64) -> [u8; 512] {
+    let mut bytes = [0; 512];
+    bytes
+        .chunks_exact_mut(8)
+        .for_each(|part| part.copy_from_slice(&value.to_le_bytes()));
+    bytes
+}
+
+/// The number in a sector; `None` if it is torn.
+pub fn sector_value(bytes: &[u8]) -> Option<u64> {
+    let first = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    bytes
+        .chunks_exact(8)
+        .all(|part| u64::from_le_bytes(part.try_into().unwrap()) == first)
+        .then_some(first)
+}
+
+pub fn read_all(volume: &Volume, view: View) -> Vec<Option<u64>> {
+    let mut bytes = vec![0; volume.size_bytes() as usize];
+    volume.read_at(view, 0, &mut bytes).unwrap();
+    bytes.chunks_exact(512).map(sector_value).collect()
+}
+
+/// Options that make every threshold small, so that short histories reach everything.
+pub fn small_options(boot: u8) -> OpenOptions {
+    OpenOptions {
+        direct: false,
+        boot_id: Some(BootId([boot; 16])),
+        volume_id: Some(VolumeId(Uuid::from_u128(0xfeed))),
+        segment_bytes: 8 * 4096,
+        memtable_records: 24,
+        journal_bytes: 40 * 64,
+        cache_pages: 2,
+        journal_prewritten_bytes: 0,
+        ..OpenOptions::default()
+    }
+}
+
+pub fn memory_files(base: Vec<u8>) -> VolumeFiles {
+    let empty = || -> Arc<dyn BlockFile> { Arc::new(MemoryFile::default()) };
+    VolumeFiles {
+        base: Arc::new(MemoryFile::new(base)),
+        superblock: empty(),
+        log: empty(),
+        journal: [empty(), empty()],
+        index: [empty(), empty()],
+    }
+}
+
+/// A volume and its model.
+pub struct World {
+    pub files: VolumeFiles,
+    pub options: OpenOptions,
+    pub volume: Option<Volume>,
+    pub model: Model,
+    pub members: Vec<VolumeId>,
+}
+
+impl World {
+    pub fn new(files: VolumeFiles, options: OpenOptions, model: Model) -> World {
+        let (volume, report) = Volume::open_files(files.clone(), &options).unwrap();
+        assert!(report.created);
+        let members = vec![volume.id()];
+        World {
+            files,
+            options,
+            volume: Some(volume),
+            model,
+            members,
+        }
+    }
+
+    pub fn volume(&self) -> &Volume {
+        self.volume.as_ref().unwrap()
+    }
+
+    /// Applies an operation to both sides. Errors other than a full log end the test.
+    pub fn apply(&mut self, op: &Op) {
+        match self.try_apply(op) {
+            Ok(()) => {}
+            Err(error) => panic!("{op:?}: {error:?}"),
+        }
+    }
+
+    pub fn try_apply(&mut self, op: &Op) -> Result<(), StoreError> {
+        let Some(volume) = self.volume.as_ref() else {
+            panic!("no volume")
+        };
+        match op {
+            Op::Write { sector, count } => {
+                let (sector, count) = self.model.clip(*sector, *count);
+                let data = note_write(&mut self.model, sector, count);
+                volume.write_at(sector * SECTOR, &data)?;
+            }
+            Op::Batch(writes) => batch(volume, &mut self.model, writes)?,
+            Op::Zero {
+                sector,
+                count,
+                may_unmap,
+            } => {
+                let (sector, count) = self.model.clip(*sector, *count);
+                (sector..sector + count).for_each(|sector| self.model.set(sector, 0));
+                let range = ByteRange::new(sector * SECTOR, count * SECTOR);
+                volume.write_zeroes_at(range, *may_unmap)?;
+            }
+            Op::Discard { sector, count } => {
+                let (sector, count) = self.model.clip(*sector, *count);
+                // It may zero what it likes of the range: both are possible, then one is true.
+                for place in sector..sector + count {
+                    self.model.possible[place as usize].push(0);
+                }
+                volume.discard_at(ByteRange::new(sector * SECTOR, count * SECTOR))?;
+                let now = read_all(volume, View::Head);
+                for place in sector..sector + count {
+                    let value = now[place as usize];
+                    let old = self.model.head[place as usize];
+                    assert!(
+                        value == Some(old) || value == Some(0),
+                        "discard of sector {place}"
+                    );
+                    self.model.set(place, value.unwrap());
+                }
+            }
+            Op::Flush => {
+                volume.flush()?;
+                self.model.flushed();
+            }
+            Op::Snapshot { method, verdict } => {
+                let (id, set_id) = (self.model.fresh_id(), self.model.fresh_id());
+                volume.prepare_snapshot()?;
+                volume.take_snapshot(NewSnapshot {
+                    snapshot_id: id.into(),
+                    set_id: set_id.into(),
+                    members: self.members.clone(),
+                    method: *method,
+                    created_unix_ms: 7,
+                })?;
+                self.model.flushed();
+                let sectors = self.model.head.clone();
+                self.model.snapshots.push(Taken {
+                    id: id.into(),
+                    sectors,
+                });
+                match verdict {
+                    Verdict::Keep => volume.keep_set(set_id.into())?,
+                    Verdict::Leave => {}
+                    Verdict::Discard => {
+                        volume.discard_set(set_id.into())?;
+                        self.model.snapshots.pop();
+                    }
+                }
+            }
+            Op::Delete { which } => {
+                if let Some(place) = pick(*which, self.model.snapshots.len()) {
+                    volume.delete_snapshot(self.model.snapshots[place].id)?;
+                    self.model.snapshots.remove(place);
+                }
+            }
+            Op::Revert { which } => {
+                if let Some(place) = pick(*which, self.model.snapshots.len()) {
+                    volume.revert(self.model.snapshots[place].id)?;
+                    self.model.snapshots.truncate(place + 1);
+                    self.model.head = self.model.snapshots[place].sectors.clone();
+                    self.model.flushed();
+                }
+            }
+            Op::Maintain { steps, budget } => {
+                for _ in 0..*steps {
+                    if volume.maintain(*budget)? == Maintenance::Idle {
+                        break;
+                    }
+                }
+            }
+            Op::CloseReopen => {
+                self.volume.take().unwrap().close()?;
+                self.model.flushed();
+                self.reopen()?;
+            }
+            Op::KillReopen => {
+                self.volume = None;
+                self.reopen()?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn reopen(&mut self) -> Result<(), StoreError> {
+        let (volume, report) = Volume::open_files(self.files.clone(), &self.options)?;
+        assert!(!report.created);
+        assert_eq!(
+            report.dropped_records, 0,
+            "nothing may be dropped without a power cut"
+        );
+        self.volume = Some(volume);
+        Ok(())
+    }
+
+    /// The volume is exactly the model.
+    pub fn compare(&self) {
+        let volume = self.volume();
+        expect(&self.model.head, &read_all(volume, View::Head), "head");
+        let ids: Vec<SnapshotId> = volume.snapshots().iter().map(|s| s.snapshot_id).collect();
+        let expected: Vec<SnapshotId> = self.model.snapshots.iter().map(|s| s.id).collect();
+        assert_eq!(ids, expected);
+        for taken in &self.model.snapshots {
+            let view = View::Snapshot(taken.id);
+            expect(
+                &taken.sectors,
+                &read_all(volume, view),
+                &format!("snapshot {}", taken.id),
+            );
+        }
+    }
+}
+
+pub fn expect(expected: &[u64], found: &[Option<u64>], what: &str) {
+    for (sector, (expected, found)) in expected.iter().zip(found).enumerate() {
+        assert_eq!(Some(*expected), *found, "{what}, sector {sector}");
+    }
+}
+
+pub fn pick(which: u64, length: usize) -> Option<usize> {
+    (length > 0).then(|| (which % length as u64) as usize)
+}
+
+/// Gives every sector a new value in the model; the bytes that write it.
+fn note_write(model: &mut Model, sector: u64, count: u64) -> Vec<u8> {
+    let mut data = Vec::new();
+    for sector in sector..sector + count {
+        let value = model.next_value;
+        model.next_value += 1;
+        model.set(sector, value);
+        data.extend_from_slice(&sector_bytes(value));
+    }
+    data
+}
+
+/// What an engine does with many requests at once: plan all, prepare all, move all, complete all.
+fn batch(volume: &Volume, model: &mut Model, writes: &[(u64, u64)]) -> Result<(), StoreError> {
+    let (mut plans, mut data) = (Vec::new(), Vec::new());
+    for (sector, count) in writes {
+        let (sector, count) = model.clip(*sector, *count);
+        let range = ByteRange::new(sector * SECTOR, count * SECTOR);
+        match volume.plan_write(range, WriteKind::Write) {
+            Ok(plan) => {
+                plans.push(plan);
+                data.push(note_write(model, sector, count));
+            }
+            Err(StoreError::Overlaps) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    volume.prepare_writes(&mut plans)?;
+    for (plan, data) in plans.iter().zip(&data) {
+        let mut rest = &data[..];
+        for extent in plan.extents() {
+            let (now, later) = rest.split_at(extent.length_bytes as usize);
+            let which = match extent.source {
+                Source::Base => vhost_blk_store::DataFile::Base,
+                Source::Log => vhost_blk_store::DataFile::Log,
+                Source::Zero => panic!("a write has no zero extent"),
+            };
+            volume
+                .data_file(which)
+                .write_at(now, extent.offset_bytes)
+                .map_err(|source| StoreError::Io {
+                    op: "write",
+                    file: vhost_blk_store::FileName::Log,
+                    offset_bytes: extent.offset_bytes,
+                    source,
+                })?;
+            rest = later;
+        }
+        assert!(rest.is_empty());
+    }
+    while let Some(plan) = plans.pop() {
+        volume.complete_write(plan)?;
+    }
+    Ok(())
+}
+
+/// Which methods a history takes snapshots with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Methods {
+    Redirect,
+    Copy,
+    Mixed,
+}
+
+/// A random history of `length` operations.
+pub fn history(seed: u64, methods: Methods, length: usize, sectors: u64) -> Vec<Op> {
+    let mut random = SmallRng::seed_from_u64(seed);
+    (0..length)
+        .map(|_| random_op(&mut random, methods, sectors))
+        .collect()
+}
+
+fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
+    let sector = random.random_range(0..sectors);
+    // Mostly whole or nearly whole blocks, some single sectors.
+    let count = match random.random_range(0..4) {
+        0 => random.random_range(1..8),
+        1 => 8,
+        2 => random.random_range(1..40),
+        _ => 16,
+    };
+    let sector = if random.random_bool(0.5) {
+        sector / 8 * 8
+    } else {
+        sector
+    };
+    match random.random_range(0..100) {
+        0..34 => Op::Write { sector, count },
+        34..40 => {
+            let writes = random.random_range(2..5);
+            Op::Batch(
+                (0..writes)
+                    .map(|_| (random.random_range(0..sectors), random.random_range(1..20)))
+                    .collect(),
+            )
+        }
+        40..47 => Op::Zero {
+            sector,
+            count,
+            may_unmap: random.random(),
+        },
+        47..53 => Op::Discard { sector, count },
+        53..63 => Op::Flush,
+        63..75 => Op::Snapshot {
+            method: match methods {
+                Methods::Redirect => Method::RedirectOnWrite,
+                Methods::Copy => Method::CopyOnWrite,
+                Methods::Mixed if random.random() => Method::RedirectOnWrite,
+                Methods::Mixed => Method::CopyOnWrite,
+            },
+            verdict: match random.random_range(0..6) {
+                0 => Verdict::Discard,
+                1 | 2 => Verdict::Leave,
+                _ => Verdict::Keep,
+            },
+        },
+        75..81 => Op::Delete {
+            which: random.random_range(0..8),
+        },
+        81..84 => Op::Revert {
+            which: random.random_range(0..8),
+        },
+        84..95 => Op::Maintain {
+            steps: random.random_range(1..30),
+            budget: random.random_range(1..12),
+        },
+        95..97 => Op::CloseReopen,
+        _ => Op::KillReopen,
+    }
+}

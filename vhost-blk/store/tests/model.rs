@@ -1,0 +1,82 @@
+//! The store against a plain vector of sectors per snapshot: random histories of both methods.
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+mod harness;
+
+use harness::{Methods, Model, Op, Verdict, World, history, memory_files, small_options};
+use proptest::prelude::*;
+use vhost_blk_store::{Maintenance, Method};
+
+fn run(ops: &[Op], sectors: u64) {
+    let model = Model::new(sectors);
+    let mut world = World::new(memory_files(model.bytes()), small_options(1), model);
+    for op in ops {
+        world.apply(op);
+        world.compare();
+    }
+    // Without snapshots everything finds its way home, and the base alone is the disk.
+    while !world.model.snapshots.is_empty() {
+        world.apply(&Op::Delete { which: 0 });
+    }
+    let mut steps = 0;
+    while world.volume().maintain(8).unwrap() == Maintenance::More {
+        steps += 1;
+        assert!(steps < 10_000, "maintenance does not end");
+    }
+    world.compare();
+    assert!(world.volume().is_plain(), "{:?}", world.volume().status());
+    assert_eq!(world.volume().status().log_used_bytes, 0);
+    let mut base = vec![0; world.model.head.len() * 512];
+    world.files.base.read_at(&mut base, 0).unwrap();
+    assert_eq!(base, world.model.bytes());
+}
+
+fn op(sectors: u64) -> impl Strategy<Value = Op> {
+    let range = (0..sectors, prop_oneof![Just(8u64), 1..8u64, 1..40u64]);
+    let method = prop_oneof![Just(Method::RedirectOnWrite), Just(Method::CopyOnWrite)];
+    let verdict = prop_oneof![
+        Just(Verdict::Keep),
+        Just(Verdict::Leave),
+        Just(Verdict::Discard)
+    ];
+    prop_oneof![
+        8 => range.clone().prop_map(|(sector, count)| Op::Write { sector, count }),
+        2 => proptest::collection::vec((0..sectors, 1..20u64), 2..5).prop_map(Op::Batch),
+        2 => (range.clone(), any::<bool>()).prop_map(|((sector, count), may_unmap)| Op::Zero {
+            sector,
+            count,
+            may_unmap
+        }),
+        2 => range.prop_map(|(sector, count)| Op::Discard { sector, count }),
+        1 => Just(Op::Flush),
+        3 => (method, verdict).prop_map(|(method, verdict)| Op::Snapshot { method, verdict }),
+        2 => (0..8u64).prop_map(|which| Op::Delete { which }),
+        1 => (0..8u64).prop_map(|which| Op::Revert { which }),
+        3 => (1..30u64, 1..12u64).prop_map(|(steps, budget)| Op::Maintain { steps, budget }),
+        1 => Just(Op::CloseReopen),
+        1 => Just(Op::KillReopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
+
+    #[test]
+    fn volume_is_always_what_the_model_says(
+        ops in proptest::collection::vec(op(131), 1..80),
+    ) {
+        run(&ops, 131);
+    }
+}
+
+#[test]
+fn long_histories_of_every_method_hold() {
+    for (seed, methods) in [Methods::Redirect, Methods::Copy, Methods::Mixed]
+        .into_iter()
+        .enumerate()
+    {
+        for round in 0..8 {
+            run(&history(seed as u64 * 100 + round, methods, 300, 131), 131);
+        }
+    }
+}
