@@ -1,0 +1,221 @@
+//! Options of `vmshadow`.
+//!
+//! Called by `cli`. Words follow vssadmin, diskshadow and virsh where they have one.
+
+use crate::snapshot::document::CreateRequest;
+use crate::snapshot::level::Level;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use guest_agent_wire::types::BackupType;
+use std::path::PathBuf;
+use vhost_blk_wire::types::Method;
+
+/// Snapshots of running VMs that their applications agreed to.
+///
+/// Exit codes: 0 ok, 1 failed, 2 usage, 3 the asked level was not reached (the set was deleted).
+#[derive(Clone, Debug, Parser)]
+#[command(name = "vmshadow", version)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of all commands.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Global {
+    /// Answer in JSON on standard output.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Work through a qmp-bridge daemon.
+    #[arg(long, global = true, value_name = "SOCKET", conflicts_with_all = ["config", "state_dir"])]
+    pub(crate) bridge: Option<PathBuf>,
+    /// File that names the VMs.
+    #[arg(long, global = true, value_name = "FILE.toml")]
+    pub(crate) config: Option<PathBuf>,
+    /// Where records of sets are kept (default: the configuration's, or /var/lib/vmshadow).
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a snapshot set of a running VM.
+    Create(Create),
+    /// List sets, writers or volumes.
+    List(List),
+    /// Show the document of a set.
+    Show {
+        /// Set or snapshot, or the beginning of its id.
+        id: String,
+    },
+    /// Delete sets or single snapshots.
+    Delete {
+        /// Sets or snapshots, or the beginnings of their ids.
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+    /// Make the disks what they were; the VM must not run. Newer snapshots of them are deleted.
+    Revert {
+        /// Set or snapshot, or the beginning of its id.
+        id: String,
+    },
+    /// Copy a snapshot's content to a file or pipe.
+    Read(Read),
+    /// Undo what a bridge that died has left. Every command does so first; this one says what it did.
+    Recover,
+}
+
+/// Which VM.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct Vm {
+    /// Name of the VM in the configuration, or to be given to one that is described by the next options.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) vm: Option<String>,
+    /// QEMU's QMP socket.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) qmp: Option<PathBuf>,
+    /// Host end of the agent's virtio-serial port.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) agent: Option<PathBuf>,
+    /// Control socket of a vhost-blk daemon; may be repeated.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) vhost_blk: Vec<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Create {
+    #[command(flatten)]
+    pub(crate) vm: Vm,
+    /// The level that is attempted, and below which the set is deleted (exit code 3).
+    #[arg(long, value_enum, default_value = "application")]
+    pub(crate) level: Level,
+    /// Keep the set at the level that is reached, and label it.
+    #[arg(long)]
+    pub(crate) best_effort: bool,
+    /// How old content is kept; each volume's own method if not given.
+    #[arg(long, value_enum)]
+    pub(crate) method: Option<MethodName>,
+    /// What the set is for; writers are told.
+    #[arg(long = "type", value_enum, default_value = "copy")]
+    pub(crate) backup_type: BackupTypeName,
+    /// Only these disks, by volume, serial or QEMU device id.
+    #[arg(long = "disk", value_delimiter = ',')]
+    pub(crate) disks: Vec<String>,
+    /// Not these disks.
+    #[arg(long = "exclude-disk", value_delimiter = ',')]
+    pub(crate) exclude_disks: Vec<String>,
+    /// Not these writers, by class id, instance id or name.
+    #[arg(long = "exclude-writer", value_delimiter = ',')]
+    pub(crate) exclude_writers: Vec<String>,
+    /// Do not freeze these file systems, by mount point.
+    #[arg(long = "exclude-filesystem", value_delimiter = ',')]
+    pub(crate) exclude_filesystems: Vec<String>,
+    /// Longest hold of file systems, milliseconds.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub(crate) hold_limit_ms: Option<u64>,
+    /// Longest freeze of writers, milliseconds.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pub(crate) writer_limit_ms: Option<u64>,
+    /// Longest preparation, milliseconds.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) prepare_limit_ms: Option<u64>,
+}
+
+impl Create {
+    /// What is asked, as the bridge knows it.
+    pub(crate) fn request(&self) -> CreateRequest {
+        CreateRequest {
+            level: self.level,
+            best_effort: self.best_effort,
+            method: self.method.map(Into::into),
+            backup_type: self.backup_type.into(),
+            disks: self.disks.clone(),
+            exclude_disks: self.exclude_disks.clone(),
+            exclude_writers: self.exclude_writers.clone(),
+            exclude_filesystems: self.exclude_filesystems.clone(),
+            hold_limit_ms: self.hold_limit_ms,
+            writer_limit_ms: self.writer_limit_ms,
+            prepare_limit_ms: self.prepare_limit_ms,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct List {
+    /// What to list.
+    #[arg(value_enum, default_value = "sets")]
+    pub(crate) what: Listed,
+    #[command(flatten)]
+    pub(crate) vm: Vm,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Listed {
+    /// Snapshot sets.
+    Sets,
+    /// Writers in the guest.
+    Writers,
+    /// Volumes that vhost-blk serves.
+    Volumes,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Read {
+    /// Set or snapshot, or the beginning of its id.
+    pub(crate) id: String,
+    /// Which disk of a set, by volume or serial.
+    #[arg(long)]
+    pub(crate) disk: Option<String>,
+    /// A new file, or `-` for standard output.
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Overwrite the file.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// Methods, as words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MethodName {
+    /// Redirect-on-write.
+    Row,
+    /// Copy-on-write.
+    Cow,
+}
+
+impl From<MethodName> for Method {
+    fn from(name: MethodName) -> Self {
+        match name {
+            MethodName::Row => Self::Row,
+            MethodName::Cow => Self::Cow,
+        }
+    }
+}
+
+/// Backup types, as words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BackupTypeName {
+    /// Everything; writers may truncate logs.
+    Full,
+    /// Everything; backup history is left alone.
+    Copy,
+    /// What changed since the last full or incremental backup.
+    Incremental,
+    /// What changed since the last full backup.
+    Differential,
+    /// Logs only.
+    Log,
+}
+
+impl From<BackupTypeName> for BackupType {
+    fn from(name: BackupTypeName) -> Self {
+        match name {
+            BackupTypeName::Full => Self::Full,
+            BackupTypeName::Copy => Self::Copy,
+            BackupTypeName::Incremental => Self::Incremental,
+            BackupTypeName::Differential => Self::Differential,
+            BackupTypeName::Log => Self::Log,
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Client of the guest agent's native protocol, over the host end of its virtio-serial port.
+//!
+//! Called by `run` and `recover`. Invariants: a lost connection or a late answer ends the conversation, and with it the
+//! set, because the agent thaws when its host side goes away; nothing is retried on a new connection except `abort`.
+
+use crate::link::{self, Decode, Incoming, Link, LinkError};
+use guest_agent_wire::MESSAGE_BYTES_MAX;
+use guest_agent_wire::host::{
+    AgentError, Command, Frozen, Hello, Identified, Outcome, PROTOCOL_VERSION, PostSnapshot,
+    Prepared, Request, Response, Thawed,
+};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Byte that starts a new conversation: the agent forgets half a line that an earlier host may have left.
+const NEW_CONVERSATION: u8 = 0xff;
+
+/// How often `hello` is sent again while the port is not yet open in the guest.
+const HELLO_AGAIN: Duration = Duration::from_secs(2);
+
+/// Why the agent gave no answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum GuestError {
+    /// The connection failed, or the answer came too late.
+    #[error("guest agent: {0}")]
+    Link(#[from] LinkError),
+    /// The agent refused, and told per writer and file system why.
+    #[error("guest agent: {0}")]
+    Refused(Box<AgentError>),
+    /// The answer is not what the protocol promises.
+    #[error("guest agent: unexpected answer to {command}: {why}")]
+    BadAnswer {
+        /// The request.
+        command: &'static str,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// An open conversation.
+#[derive(Debug)]
+pub struct GuestClient {
+    link: Link,
+    hello: Hello,
+}
+
+#[derive(Default)]
+struct LineDecoder {
+    pending: Vec<u8>,
+}
+
+impl Decode for LineDecoder {
+    fn decode(&mut self, bytes: &[u8]) -> Result<Vec<Incoming>, String> {
+        let mut messages = Vec::new();
+        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
+            if self.pending.len().saturating_add(piece.len()) > MESSAGE_BYTES_MAX {
+                return Err(format!("a line is longer than {MESSAGE_BYTES_MAX} bytes"));
+            }
+            self.pending.extend_from_slice(piece);
+            if piece.last() == Some(&b'\n') {
+                // What stands before the marker belongs to an earlier conversation.
+                let line = self.pending.rsplit(|byte| *byte == NEW_CONVERSATION).next();
+                if let Some(message) = parse(line.unwrap_or_default()) {
+                    messages.push(message);
+                }
+                self.pending.clear();
+            }
+        }
+        Ok(messages)
+    }
+}
+
+/// The message on a line; `None` for what is no answer (remains of an earlier conversation).
+fn parse(line: &[u8]) -> Option<Incoming> {
+    let response: Response = serde_json::from_slice(line).ok()?;
+    let result = match response.outcome {
+        Outcome::Return(value) => Ok(value),
+        Outcome::Error(error) => Err(serde_json::to_value(error).ok()?),
+    };
+    Some(Incoming::Answer {
+        id: response.id,
+        result,
+    })
+}
+
+impl GuestClient {
+    /// Connects and says hello. Says it again every two seconds, since a guest that boots opens its port late.
+    ///
+    /// # Errors
+    /// Nobody answers within `limit`, or he speaks no common version.
+    pub async fn connect(path: &Path, limit: Duration) -> Result<Self, GuestError> {
+        let stream = link::connect(path, limit).await?;
+        // Answers to an earlier bridge may still be in the pipe: its numbers must not be ours.
+        let first_id = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(1, |d| u64::try_from(d.as_micros()).unwrap_or(1));
+        let (link, _unasked) = Link::new(stream, LineDecoder::default(), first_id);
+        let saying = async {
+            let command = Command::Hello {
+                versions: vec![PROTOCOL_VERSION],
+            };
+            let mut calls = tokio::task::JoinSet::new();
+            let link = std::sync::Arc::new(link);
+            loop {
+                let (link_of_call, command) = (std::sync::Arc::clone(&link), command.clone());
+                calls.spawn(async move {
+                    let encode = |id| encode(id, command, true);
+                    link_of_call.call(encode, None, None).await
+                });
+                match tokio::time::timeout(HELLO_AGAIN, calls.join_next()).await {
+                    Err(_elapsed) => {}
+                    Ok(Some(Ok(answer))) => {
+                        calls.shutdown().await;
+                        let hello: Hello = decode("hello", answer?)?;
+                        break Ok((link, hello));
+                    }
+                    Ok(Some(Err(_)) | None) => {
+                        break Err(GuestError::Link(LinkError::Closed {
+                            why: "cancelled".to_owned(),
+                        }));
+                    }
+                }
+            }
+        };
+        let (link, hello) = match tokio::time::timeout(limit, saying).await {
+            Ok(result) => result?,
+            Err(_elapsed) => {
+                return Err(GuestError::Link(LinkError::Deadline {
+                    limit_ms: limit.as_millis(),
+                }));
+            }
+        };
+        if hello.version != PROTOCOL_VERSION {
+            return Err(GuestError::BadAnswer {
+                command: "hello",
+                why: format!("version {}", hello.version),
+            });
+        }
+        let link = std::sync::Arc::into_inner(link).ok_or(GuestError::BadAnswer {
+            command: "hello",
+            why: "still in use".to_owned(),
+        })?;
+        Ok(Self { link, hello })
+    }
+
+    /// What the agent said of itself.
+    #[must_use]
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// Why the conversation is over, if it is.
+    #[must_use]
+    pub fn closed(&self) -> Option<String> {
+        self.link.closed()
+    }
+
+    /// Writers and file systems.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn identify(&self, limit: Duration) -> Result<Identified, GuestError> {
+        self.call("identify", Command::Identify {}, limit).await
+    }
+
+    /// Prepares writers and flushes file systems.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn prepare(
+        &self,
+        prepare: guest_agent_wire::host::Prepare,
+        limit: Duration,
+    ) -> Result<Prepared, GuestError> {
+        self.call("prepare", Command::Prepare(prepare), limit).await
+    }
+
+    /// Freezes writers, then file systems.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn freeze(
+        &self,
+        freeze: guest_agent_wire::host::Freeze,
+        limit: Duration,
+    ) -> Result<Frozen, GuestError> {
+        self.call("freeze", Command::Freeze(freeze), limit).await
+    }
+
+    /// Thaws file systems, then writers.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn thaw(
+        &self,
+        set: String,
+        generation: u64,
+        limit: Duration,
+    ) -> Result<Thawed, GuestError> {
+        let command = Command::Thaw { set, generation };
+        self.call("thaw", command, limit).await
+    }
+
+    /// Tells writers the outcome.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn post_snapshot(
+        &self,
+        set: String,
+        kept: bool,
+        limit: Duration,
+    ) -> Result<PostSnapshot, GuestError> {
+        let command = Command::PostSnapshot { set, kept };
+        self.call("post_snapshot", command, limit).await
+    }
+
+    /// Undoes the set.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn abort(
+        &self,
+        set: String,
+        reason: String,
+        limit: Duration,
+    ) -> Result<(), GuestError> {
+        let command = Command::Abort { set, reason };
+        let _nothing: Value = self.call("abort", command, limit).await?;
+        Ok(())
+    }
+
+    async fn call<T: DeserializeOwned>(
+        &self,
+        name: &'static str,
+        command: Command,
+        limit: Duration,
+    ) -> Result<T, GuestError> {
+        let encode = |id| encode(id, command, false);
+        let answer = self.link.call(encode, None, Some(limit)).await?;
+        decode(name, answer)
+    }
+}
+
+fn encode(id: u64, command: Command, new_conversation: bool) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if new_conversation {
+        bytes.push(NEW_CONVERSATION);
+    }
+    // Our own types always serialise; an empty line would be answered by nobody and end at the deadline.
+    bytes.extend(serde_json::to_vec(&Request { id, command }).unwrap_or_default());
+    bytes.push(b'\n');
+    bytes
+}
+
+fn decode<T: DeserializeOwned>(
+    command: &'static str,
+    answer: Result<Value, Value>,
+) -> Result<T, GuestError> {
+    let bad = |error: serde_json::Error| GuestError::BadAnswer {
+        command,
+        why: error.to_string(),
+    };
+    match answer {
+        Ok(value) => serde_json::from_value(value).map_err(bad),
+        Err(error) => {
+            let error: AgentError = serde_json::from_value(error).map_err(bad)?;
+            Err(GuestError::Refused(Box::new(error)))
+        }
+    }
+}

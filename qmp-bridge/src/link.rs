@@ -1,0 +1,295 @@
+//! One connection to a peer that answers numbered calls and says other things unasked.
+//!
+//! Used by `qmp` (QEMU, vhost-blk, the bridge's own socket) and by `guest` (the agent). It knows neither protocol: a
+//! [`Decode`] turns bytes into [`Incoming`].
+//!
+//! Invariants: a connection on which a call has timed out is closed, because nobody knows what the peer will still do or
+//! say; dropping a call's future never leaves half a message on the wire, since one task owns the socket; an answer that
+//! nobody waits for is dropped.
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::Value;
+use std::collections::HashMap;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::task::AbortHandle;
+
+/// Unasked messages that are kept for a slow subscriber before he is told that he lost some.
+const UNASKED_KEPT: usize = 1024;
+
+/// What a peer has said.
+#[derive(Debug)]
+pub(crate) enum Incoming {
+    /// The answer to a call: what succeeded, or the error object.
+    Answer {
+        /// The call's number.
+        id: u64,
+        /// Return value or error object.
+        result: Result<Value, Value>,
+    },
+    /// Anything else (greeting, event).
+    Unasked(Value),
+}
+
+/// Turns bytes into messages.
+pub(crate) trait Decode: Send + 'static {
+    /// Takes bytes, gives the messages that are complete.
+    ///
+    /// # Errors
+    /// The stream cannot be followed any further; the connection is closed with this text.
+    fn decode(&mut self, bytes: &[u8]) -> Result<Vec<Incoming>, String>;
+}
+
+/// Why a call has no answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    /// The peer did not answer in time; the connection is closed.
+    #[error("no answer within {limit_ms} ms")]
+    Deadline {
+        /// The limit.
+        limit_ms: u128,
+    },
+    /// The connection is gone.
+    #[error("connection lost: {why}")]
+    Closed {
+        /// How.
+        why: String,
+    },
+}
+
+struct Outgoing {
+    bytes: Vec<u8>,
+    fd: Option<OwnedFd>,
+}
+
+type Answer = Result<Value, Value>;
+
+#[derive(Default)]
+struct Pending {
+    calls: HashMap<u64, oneshot::Sender<Answer>>,
+    closed: Option<String>,
+}
+
+/// The connection. Dropping it closes it.
+pub(crate) struct Link {
+    outgoing: mpsc::UnboundedSender<Outgoing>,
+    pending: Arc<Mutex<Pending>>,
+    unasked: broadcast::WeakSender<Value>,
+    next_id: AtomicU64,
+    task: AbortHandle,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Link {
+    /// Takes over a stream. `first_id` numbers the first call. The receiver gets every unasked message from the first byte
+    /// on.
+    pub(crate) fn new(
+        stream: UnixStream,
+        decoder: impl Decode,
+        first_id: u64,
+    ) -> (Self, broadcast::Receiver<Value>) {
+        let (outgoing, queue) = mpsc::unbounded_channel();
+        let (unasked, receiver) = broadcast::channel(UNASKED_KEPT);
+        let pending = Arc::new(Mutex::new(Pending::default()));
+        // Only the task holds the sender: when it ends, every receiver sees the end.
+        let weak = unasked.downgrade();
+        let run = run(stream, decoder, queue, Arc::clone(&pending), unasked);
+        let task = tokio::spawn(run).abort_handle();
+        let link = Self {
+            outgoing,
+            pending,
+            unasked: weak,
+            next_id: AtomicU64::new(first_id),
+            task,
+        };
+        (link, receiver)
+    }
+
+    /// A further receiver of what the peer says unasked from now on; it sees the end of the connection as its own end.
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<Value> {
+        match self.unasked.upgrade() {
+            Some(sender) => sender.subscribe(),
+            None => broadcast::channel(1).1,
+        }
+    }
+
+    /// Why the connection is closed, if it is.
+    pub(crate) fn closed(&self) -> Option<String> {
+        lock(&self.pending).closed.clone()
+    }
+
+    /// Closes the connection; calls under way fail with `why`.
+    pub(crate) fn close(&self, why: &str) {
+        self.task.abort();
+        close(&self.pending, why);
+    }
+
+    /// Sends a call and waits for its answer. `encode` gets the call's number. Without a limit it waits as long as the
+    /// connection lives.
+    pub(crate) async fn call(
+        &self,
+        encode: impl FnOnce(u64) -> Vec<u8>,
+        fd: Option<OwnedFd>,
+        limit: Option<Duration>,
+    ) -> Result<Answer, LinkError> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut pending = lock(&self.pending);
+            if let Some(why) = &pending.closed {
+                return Err(LinkError::Closed { why: why.clone() });
+            }
+            pending.calls.insert(id, sender);
+        }
+        let bytes = encode(id);
+        // A send fails only when the task is gone; the receiver tells then.
+        drop(self.outgoing.send(Outgoing { bytes, fd }));
+        let answer = match limit {
+            None => receiver.await,
+            Some(limit) => match tokio::time::timeout(limit, receiver).await {
+                Ok(answer) => answer,
+                Err(_elapsed) => {
+                    let limit_ms = limit.as_millis();
+                    self.close(&format!("an earlier call had no answer in {limit_ms} ms"));
+                    return Err(LinkError::Deadline { limit_ms });
+                }
+            },
+        };
+        answer.map_err(|_gone| LinkError::Closed {
+            why: self.closed().unwrap_or_else(|| "closed".to_owned()),
+        })
+    }
+}
+
+fn lock(pending: &Mutex<Pending>) -> MutexGuard<'_, Pending> {
+    // Nothing panics while it is held, and a half-done insertion would do no harm.
+    pending.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn close(pending: &Mutex<Pending>, why: &str) {
+    let mut pending = lock(pending);
+    if pending.closed.is_none() {
+        pending.closed = Some(why.to_owned());
+    }
+    // Dropping the senders wakes the callers.
+    pending.calls.clear();
+}
+
+async fn run(
+    stream: UnixStream,
+    mut decoder: impl Decode,
+    mut queue: mpsc::UnboundedReceiver<Outgoing>,
+    pending: Arc<Mutex<Pending>>,
+    unasked: broadcast::Sender<Value>,
+) {
+    let mut buffer = vec![0_u8; 64 * 1024];
+    let why = loop {
+        tokio::select! {
+            ready = stream.readable() => {
+                if let Err(error) = ready {
+                    break error.to_string();
+                }
+                match stream.try_read(&mut buffer) {
+                    Ok(0) => break "the peer closed it".to_owned(),
+                    Ok(length) => {
+                        let bytes = buffer.get(..length).unwrap_or_default();
+                        match decoder.decode(bytes) {
+                            Ok(messages) => {
+                                for message in messages {
+                                    deliver(message, &pending, &unasked);
+                                }
+                            }
+                            Err(why) => break why,
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => break error.to_string(),
+                }
+            }
+            message = queue.recv() => {
+                let Some(message) = message else { break "closed".to_owned() };
+                if let Err(error) = send(&stream, &message).await {
+                    break error.to_string();
+                }
+            }
+        }
+    };
+    close(&pending, &why);
+}
+
+fn deliver(message: Incoming, pending: &Mutex<Pending>, unasked: &broadcast::Sender<Value>) {
+    match message {
+        Incoming::Answer { id, result } => {
+            let call = lock(pending).calls.remove(&id);
+            if let Some(call) = call {
+                // The caller may have gone.
+                drop(call.send(result));
+            }
+        }
+        // Nobody has to be listening.
+        Incoming::Unasked(value) => drop(unasked.send(value)),
+    }
+}
+
+/// Writes a message; a descriptor travels with its first byte.
+async fn send(stream: &UnixStream, message: &Outgoing) -> io::Result<()> {
+    let mut rest = message.bytes.as_slice();
+    let mut fd = message.fd.as_ref();
+    while !rest.is_empty() {
+        stream.writable().await?;
+        let sent = stream.try_io(Interest::WRITABLE, || match fd {
+            None => rustix::net::send(stream, rest, SendFlags::NOSIGNAL).map_err(io::Error::from),
+            Some(fd) => {
+                let fds = [fd.as_fd()];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+                    return Err(io::Error::other("no room for a descriptor"));
+                }
+                let bytes = [IoSlice::new(rest)];
+                sendmsg(stream, &bytes, &mut control, SendFlags::NOSIGNAL).map_err(io::Error::from)
+            }
+        });
+        match sent {
+            Ok(length) => {
+                fd = None;
+                rest = rest.get(length..).unwrap_or_default();
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Connects to a Unix socket.
+pub(crate) async fn connect(path: &Path, limit: Duration) -> Result<UnixStream, LinkError> {
+    match tokio::time::timeout(limit, UnixStream::connect(path)).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err(LinkError::Closed {
+            why: format!("connect: {error}"),
+        }),
+        Err(_elapsed) => Err(LinkError::Deadline {
+            limit_ms: limit.as_millis(),
+        }),
+    }
+}

@@ -1,0 +1,126 @@
+//! Commands of the bridge daemon's socket, in QMP framing; each doc is the protocol reference.
+//!
+//! Spoken by `daemon` (server) and `cli` (client). The envelopes are those of `vhost_blk_wire::qmp`.
+//!
+//! Events: `SET_PROGRESS {"vm","step","at-ms","took-ms"}` to the connection whose `set-create` is under way. A connection that
+//! closes cancels its `set-create`.
+
+use crate::sets::ListedSet;
+use crate::snapshot::document::{CreateRequest, SetDocument, VmTarget};
+use guest_agent_wire::host::Identified;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use vhost_blk_wire::command::{Command, Empty, QmpCapabilities, QueryCommands, QueryVersion};
+use vhost_blk_wire::types::VolumeInfo;
+
+/// Names of all commands, for `query-commands`.
+pub const COMMAND_NAMES: &[&str] = &[
+    QmpCapabilities::NAME,
+    QueryVersion::NAME,
+    QueryCommands::NAME,
+    QueryVms::NAME,
+    QueryWriters::NAME,
+    QueryVolumes::NAME,
+    SetCreate::NAME,
+    SetList::NAME,
+    SetShow::NAME,
+    SetDelete::NAME,
+    SetRevert::NAME,
+    SetRecover::NAME,
+];
+
+/// Name of the event that reports a step of a `set-create`.
+pub const SET_PROGRESS: &str = "SET_PROGRESS";
+
+macro_rules! command {
+    ($name:literal, $type:ident, $return:ty) => {
+        impl Command for $type {
+            const NAME: &'static str = $name;
+            type Return = $return;
+        }
+    };
+}
+
+/// The configured VMs.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct QueryVms {}
+command!("query-vms", QueryVms, Vec<VmTarget>);
+
+/// Writers and file systems of a VM's guest.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct QueryWriters {
+    /// The VM; may be absent if there is only one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+}
+command!("query-writers", QueryWriters, Identified);
+
+/// Volumes of a VM's vhost-blk daemons.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct QueryVolumes {
+    /// The VM; may be absent if there is only one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+}
+command!("query-volumes", QueryVolumes, Vec<ListedVolume>);
+
+/// A volume and the daemon that serves it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListedVolume {
+    /// Control socket of the daemon.
+    pub control: PathBuf,
+    /// The volume.
+    #[serde(flatten)]
+    pub volume: VolumeInfo,
+}
+
+/// Makes a set. Answers with its document when all is over, also when the set was refused: see its `outcome`.
+/// Fails with `SetInProgress` at once if one of this VM is being made.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct SetCreate {
+    /// The VM; may be absent if there is only one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// What is asked.
+    #[serde(default)]
+    pub request: CreateRequest,
+}
+command!("set-create", SetCreate, SetDocument);
+
+/// All sets, oldest first.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct SetList {
+    /// Only this VM's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+}
+command!("set-list", SetList, Vec<ListedSet>);
+
+/// The document of a set.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SetShow {
+    /// Set or snapshot, or the unambiguous beginning of its id.
+    pub id: String,
+}
+command!("set-show", SetShow, SetDocument);
+
+/// Deletes a set, or one snapshot of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SetDelete {
+    /// Set or snapshot, or the unambiguous beginning of its id.
+    pub id: String,
+}
+command!("set-delete", SetDelete, Empty);
+
+/// Makes the disks what they were. The VM must not run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SetRevert {
+    /// Set or snapshot, or the unambiguous beginning of its id.
+    pub id: String,
+}
+command!("set-revert", SetRevert, Empty);
+
+/// Undoes what dead bridges left. Answers with the documents of the sets that were ended.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct SetRecover {}
+command!("set-recover", SetRecover, Vec<SetDocument>);

@@ -1,0 +1,193 @@
+//! The verdict and what follows: keep, tell the writers.
+//!
+//! Called by `run`. Invariant: the outcome `kept` is durable before any writer is told.
+
+use super::super::document::{GuestTimes, Outcome, ReasonCode};
+use super::super::level::Level;
+use super::super::plan::Plan;
+use super::super::step::Step;
+use super::super::witness::{self, HostClock, Observations, Word};
+use super::daemons::{all, copies};
+use super::failure::{Failure, chain, internal};
+use super::watch::cancelled;
+use super::{Run, milliseconds};
+use tokio::time::Instant;
+use vhost_blk_wire::command::SnapshotSetKeep;
+
+impl Run<'_> {
+    /// Hears the witnesses.
+    pub(super) async fn verdict(&mut self) -> Result<(), Failure> {
+        if self.window.frozen.is_some()
+            && let Some(vm) = &self.vm
+        {
+            // The answers stand behind every event that came before them.
+            let state = async {
+                vm.running().await?;
+                vm.not_migrating().await
+            };
+            if let Err(error) = state.await {
+                self.watch.disturbances.push(error.to_string());
+            }
+            self.watch.drain();
+        }
+        self.watch.events = None;
+        let window = &self.window;
+        let clock = self.host_clock();
+        self.doc.timings.hold_ms = clock.map(|clock| clock.hold_ms);
+        self.doc.timings.freeze_to_thaw_ms = clock.map(|clock| clock.writers_ms);
+        self.doc.timings.guest = window.frozen.as_ref().map(|frozen| GuestTimes {
+            sync_ms: window.prepared.as_ref().map_or(0, |p| p.sync_ms),
+            writers_ms: frozen.writers_ms,
+            filesystems_ms: frozen.filesystems_ms,
+            hold_ms: window.thawed.as_ref().map(|thawed| thawed.hold_ms),
+        });
+        let witnesses = witness::hear(&Observations {
+            serials: self.plan.as_ref().map(Plan::serials).unwrap_or_default(),
+            identified: window.identified.as_ref(),
+            prepared: window.prepared.as_ref(),
+            frozen: window.frozen.as_ref(),
+            thawed: window.thawed.as_ref(),
+            thaw_failure: window.thaw_failure.as_deref(),
+            clock,
+            disturbances: &self.watch.disturbances,
+            commits: &window.commits,
+        });
+        let writers = window.prepared.as_ref().map_or(0, |p| p.writers.len());
+        let every_disk = self.plan.as_ref().is_some_and(Plan::every_disk);
+        let reached = witness::level_reached(&witnesses, writers, every_disk);
+        self.doc.witnesses = witnesses;
+        self.doc.level_reached = Some(reached);
+        self.note_scope(reached);
+        if self.watch.cancelled() {
+            return Err(cancelled());
+        }
+        if reached >= self.doc.level_asked || self.doc.request.best_effort {
+            return Ok(());
+        }
+        Err(self.below(reached))
+    }
+
+    pub(super) fn host_clock(&self) -> Option<HostClock> {
+        let window = &self.window;
+        let ms = |from: Option<Instant>, to: Option<Instant>| {
+            Some(milliseconds(to?.saturating_duration_since(from?)))
+        };
+        Some(HostClock {
+            hold_ms: ms(window.hold_start, window.thaw_sent)?,
+            writers_ms: ms(window.freeze_sent, window.thaw_answered)?,
+            hold_limit_ms: self.limits.hold_ms,
+            writer_limit_ms: self.limits.writer_ms,
+        })
+    }
+
+    /// Why the level that was reached is not enough.
+    pub(super) fn below(&self, reached: Level) -> Failure {
+        let witnesses = &self.doc.witnesses;
+        let mut broken = false;
+        let mut lines = Vec::new();
+        for (name, testimony) in [
+            ("filesystems", &witnesses.filesystems),
+            ("writers", &witnesses.writers),
+            ("time", &witnesses.time),
+            ("host", &witnesses.host),
+        ] {
+            match testimony.value {
+                Word::Agrees => {}
+                Word::Disagrees => {
+                    broken = true;
+                    let first = testimony.evidence.first().cloned().unwrap_or_default();
+                    lines.push(format!("{name}: {first}"));
+                }
+                Word::NotHeard => {
+                    let first = testimony.evidence.first().cloned().unwrap_or_default();
+                    lines.push(format!("{name}: {first}"));
+                }
+            }
+        }
+        let code = if broken {
+            ReasonCode::HoldBroken
+        } else {
+            ReasonCode::LevelNotReached
+        };
+        let asked = self.doc.level_asked;
+        let text = format!("reached {reached}, asked {asked}: {}", lines.join("; "));
+        let failure = Failure::new(code, text);
+        if broken { failure.retryable() } else { failure }
+    }
+
+    /// What the reader of a copy has to know about its scope.
+    pub(super) fn note_scope(&mut self, reached: Level) {
+        let notes = &mut self.doc.notes;
+        match reached {
+            Level::Application => notes.push(
+                "applications without a writer are only as consistent as a crash; so are writers that were left out"
+                    .to_owned(),
+            ),
+            Level::Filesystem => notes.push(
+                "file systems are consistent; all applications are only as consistent as a crash".to_owned(),
+            ),
+            Level::Crash => notes
+                .push("everything is only as consistent as after a power cut".to_owned()),
+        }
+        for mountpoint in &self.doc.request.exclude_filesystems {
+            notes.push(format!(
+                "{mountpoint} was left out by the requester: its content is only as consistent as a crash"
+            ));
+        }
+    }
+
+    pub(super) async fn keep(&mut self) -> Result<(), Failure> {
+        let set = self.doc.set;
+        // From the first `keep` on the requester's wish comes too late; only a failure undoes.
+        let kept = all(&self.daemons, self.limits.keep, |_| SnapshotSetKeep { set }).await;
+        kept?;
+        self.passed(Step::Kept);
+        let Some(plan) = &self.plan else {
+            return Err(internal("no plan"));
+        };
+        self.doc.copies = copies(plan, &self.window.commits);
+        self.doc.outcome = Outcome::Kept;
+        if let Err(error) = self.state.store(self.doc) {
+            self.doc.copies.clear();
+            self.doc.outcome = Outcome::Open;
+            return Err(Failure::new(ReasonCode::StateDirectory, chain(&error)));
+        }
+        Ok(())
+    }
+
+    /// Tells the writers. The set is kept whatever they answer.
+    pub(super) async fn finish(&mut self) {
+        if self.window.frozen.is_some()
+            && let Some(guest) = &self.guest
+        {
+            // Only an application-consistent copy may let a writer believe that it was backed up (and truncate logs).
+            let kept = self.doc.level_reached == Some(Level::Application);
+            let set = self.doc.set.to_string();
+            match guest.post_snapshot(set, kept, self.limits.post).await {
+                Ok(post) => {
+                    for report in post.writers {
+                        if let Some(failure) = &report.failure {
+                            self.doc.notes.push(format!(
+                                "writer {} failed after the snapshot: {}",
+                                report.name, failure.message
+                            ));
+                        }
+                        if let Some(record) = self.doc.writer(&report.instance_id) {
+                            record.post = Some(report);
+                        }
+                    }
+                }
+                Err(error) => self.doc.notes.push(format!(
+                    "writers were not told that the set is kept: {error}"
+                )),
+            }
+        }
+        self.doc.finished = true;
+        self.passed(Step::Finished);
+        if let Err(error) = self.state.store(self.doc) {
+            // The durable record says kept; only what writers said afterwards is missing there.
+            let text = format!("the record lacks post-snapshot: {}", chain(&error));
+            self.doc.notes.push(text);
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Takes a set back, at the stores and in the guest, for a bridge that lives or for one that has died.
+//!
+//! Called by `run` after a failure, and by `sets` for open records whose maker is dead. Idempotent: it may be repeated
+//! until it says that nothing is left.
+
+use super::document::{Outcome, Reason, ReasonCode, SetDocument};
+use super::intent::{StateDirectory, StateError};
+use super::run::Limits;
+use super::step::Step;
+use crate::guest::GuestClient;
+use crate::storage::{StorageClient, StorageError};
+use std::path::Path;
+use std::time::Duration;
+use tokio::time::Instant;
+use uuid::Uuid;
+use vhost_blk_wire::command::{SnapshotSetAbort, SnapshotSetDelete};
+use vhost_blk_wire::qmp::ErrorClass;
+use vhost_blk_wire::types::SnapshotState;
+
+/// Pause between two looks at a daemon that is still undoing.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// Makes sure that a daemon holds nothing of a set: no hold, no provisional snapshot, no kept one.
+///
+/// # Errors
+/// The daemon does not answer, or still holds something at the limit.
+pub async fn at_daemon(
+    control: &Path,
+    set: Uuid,
+    reason: &str,
+    limit: Duration,
+) -> Result<(), StorageError> {
+    let deadline = Instant::now() + limit;
+    let client = StorageClient::connect(control, limit).await?;
+    loop {
+        let abort = SnapshotSetAbort {
+            set,
+            reason: reason.to_owned(),
+        };
+        let aborted = client.call(&abort, limit).await;
+        let left = client.snapshots(limit).await?;
+        let mut of_it = left.iter().filter(|snapshot| snapshot.set == set);
+        match of_it.next() {
+            // Refusals are fine as long as nothing is left: a set that was undone already is not found.
+            None => match aborted {
+                Err(error) if !error.is_answer() => return Err(error),
+                Ok(_) | Err(_) => return Ok(()),
+            },
+            Some(snapshot) if snapshot.state == SnapshotState::Kept => {
+                let deleted = client.call(&SnapshotSetDelete { set }, limit).await;
+                match deleted {
+                    Err(error) if !error.is(ErrorClass::SetNotFound) => return Err(error),
+                    Ok(_) | Err(_) => {}
+                }
+            }
+            Some(_) => {
+                if let Err(error) = aborted
+                    && Instant::now() >= deadline
+                {
+                    return Err(error);
+                }
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(StorageError {
+                control: control.to_owned(),
+                source: crate::link::LinkError::Deadline {
+                    limit_ms: limit.as_millis(),
+                }
+                .into(),
+            });
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Thaws and aborts in the guest on a connection of its own. The agent has done so already when it lost its host; this
+/// makes sure, and says so.
+///
+/// # Errors
+/// The agent's failure, as a text: nothing depends on it, since the guest's dead-man thaws anyway.
+pub async fn in_guest(
+    agent: &Path,
+    set: Uuid,
+    reason: &str,
+    limit: Duration,
+) -> Result<(), String> {
+    // `hello` alone already ends a set that an earlier conversation left open.
+    let guest = GuestClient::connect(agent, limit)
+        .await
+        .map_err(|e| e.to_string())?;
+    guest
+        .abort(set.to_string(), reason.to_owned(), limit)
+        .await
+        .map_err(|e| e.to_string())
+}
+
+/// Ends the record of a dead bridge: undoes an open set, completes a kept one. The caller holds the VM's lock.
+///
+/// # Errors
+/// The state directory failed. A daemon that cannot be reached leaves the record open, to be tried again.
+pub async fn of_the_dead(
+    state: &StateDirectory,
+    document: &mut SetDocument,
+    limits: &Limits,
+) -> Result<(), StateError> {
+    match document.outcome {
+        Outcome::Open => {}
+        Outcome::Kept if !document.finished => {
+            document.notes.push(
+                "the bridge died before it had told the writers of the set (no post-snapshot, no backup-complete)"
+                    .to_owned(),
+            );
+            document.finished = true;
+            return state.store(document);
+        }
+        Outcome::Kept | Outcome::Refused | Outcome::Failed | Outcome::Undone => return Ok(()),
+    }
+    let reason = "the bridge that made this set died";
+    let mut left = Vec::new();
+    for control in document.vm.vhost_blk.clone().iter().rev() {
+        match at_daemon(control, document.set, reason, limits.abort).await {
+            Ok(()) => document
+                .undone
+                .push(format!("storage {}: nothing left", control.display())),
+            Err(error) => left.push(error.to_string()),
+        }
+    }
+    if let Some(agent) = document.vm.agent.clone() {
+        let line = match in_guest(&agent, document.set, reason, limits.hello_again).await {
+            Ok(()) => "guest: aborted".to_owned(),
+            Err(error) => format!("guest: not reached ({error}); its dead-man has thawed it"),
+        };
+        document.undone.push(line);
+    }
+    if left.is_empty() {
+        document.outcome = Outcome::Undone;
+        document.finished = true;
+        document.level_reached = None;
+        document.copies.clear();
+        if document.reason.is_none() {
+            document.reason = Some(Reason {
+                code: ReasonCode::BridgeDied,
+                message: reason.to_owned(),
+                step: document
+                    .timings
+                    .steps
+                    .last()
+                    .map_or(Step::Intent, |time| time.step),
+                retryable: true,
+            });
+        }
+    } else {
+        for line in left {
+            tracing::warn!("set {}: cannot be undone yet: {line}", document.set);
+        }
+        // The record stays open, and the next start tries again.
+        document.undone.clear();
+    }
+    state.store(document)
+}

@@ -1,0 +1,348 @@
+//! The guest agent: hello, identify, prepare, freeze, thaw, post-snapshot, abort; thaws when its host goes away.
+
+use super::{Fault, Peer};
+use guest_agent_wire::host::{
+    AgentError, Command, ErrorCode, FilesystemInfo, FilesystemReport, FilesystemResult, Frozen,
+    Hello, Identified, Outcome, PostSnapshot, Prepared, Request, Response, Thawed, WriterInfo,
+    WriterReport,
+};
+use guest_agent_wire::types::{DiskExtent, Hold, Level, WriterState};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+
+/// What the guest is like and what it says; tests change it.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    /// Names of writers.
+    pub(crate) writers: Vec<String>,
+    /// Mount points, one on each disk of the same place.
+    pub(crate) mountpoints: Vec<String>,
+    pub(crate) serials: Vec<String>,
+    pub(crate) exempt: Vec<DiskExtent>,
+    /// Mount points that are writable, on a covered disk, and do not freeze.
+    pub(crate) unfreezable: Vec<String>,
+    /// Writers that say at the thaw that they did not hold.
+    pub(crate) not_held: Vec<String>,
+    /// Writers that say nothing at the thaw.
+    pub(crate) silent: Vec<String>,
+    /// Mount points whose FITHAW returns EINVAL.
+    pub(crate) thawed_by_others: Vec<String>,
+    /// Hold that the guest's clock shows.
+    pub(crate) hold_ms: u64,
+    /// Evidence at the thaw (at the freeze it is 1).
+    pub(crate) evidence_at_thaw: u64,
+    set: Option<String>,
+    frozen: bool,
+    in_scope: Vec<String>,
+    left_out: Vec<String>,
+}
+
+#[derive(Clone)]
+pub(crate) struct FakeAgent {
+    pub(crate) peer: Peer,
+    pub(crate) guest: Arc<Mutex<Guest>>,
+}
+
+impl FakeAgent {
+    pub(crate) fn start(path: &Path, serials: Vec<String>, peer: Peer) -> Self {
+        let agent = Self {
+            peer,
+            guest: Arc::new(Mutex::new(Guest {
+                writers: vec!["db".to_owned()],
+                mountpoints: serials
+                    .iter()
+                    .enumerate()
+                    .map(|(n, _)| format!("/m{n}"))
+                    .collect(),
+                serials,
+                exempt: Vec::new(),
+                unfreezable: Vec::new(),
+                not_held: Vec::new(),
+                silent: Vec::new(),
+                thawed_by_others: Vec::new(),
+                hold_ms: 7,
+                evidence_at_thaw: 1,
+                set: None,
+                frozen: false,
+                in_scope: Vec::new(),
+                left_out: Vec::new(),
+            })),
+        };
+        let listener = UnixListener::bind(path).unwrap();
+        let this = agent.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(this.clone().serve(stream));
+            }
+        });
+        agent
+    }
+
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.guest.lock().unwrap().frozen
+    }
+
+    pub(crate) fn has_set(&self) -> bool {
+        self.guest.lock().unwrap().set.is_some()
+    }
+
+    /// The dead-man fires.
+    pub(crate) fn thaw_by_dead_man(&self) {
+        let mut guest = self.guest.lock().unwrap();
+        guest.frozen = false;
+        guest.set = None;
+    }
+
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Guest)) {
+        change(&mut self.guest.lock().unwrap());
+    }
+
+    async fn serve(self, stream: UnixStream) {
+        let (reader, mut writer) = stream.into_split();
+        let mut reader = BufReader::new(reader);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            match reader.read_until(b'\n', &mut line).await {
+                Ok(1..) => {}
+                Ok(0) | Err(_) => break,
+            }
+            let start = line.iter().rposition(|b| *b == 0xff).map_or(0, |at| at + 1);
+            let request: Request = serde_json::from_slice(&line[start..]).unwrap();
+            let encoded = serde_json::to_value(&request.command).unwrap();
+            let name = encoded["execute"].as_str().unwrap().to_owned();
+            let outcome = match self.peer.arrived(&name) {
+                Some(Fault::Hang) => continue,
+                Some(Fault::Close) => break,
+                Some(Fault::Refuse(code)) => Err(self.refuse(code)),
+                Some(Fault::Late(duration)) => {
+                    tokio::time::sleep(duration).await;
+                    self.answer(request.command)
+                }
+                Some(Fault::Meanwhile(what)) => {
+                    what();
+                    self.answer(request.command)
+                }
+                None => self.answer(request.command),
+            };
+            let response = Response {
+                id: request.id,
+                outcome: match outcome {
+                    Ok(value) => Outcome::Return(value),
+                    Err(error) => Outcome::Error(error),
+                },
+            };
+            let mut text = serde_json::to_vec(&response).unwrap();
+            text.push(b'\n');
+            if writer.write_all(&text).await.is_err() {
+                break;
+            }
+        }
+        // The host has gone: the real agent thaws and aborts.
+        let mut guest = self.guest.lock().unwrap();
+        if guest.set.take().is_some() {
+            guest.frozen = false;
+            drop(guest);
+            self.peer.note("host gone");
+        }
+    }
+
+    /// A refusal of prepare or freeze: the real agent has undone everything by then.
+    fn refuse(&self, code: &str) -> AgentError {
+        let mut guest = self.guest.lock().unwrap();
+        guest.set = None;
+        guest.frozen = false;
+        error(serde_json::from_value(json!(code)).unwrap(), "db said no")
+    }
+
+    fn answer(&self, command: Command) -> Result<Value, AgentError> {
+        let mut guest = self.guest.lock().unwrap();
+        let guest = &mut *guest;
+        let value = match command {
+            Command::Hello { .. } => {
+                guest.set = None;
+                guest.frozen = false;
+                to_value(&Hello {
+                    version: 1,
+                    agent: "fake".to_owned(),
+                    boot_id: "boot".to_owned(),
+                })
+            }
+            Command::Identify {} => to_value(&guest.identified()),
+            Command::Prepare(prepare) => {
+                guest.set = Some(prepare.set);
+                guest.in_scope = guest
+                    .writers
+                    .iter()
+                    .filter(|name| !prepare.exclude_writers.contains(name))
+                    .cloned()
+                    .collect();
+                to_value(&Prepared {
+                    writers: guest.reports(WriterState::WaitingForFreeze, None, 0),
+                    sync_ms: 3,
+                })
+            }
+            Command::Freeze(freeze) => {
+                if guest.set.as_ref() != Some(&freeze.set) {
+                    return Err(error(ErrorCode::SetNotFound, "no such set"));
+                }
+                guest.frozen = true;
+                guest.left_out = freeze.exclude_filesystems;
+                let filesystems = guest.filesystems(FilesystemResult::Frozen);
+                to_value(&Frozen {
+                    generation: 5,
+                    writers: guest.reports(WriterState::WaitingForThaw, None, 1),
+                    filesystems,
+                    exempt: guest.exempt.clone(),
+                    writers_ms: 0,
+                    filesystems_ms: 0,
+                })
+            }
+            Command::Thaw { set, generation } => {
+                if guest.set.as_ref() != Some(&set) || generation != 5 || !guest.frozen {
+                    return Err(error(ErrorCode::HoldBroken, "the dead-man had fired"));
+                }
+                guest.frozen = false;
+                let filesystems = guest.filesystems(FilesystemResult::Thawed);
+                let held = guest.not_held.is_empty() && guest.thawed_by_others.is_empty();
+                to_value(&Thawed {
+                    held,
+                    why_not: if held {
+                        String::new()
+                    } else {
+                        "see below".to_owned()
+                    },
+                    writers: guest.reports(
+                        WriterState::WaitingForPostSnapshot,
+                        Some(true),
+                        guest.evidence_at_thaw,
+                    ),
+                    filesystems,
+                    hold_ms: guest.hold_ms,
+                })
+            }
+            Command::PostSnapshot { kept, .. } => {
+                guest.set = None;
+                self.peer
+                    .note(if kept { "told kept" } else { "told aborted" });
+                to_value(&PostSnapshot {
+                    writers: guest.reports(WriterState::Stable, None, 0),
+                })
+            }
+            Command::Abort { .. } => {
+                guest.set = None;
+                guest.frozen = false;
+                json!({})
+            }
+            Command::Status {} => json!({}),
+        };
+        Ok(value)
+    }
+}
+
+impl Guest {
+    fn identified(&self) -> Identified {
+        Identified {
+            writers: self
+                .writers
+                .iter()
+                .map(|name| WriterInfo {
+                    class_id: "class".to_owned(),
+                    instance_id: name.clone(),
+                    name: name.clone(),
+                    level: Level::BackEnd,
+                    freeze_timeout_ms: 20_000,
+                    hold: Hold::App,
+                    state: WriterState::Stable,
+                    last_failure: None,
+                    metadata: Value::Null,
+                })
+                .collect(),
+            filesystems: self
+                .mountpoints
+                .iter()
+                .enumerate()
+                .map(|(n, mountpoint)| FilesystemInfo {
+                    mountpoint: mountpoint.clone(),
+                    fstype: "ext4".to_owned(),
+                    device: format!("/dev/vd{n}"),
+                    read_only: false,
+                    freezable: !self.unfreezable.contains(mountpoint),
+                    why_not: None,
+                    extents: self.extents(n),
+                })
+                .collect(),
+            exempt: self.exempt.clone(),
+        }
+    }
+
+    fn extents(&self, n: usize) -> Vec<DiskExtent> {
+        vec![DiskExtent {
+            serial: self.serials[n % self.serials.len()].clone(),
+            disk: format!("vd{n}"),
+            start_bytes: 1 << 20,
+            length_bytes: 1 << 20,
+        }]
+    }
+
+    fn reports(&self, state: WriterState, held: Option<bool>, evidence: u64) -> Vec<WriterReport> {
+        self.in_scope
+            .iter()
+            .filter(|name| held.is_none() || !self.silent.contains(name))
+            .map(|name| WriterReport {
+                instance_id: name.clone(),
+                name: name.clone(),
+                state,
+                held: held.map(|_| !self.not_held.contains(name)),
+                evidence: json!({"position": evidence}),
+                failure: None,
+                took_ms: 1,
+            })
+            .collect()
+    }
+
+    fn filesystems(&self, result: FilesystemResult) -> Vec<FilesystemReport> {
+        let thaw = result == FilesystemResult::Thawed;
+        self.mountpoints
+            .iter()
+            .enumerate()
+            .filter(|(_, mountpoint)| !self.unfreezable.contains(mountpoint))
+            .filter(|(_, mountpoint)| !(thaw && self.left_out.contains(mountpoint)))
+            .map(|(n, mountpoint)| {
+                let broken = thaw && self.thawed_by_others.contains(mountpoint);
+                FilesystemReport {
+                    mountpoint: mountpoint.clone(),
+                    fstype: "ext4".to_owned(),
+                    result: if self.left_out.contains(mountpoint) {
+                        FilesystemResult::LeftOut
+                    } else if broken {
+                        FilesystemResult::Failed
+                    } else {
+                        result
+                    },
+                    errno: if broken { 22 } else { 0 },
+                    message: String::new(),
+                    extents: self.extents(n),
+                    took_us: 100,
+                }
+            })
+            .collect()
+    }
+}
+
+fn to_value(value: &impl serde::Serialize) -> Value {
+    serde_json::to_value(value).unwrap()
+}
+
+fn error(code: ErrorCode, message: &str) -> AgentError {
+    AgentError {
+        code,
+        message: message.to_owned(),
+        retryable: false,
+        writers: Vec::new(),
+        filesystems: Vec::new(),
+    }
+}
