@@ -1,2 +1,25 @@
-//! Placeholder entry point; the room is filled by the next commits.
-fn main() {}
+//! Entry point: the agent, its helper process, or a script about to be run.
+
+use clap::Parser as _;
+use guest_agent::config::{Config, Role};
+use guest_agent::{agent, hold, writer};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let config = Config::parse();
+    let outcome = match config.role {
+        Some(Role::HoldHelper { state_dir }) => hold::helper::run(&state_dir),
+        Some(Role::WriterScript { group, script }) => {
+            writer::script::become_script(&group, &script)
+        }
+        None if config.agent.thaw_leftovers => agent::thaw_leftovers(&config.agent),
+        None => agent::run(config.agent),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("guest-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -4,10 +4,12 @@
 //! * [`writer`]: the writer protocol on the Unix socket [`writer::SOCKET_PATH`] in the guest: JSON lines, requests by the
 //!   agent, one to one with VSS's writer events.
 //! * [`types`]: VSS's levels, states and failure codes, and the nouns that both protocols share.
+//! * [`lines`]: cuts a stream into messages.
 //!
 //! PROTOCOL.md tells the sequences and deadlines. This room knows nothing of sockets, ports or file systems.
 
 pub mod host;
+pub mod lines;
 pub mod types;
 pub mod writer;
 

@@ -1,0 +1,151 @@
+//! Puts the rooms together: state directory, leftovers, helper, threads.
+//!
+//! Called by `main`. Everything that is needed later is opened and started here, before anything can be frozen.
+
+use crate::clock::Alarm;
+use crate::config::Agent;
+use crate::filesystem::plan::Sources;
+use crate::hold::client::Holder;
+use crate::hold::ledger;
+use crate::journal;
+use crate::native;
+use crate::qga;
+use crate::quiesce::actor::{Actor, Settings, sink};
+use crate::quiesce::service::{Service, Signal};
+use crate::transport::Endpoint;
+use crate::writer::registry::Registry;
+use crate::writer::{script, socket};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FlockOperation, flock};
+use rustix::mm::{MlockAllFlags, mlockall};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
+
+/// How long a dying helper is waited for at start.
+const RECOVERY: Duration = Duration::from_secs(10);
+
+fn sources(config: &Agent) -> Sources {
+    Sources {
+        proc: PathBuf::from("/proc"),
+        sys: PathBuf::from("/sys"),
+        only_under: config.only_under.clone(),
+    }
+}
+
+/// Takes the state directory for this process alone. The lock lasts as long as the descriptor.
+fn lock(state_dir: &Path) -> io::Result<OwnedFd> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(state_dir)?;
+    let file: OwnedFd = fs::File::create(state_dir.join("agent.lock"))?.into();
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| io::Error::other("another guest-agent runs on this state directory"))?;
+    Ok(file)
+}
+
+/// Undoes what a killed agent left: frozen file systems, frozen script writers.
+fn undo_leftovers(config: &Agent) -> io::Result<()> {
+    let mounts = sources(config).mounts()?;
+    let thawed = ledger::recover(&config.state_dir, &mounts, RECOVERY)?;
+    let aborted = script::recover(&config.state_dir)?;
+    if thawed + aborted > 0 {
+        journal::note(format_args!(
+            "a killed agent left {thawed} file systems frozen and {aborted} script writers waiting; undone"
+        ));
+    }
+    Ok(())
+}
+
+/// `--thaw-leftovers`.
+pub fn thaw_leftovers(config: &Agent) -> io::Result<()> {
+    let _lock = lock(&config.state_dir)?;
+    undo_leftovers(config)
+}
+
+/// Runs the agent for ever.
+pub fn run(config: Agent) -> io::Result<()> {
+    let _lock = lock(&config.state_dir)?;
+    undo_leftovers(&config)?;
+    fs::write("/proc/self/oom_score_adj", "-900").unwrap_or(());
+
+    let (sender, receiver) = channel();
+    let service = Service::new(sender);
+    let holder = Holder::start(&config.state_dir, 0, sink(&service))?;
+    let registry = Arc::new(Registry::new(
+        Some(config.writers_dir.clone()),
+        config.state_dir.clone(),
+    ));
+    let alarm = Arc::new(Alarm::new()?);
+    let actor = Actor::new(
+        service.clone(),
+        receiver,
+        Arc::clone(&registry),
+        sources(&config),
+        Settings {
+            exclude_filesystems: config.exclude_filesystem.clone(),
+            qga_hold_ms: config.qga_hold_ms,
+            state_dir: config.state_dir.clone(),
+        },
+        holder,
+        Arc::clone(&alarm),
+    );
+    let watched = service.clone();
+    start("window", move || watch(&alarm, &watched))?;
+
+    let socket_path = config
+        .writer_socket
+        .clone()
+        .unwrap_or_else(|| config.state_dir.join("writers.sock"));
+    socket::listen(&socket_path, &config.allow_dir, registry, service.clone())?;
+
+    if config.qga_port != Endpoint::Port("none".into()) {
+        let (port, service) = (config.qga_port.clone(), service.clone());
+        let guest = qga::command::Guest {
+            sources: sources(&config),
+        };
+        start("qga", move || {
+            let error = qga::run(&port, &service, &guest);
+            journal::note(format_args!("QEMU guest agent protocol: {error}"));
+        })?;
+    }
+    let port = config.port;
+    start("native", move || {
+        let error = native::run(&port, &service);
+        journal::note(format_args!("native protocol: {error}"));
+    })?;
+    // All that is mapped now is read in and stays; what comes later stays once it is touched.
+    mlockall(MlockAllFlags::CURRENT)
+        .and_then(|()| mlockall(MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT))
+        .unwrap_or_else(|error| journal::note(format_args!("memory is not locked: {error}")));
+    actor.run();
+    Ok(())
+}
+
+fn start(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .map(drop)
+}
+
+/// Tells the actor when the alarm of the writers' windows rings.
+fn watch(alarm: &Alarm, service: &Service) {
+    loop {
+        let mut polled = [PollFd::new(alarm, PollFlags::IN)];
+        if poll(&mut polled, None).is_ok() {
+            let mut count = [0; 8];
+            // Not readable any more if it has been set anew meanwhile.
+            if rustix::io::read(alarm.as_fd(), &mut count).is_ok() {
+                service.send(Signal::WindowOver);
+            }
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! The command line.
+//!
+//! Read by `main` alone.
+
+use crate::transport::Endpoint;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// The half of the snapshot service that runs in the guest.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+pub struct Config {
+    /// What this process is; the agent itself if nothing is given.
+    #[command(subcommand)]
+    pub role: Option<Role>,
+    /// The agent's own settings.
+    #[command(flatten)]
+    pub agent: Agent,
+}
+
+/// Other roles of the same binary.
+#[derive(Debug, Subcommand)]
+pub enum Role {
+    /// The process that holds file systems; started by the agent.
+    #[command(hide = true)]
+    HoldHelper {
+        /// Directory for state.
+        #[arg(long)]
+        state_dir: PathBuf,
+    },
+    /// Moves itself into a control group and becomes a writer's script; started by the agent.
+    #[command(hide = true)]
+    WriterScript {
+        /// `cgroup.procs` of the group.
+        #[arg(long)]
+        group: PathBuf,
+        /// The script.
+        script: PathBuf,
+    },
+}
+
+/// Settings of the agent.
+#[derive(Debug, Args)]
+pub struct Agent {
+    /// Where the bridge speaks: a virtio-serial port, or unix:PATH to listen on.
+    #[arg(long, default_value = "/dev/virtio-ports/org.vmshadow.agent.0")]
+    pub port: Endpoint,
+    /// Where clients of the QEMU guest agent protocol speak; `none` for nowhere.
+    #[arg(long, default_value = "/dev/virtio-ports/org.qemu.guest_agent.0")]
+    pub qga_port: Endpoint,
+    /// Directories of script writers.
+    #[arg(long, default_value = "/etc/vmshadow/writers")]
+    pub writers_dir: PathBuf,
+    /// Files that allow users other than root to be writers.
+    #[arg(long, default_value = "/etc/vmshadow/writers.d")]
+    pub allow_dir: PathBuf,
+    /// Socket for writers; by default writers.sock in the state directory.
+    #[arg(long)]
+    pub writer_socket: Option<PathBuf>,
+    /// Directory for state; must be a tmpfs, or it may lie on a frozen file system.
+    #[arg(long, default_value = "/run/vmshadow")]
+    pub state_dir: PathBuf,
+    /// Mount point that is never frozen; may be given more than once.
+    #[arg(long)]
+    pub exclude_filesystem: Vec<String>,
+    /// Limit of a freeze by the QEMU guest agent protocol, milliseconds. KubeVirt holds for up to 300 s.
+    #[arg(long, default_value_t = 330_000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub qga_hold_ms: u64,
+    /// Only file systems mounted below this directory exist for the agent (containers, tests).
+    #[arg(long)]
+    pub only_under: Option<PathBuf>,
+    /// Thaw what a killed agent left frozen, undo what its script writers did, and exit.
+    #[arg(long)]
+    pub thaw_leftovers: bool,
+}

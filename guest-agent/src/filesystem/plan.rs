@@ -1,0 +1,244 @@
+//! Which file systems there are, and in what order they freeze.
+//!
+//! Called by `quiesce` before each freeze and for `identify`. Freezes nothing. Invariants: each superblock is named once;
+//! a file system whose device is a file on another one freezes before that one; `/` freezes last unless that rule forbids it;
+//! network, FUSE and autofs mounts are never candidates, so nobody opens them.
+
+use super::devices::{BlockDevices, parse_swaps};
+use super::mounts::{DeviceNumber, Mount, mount_of, parse};
+use guest_agent_wire::host::FilesystemInfo;
+use guest_agent_wire::types::DiskExtent;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Types on a disk that have no freeze operation: FIFREEZE answers EOPNOTSUPP.
+const WITHOUT_FREEZE: &[&str] = &[
+    "vfat", "msdos", "exfat", "udf", "hfs", "hfsplus", "minix", "ufs", "qnx4",
+];
+
+/// Types that hold data on disks but are not seen as one block device, so their freeze cannot be proven.
+const UNCOVERED: &[&str] = &["zfs", "bcachefs"];
+
+/// A mounted file system that is backed by a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filesystem {
+    /// Device number of the superblock.
+    pub device: DeviceNumber,
+    /// Where it is mounted; the first that can be opened is taken.
+    pub mountpoints: Vec<PathBuf>,
+    /// Type.
+    pub fstype: String,
+    /// What was mounted.
+    pub source: String,
+    /// The superblock is read-only.
+    pub read_only: bool,
+    /// Why it cannot be frozen.
+    pub why_not: Option<String>,
+    /// Where it lies.
+    pub extents: Vec<DiskExtent>,
+    /// Freeze order: equal numbers freeze at the same time, smaller ones earlier.
+    pub step: u32,
+}
+
+impl Filesystem {
+    /// The mount point by which it is named in reports.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.mountpoints
+            .first()
+            .map(|path| path.to_string_lossy().into_owned())
+            .unwrap_or_default()
+    }
+
+    /// As the host sees it.
+    #[must_use]
+    pub fn info(&self) -> FilesystemInfo {
+        FilesystemInfo {
+            mountpoint: self.name(),
+            fstype: self.fstype.clone(),
+            device: self.source.clone(),
+            read_only: self.read_only,
+            freezable: !self.read_only && self.why_not.is_none(),
+            why_not: self.why_not.clone(),
+            extents: self.extents.clone(),
+        }
+    }
+
+    /// It lies, at least in part, on one of these disks; true if nothing is known, or if no disks are named.
+    #[must_use]
+    pub fn is_on(&self, serials: &[String]) -> bool {
+        serials.is_empty()
+            || self.extents.is_empty()
+            || self
+                .extents
+                .iter()
+                .any(|extent| extent.serial.is_empty() || serials.contains(&extent.serial))
+    }
+}
+
+/// Where to look, and what to leave alone.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    /// `/proc`.
+    pub proc: PathBuf,
+    /// `/sys`.
+    pub sys: PathBuf,
+    /// If set, only file systems mounted below it exist for the agent (containers and tests).
+    pub only_under: Option<PathBuf>,
+}
+
+impl Sources {
+    /// Mounts of the first process, in its name space.
+    pub fn mounts(&self) -> std::io::Result<Vec<Mount>> {
+        Ok(parse(&std::fs::read(self.proc.join("1/mountinfo"))?))
+    }
+
+    /// All file systems, in freeze order.
+    pub fn filesystems(&self) -> std::io::Result<Vec<Filesystem>> {
+        Ok(order(
+            &self.mounts()?,
+            &BlockDevices::new(&self.sys),
+            self.only_under.as_deref(),
+        ))
+    }
+
+    /// Areas that are written while all is frozen: swap partitions. A swap file lies inside a file system's own extents and
+    /// is not exempt: swapping to it in the window makes the host's witness refuse the set, which errs on the safe side.
+    #[must_use]
+    pub fn exempt(&self) -> Vec<DiskExtent> {
+        let swaps = std::fs::read_to_string(self.proc.join("swaps")).unwrap_or_default();
+        let mounts = self.mounts().unwrap_or_default();
+        let devices = BlockDevices::new(&self.sys);
+        parse_swaps(&swaps)
+            .iter()
+            .filter(|swap| !swap.is_file)
+            .filter_map(|swap| devices.by_name(&swap.path))
+            .flat_map(|device| devices.beneath(device, &mounts).extents)
+            .collect()
+    }
+}
+
+/// File systems of these mounts, in freeze order.
+#[must_use]
+pub fn order(
+    mounts: &[Mount],
+    devices: &BlockDevices,
+    only_under: Option<&Path>,
+) -> Vec<Filesystem> {
+    let mut found: BTreeMap<DeviceNumber, Filesystem> = BTreeMap::new();
+    let mut beneath: BTreeMap<DeviceNumber, Vec<DeviceNumber>> = BTreeMap::new();
+    for mount in mounts {
+        if !is_on_disk(mount, devices) || is_hidden(mount, mounts) {
+            continue;
+        }
+        if only_under.is_some_and(|top| !mount.mountpoint.starts_with(top)) {
+            continue;
+        }
+        if let Some(known) = found.get_mut(&mount.device) {
+            known.mountpoints.push(mount.mountpoint.clone());
+            // The root of the file system names it better than a bind mount of a directory inside.
+            if mount.root == Path::new("/") {
+                known.mountpoints.rotate_right(1);
+            }
+            continue;
+        }
+        let mut extents = Vec::new();
+        let mut under = Vec::new();
+        for device in devices.of_mount(mount) {
+            let lies = devices.beneath(device, mounts);
+            for extent in lies.extents {
+                if !extents.contains(&extent) {
+                    extents.push(extent);
+                }
+            }
+            under.extend(lies.filesystems);
+        }
+        beneath.insert(mount.device, under);
+        found.insert(
+            mount.device,
+            Filesystem {
+                device: mount.device,
+                mountpoints: vec![mount.mountpoint.clone()],
+                fstype: mount.fstype.clone(),
+                source: mount.source.clone(),
+                read_only: mount.read_only,
+                why_not: why_not(mount),
+                extents,
+                step: 0,
+            },
+        );
+    }
+    let mut filesystems: Vec<Filesystem> = found.into_values().collect();
+    number_steps(&mut filesystems, &beneath);
+    filesystems.sort_by(|a, b| (a.step, &a.mountpoints).cmp(&(b.step, &b.mountpoints)));
+    filesystems
+}
+
+fn is_on_disk(mount: &Mount, devices: &BlockDevices) -> bool {
+    // fuseblk carries the number of a real block device, yet its answers come from a process that may be frozen or dead.
+    if mount.fstype.starts_with("fuse") {
+        return false;
+    }
+    devices.exists(mount.device)
+        || (mount.fstype == "btrfs" && mount.source.starts_with('/'))
+        || UNCOVERED.contains(&mount.fstype.as_str())
+}
+
+/// Another mount covers this mount point, so opening it would reach another file system.
+fn is_hidden(mount: &Mount, mounts: &[Mount]) -> bool {
+    mount_of(mounts, &mount.mountpoint).is_none_or(|top| top.device != mount.device)
+}
+
+fn why_not(mount: &Mount) -> Option<String> {
+    let fstype = mount.fstype.as_str();
+    if UNCOVERED.contains(&fstype) {
+        Some(format!(
+            "{fstype} cannot be frozen through the kernel's freeze operation"
+        ))
+    } else if WITHOUT_FREEZE.contains(&fstype) {
+        Some(format!("{fstype} has no freeze operation"))
+    } else {
+        None
+    }
+}
+
+/// Numbers the steps: the deeper a file system is nested in files of others, the earlier; `/` after its equals.
+fn number_steps(
+    filesystems: &mut [Filesystem],
+    beneath: &BTreeMap<DeviceNumber, Vec<DeviceNumber>>,
+) {
+    let depth = |device| nesting(device, beneath, filesystems.len());
+    let keys: Vec<(usize, bool)> = filesystems
+        .iter()
+        .map(|fs| {
+            let is_root = fs.mountpoints.iter().any(|path| path == Path::new("/"));
+            (usize::MAX - depth(fs.device), is_root)
+        })
+        .collect();
+    let steps: BTreeSet<_> = keys.iter().copied().collect();
+    for (fs, key) in filesystems.iter_mut().zip(&keys) {
+        let step = steps.iter().take_while(|step| *step < key).count();
+        fs.step = u32::try_from(step).unwrap_or(u32::MAX);
+    }
+}
+
+/// Number of file systems beneath one, along the longest way.
+fn nesting(
+    device: DeviceNumber,
+    beneath: &BTreeMap<DeviceNumber, Vec<DeviceNumber>>,
+    limit: usize,
+) -> usize {
+    let Some(limit) = limit.checked_sub(1) else {
+        return 0;
+    };
+    beneath
+        .get(&device)
+        .into_iter()
+        .flatten()
+        .map(|under| 1 + nesting(*under, beneath, limit))
+        .max()
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,132 @@
+//! Order and choice of file systems, from text.
+
+use super::*;
+use std::fs;
+use std::os::unix::fs::symlink;
+
+/// A `/sys` with disks 254:0..=254:9 and loop devices 7:0..=7:9 whose backing files are `/img/N`.
+fn sys() -> tempfile::TempDir {
+    let sys = tempfile::tempdir().unwrap();
+    fs::create_dir_all(sys.path().join("dev/block")).unwrap();
+    for (major, name) in [(254, "vd"), (7, "loop")] {
+        for minor in 0..10 {
+            let node = sys.path().join(format!("devices/{name}{minor}"));
+            fs::create_dir_all(&node).unwrap();
+            fs::write(node.join("dev"), format!("{major}:{minor}\n")).unwrap();
+            fs::write(node.join("size"), "8\n").unwrap();
+            fs::write(node.join("serial"), format!("S{minor}\n")).unwrap();
+            if major == 7 {
+                fs::create_dir(node.join("loop")).unwrap();
+                fs::write(
+                    node.join("loop/backing_file"),
+                    format!("/img/{minor}/file\n"),
+                )
+                .unwrap();
+            }
+            symlink(&node, sys.path().join(format!("dev/block/{major}:{minor}"))).unwrap();
+        }
+    }
+    sys
+}
+
+fn planned(text: &str) -> Vec<(String, u32)> {
+    let sys = sys();
+    order(
+        &parse(text.as_bytes()),
+        &BlockDevices::new(sys.path()),
+        None,
+    )
+    .iter()
+    .map(|fs| (fs.name(), fs.step))
+    .collect()
+}
+
+#[test]
+fn the_root_freezes_last_and_others_together() {
+    let steps = planned(
+        "1 1 254:0 / / rw - ext4 a rw\n2 1 254:1 / /home rw - xfs b rw\n3 1 254:2 / /var rw - ext4 c rw\n",
+    );
+    assert_eq!(
+        steps,
+        [("/home".into(), 0), ("/var".into(), 0), ("/".into(), 1)]
+    );
+}
+
+#[test]
+fn a_file_system_in_a_file_freezes_before_the_one_around_it() {
+    // 7:2 is a file on 7:1, which is a file on 254:3, mounted in the opposite order of nesting.
+    let steps = planned(
+        "1 1 254:3 / /img/1 rw - ext4 a rw\n2 1 7:1 / /img/2 rw - ext4 b rw\n3 1 7:2 / /inner rw - ext4 c rw\n",
+    );
+    assert_eq!(
+        steps,
+        [
+            ("/inner".into(), 0),
+            ("/img/2".into(), 1),
+            ("/img/1".into(), 2)
+        ]
+    );
+}
+
+#[test]
+fn a_root_in_a_file_freezes_before_the_file_system_around_it() {
+    let steps = planned("1 1 254:3 / /img/1 rw - ext4 a rw\n2 1 7:1 / / rw - ext4 b rw\n");
+    assert_eq!(steps, [("/".into(), 0), ("/img/1".into(), 1)]);
+}
+
+#[test]
+fn a_superblock_mounted_twice_is_named_once_by_its_root() {
+    let steps = planned(
+        "1 1 254:0 /sub /bind rw - ext4 a rw\n2 1 254:0 / /whole rw - ext4 a rw\n3 1 254:0 /x /other rw - ext4 a rw\n",
+    );
+    assert_eq!(steps, [("/whole".into(), 0)]);
+}
+
+#[test]
+fn what_is_not_on_a_disk_is_never_a_candidate() {
+    let steps = planned(
+        "1 1 0:30 / /nfs rw - nfs4 server:/x rw\n2 1 0:31 / /tmp rw - tmpfs tmpfs rw\n\
+         3 1 254:4 / /ntfs rw - fuseblk /dev/vd4 rw\n4 1 0:32 / /auto rw - autofs systemd-1 rw\n\
+         5 1 0:33 / /over rw - overlay overlay rw\n6 1 99:1 / /gone rw - ext4 /dev/gone rw\n",
+    );
+    assert!(steps.is_empty());
+}
+
+#[test]
+fn a_covered_mount_point_is_not_opened() {
+    let steps = planned("1 1 254:0 / /mnt rw - ext4 a rw\n2 1 254:1 / /mnt rw - ext4 b rw\n");
+    assert_eq!(steps.len(), 1);
+    let sys = sys();
+    let all = order(
+        &parse(b"1 1 254:0 / /mnt rw - ext4 a rw\n2 1 0:9 / /mnt rw - nfs b rw\n"),
+        &BlockDevices::new(sys.path()),
+        None,
+    );
+    assert!(all.is_empty());
+}
+
+#[test]
+fn only_what_lies_under_the_given_directory_exists() {
+    let sys = sys();
+    let mounts =
+        parse(b"1 1 254:0 / / rw - ext4 a rw\n2 1 254:1 / /t/a rw - ext4 b rw\n3 1 254:2 / /tt rw - ext4 b rw\n");
+    let all = order(
+        &mounts,
+        &BlockDevices::new(sys.path()),
+        Some(Path::new("/t")),
+    );
+    assert_eq!(all.len(), 1);
+    assert_eq!(all[0].name(), "/t/a");
+}
+
+#[test]
+fn a_file_system_belongs_to_a_set_by_its_disks() {
+    let sys = sys();
+    let mounts = parse(b"1 1 254:1 / /a rw - vfat a rw\n");
+    let fs = order(&mounts, &BlockDevices::new(sys.path()), None).remove(0);
+    assert!(fs.is_on(&[]));
+    assert!(fs.is_on(&["S1".into(), "S2".into()]));
+    assert!(!fs.is_on(&["S2".into()]));
+    assert!(!fs.info().freezable);
+    assert!(fs.info().why_not.unwrap().contains("vfat"));
+}

@@ -1,0 +1,244 @@
+//! The ledger: a small file in the state directory (a tmpfs) that says what this boot's agent has frozen.
+//!
+//! The helper writes it before the first FIFREEZE and changes one byte per file system afterwards, without allocating. It
+//! is read only when both processes were killed: at the next start, or by `--thaw-leftovers`. Marks: `.` not touched, `f`
+//! FIFREEZE called, `F` FIFREEZE returned 0, `T` not ours any more.
+//!
+//! `vmshadow-hold 1 BOOT_ID PID\n`, then a line `MARK MAJOR:MINOR\n` for each file system.
+#![deny(clippy::indexing_slicing)]
+
+use crate::filesystem::freeze;
+use crate::filesystem::mounts::{DeviceNumber, Mount};
+use crate::journal;
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const PREFIX: &str = "hold.";
+const TITLE: &str = "vmshadow-hold 1";
+
+/// Mark of one file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// FIFREEZE is about to be called.
+    Freezing,
+    /// FIFREEZE returned 0.
+    Frozen,
+    /// It failed, or FITHAW was called.
+    Done,
+}
+
+/// An open ledger.
+#[derive(Debug)]
+pub struct Ledger {
+    file: OwnedFd,
+    path: PathBuf,
+    first_mark: u64,
+    places: Vec<u64>,
+}
+
+impl Ledger {
+    /// Writes a ledger for these file systems, none frozen yet.
+    pub fn create(
+        state_dir: &Path,
+        generation: u64,
+        devices: impl Iterator<Item = DeviceNumber>,
+    ) -> io::Result<Self> {
+        let path = state_dir.join(format!("{PREFIX}{generation}"));
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)?;
+        let mut text = format!("{TITLE} {} {}\n", boot_id()?, std::process::id());
+        let first_mark = text.len() as u64;
+        let mut places = Vec::new();
+        for device in devices {
+            places.push(text.len() as u64);
+            text.push_str(&format!(". {device}\n"));
+        }
+        file.write_all(text.as_bytes())?;
+        Ok(Self {
+            file: file.into(),
+            path,
+            first_mark,
+            places,
+        })
+    }
+
+    /// Sets the mark of a file system. Allocates nothing; the state directory is a tmpfs, which cannot fail here.
+    pub fn mark(&self, slot: usize, mark: Mark) {
+        let byte = match mark {
+            Mark::Freezing => b'f',
+            Mark::Frozen => b'F',
+            Mark::Done => b'T',
+        };
+        let place = self.places.get(slot).copied().unwrap_or(self.first_mark);
+        rustix::io::pwrite(&self.file, &[byte], place)
+            .map(drop)
+            .unwrap_or(());
+    }
+
+    /// Nothing is frozen any more.
+    pub fn remove(&self) {
+        fs::remove_file(&self.path).unwrap_or(());
+    }
+}
+
+/// What a ledger says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Record {
+    boot_id: String,
+    helper: u32,
+    frozen: Vec<DeviceNumber>,
+}
+
+fn parse(text: &str) -> Option<Record> {
+    let mut lines = text.lines();
+    let head = lines.next()?.strip_prefix(TITLE)?.trim_start();
+    let (boot_id, helper) = head.split_once(' ')?;
+    let frozen = lines
+        .filter_map(|line| match line.split_once(' ')? {
+            ("f" | "F", device) => DeviceNumber::parse(device),
+            _ => None,
+        })
+        .collect();
+    Some(Record {
+        boot_id: boot_id.to_owned(),
+        helper: helper.trim().parse().ok()?,
+        frozen,
+    })
+}
+
+/// The kernel's boot id.
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
+        .trim()
+        .to_owned())
+}
+
+/// Thaws what ledgers of this boot say was left frozen; returns how many file systems were. A helper that is still dying (a
+/// FIFREEZE of it may be under way) is waited for, up to `patience`.
+pub fn recover(state_dir: &Path, mounts: &[Mount], patience: Duration) -> io::Result<usize> {
+    let boot_id = boot_id()?;
+    let mut thawed = 0;
+    for entry in fs::read_dir(state_dir)?.flatten() {
+        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            continue;
+        }
+        let record = fs::read_to_string(entry.path())
+            .ok()
+            .and_then(|text| parse(&text));
+        if let Some(record) = record.filter(|record| record.boot_id == boot_id) {
+            thawed += thaw_all(&record.frozen, mounts);
+            if wait_for_end_of(record.helper, patience) {
+                thawed += thaw_all(&record.frozen, mounts);
+            }
+        }
+        fs::remove_file(entry.path())?;
+    }
+    Ok(thawed)
+}
+
+fn thaw_all(devices: &[DeviceNumber], mounts: &[Mount]) -> usize {
+    devices
+        .iter()
+        .rev()
+        .filter(|device| {
+            let Some(mount) = mounts.iter().find(|mount| mount.device == **device) else {
+                return false;
+            };
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            match open(&mount.mountpoint, flags, Mode::empty()).and_then(freeze::thaw) {
+                Ok(()) => {
+                    let place = mount.mountpoint.display();
+                    journal::note(format_args!(
+                        "thawed {place}, left frozen by a killed agent"
+                    ));
+                    true
+                }
+                // Already thawed: by its own helper, or by a person.
+                Err(Errno::INVAL) => false,
+                Err(error) => {
+                    let place = mount.mountpoint.display();
+                    journal::note(format_args!("could not thaw {place}: {error}"));
+                    false
+                }
+            }
+        })
+        .count()
+}
+
+/// Waits until a process is gone. True if it had been there.
+fn wait_for_end_of(pid: u32, patience: Duration) -> bool {
+    let Some(pid) = i32::try_from(pid)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw)
+    else {
+        return false;
+    };
+    // The number may have been given to another process since: only a helper is waited for.
+    let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+    if !command
+        .split(|byte| *byte == 0)
+        .any(|word| word == super::helper::ARGUMENT.as_bytes())
+    {
+        return false;
+    }
+    let Ok(pidfd) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) else {
+        return false;
+    };
+    let mut polled = [rustix::event::PollFd::new(
+        &pidfd,
+        rustix::event::PollFlags::IN,
+    )];
+    let limit = rustix::event::Timespec {
+        tv_sec: i64::try_from(patience.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(patience.subsec_nanos()),
+    };
+    rustix::event::poll(&mut polled, Some(&limit)).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    //! What is written is read again, and nothing else is believed.
+    use super::*;
+
+    #[test]
+    fn a_ledger_names_what_is_frozen_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let devices = [1, 2, 3, 4].map(|minor| DeviceNumber { major: 9, minor });
+        let ledger = Ledger::create(dir.path(), 5, devices.into_iter()).unwrap();
+        let read = || parse(&fs::read_to_string(dir.path().join("hold.5")).unwrap()).unwrap();
+        assert_eq!(read().frozen, []);
+        ledger.mark(0, Mark::Freezing);
+        ledger.mark(1, Mark::Frozen);
+        ledger.mark(2, Mark::Frozen);
+        ledger.mark(2, Mark::Done);
+        assert_eq!(read().frozen, [devices[0], devices[1]]);
+        assert_eq!(read().boot_id, boot_id().unwrap());
+        assert_eq!(read().helper, std::process::id());
+        ledger.remove();
+        assert!(!dir.path().join("hold.5").exists());
+    }
+
+    #[test]
+    fn a_ledger_of_another_boot_or_a_torn_one_is_thrown_away() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(
+            dir.path().join("hold.1"),
+            "vmshadow-hold 1 other-boot 1\nF 0:0\n",
+        )
+        .unwrap();
+        fs::write(dir.path().join("hold.2"), "vmshad").unwrap();
+        fs::write(dir.path().join("unrelated"), "x").unwrap();
+        assert_eq!(recover(dir.path(), &[], Duration::ZERO).unwrap(), 0);
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().collect();
+        assert_eq!(left.len(), 1);
+    }
+}

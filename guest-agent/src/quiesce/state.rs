@@ -1,0 +1,345 @@
+//! What may happen when: the pure state machine of the one set that can be open.
+//!
+//! `actor` feeds it every request and every end of an operation, and does what it answers. It knows no clock, no writer and
+//! no file system.
+//!
+//! ```text
+//!            begin           freeze           thaw            finish
+//!   Idle ---------> Preparing      Prepared -> Freezing      Frozen -> Thawing      Thawed -> Finishing -> Idle
+//!    ^  \identify      |  done ------^  |         |  done ------^  |       | done -----^  |
+//!    |   Identifying   |                |         |                |       |              |
+//!    +-----------------+----------------+---------+----------------+-------+--------------+
+//!         failed, abort, host lost, hold broken: everything is thawed, every writer aborted
+//! ```
+//!
+//! A phase in `-ing` is an operation that the actor is busy with: what ends the set interrupts it, or waits for its end when
+//! it is short and thaws anyway. In the other phases the actor is free and unwinds at once.
+
+/// Who opened the set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Owner {
+    /// The bridge, on the native port.
+    Native,
+    /// A client of the QEMU guest agent protocol.
+    Qga,
+}
+
+/// Where the set is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// None is open.
+    Idle,
+    /// None is open; writers are asked for their metadata.
+    Identifying,
+    /// Writers prepare.
+    Preparing,
+    /// Ready to freeze.
+    Prepared,
+    /// Writers, then file systems, freeze.
+    Freezing,
+    /// Everything is held.
+    Frozen,
+    /// File systems, then writers, thaw.
+    Thawing,
+    /// Waiting for the verdict.
+    Thawed,
+    /// Writers hear the verdict.
+    Finishing,
+}
+
+impl Phase {
+    /// The actor is in an operation.
+    #[must_use]
+    pub fn is_busy(self) -> bool {
+        match self {
+            Self::Identifying
+            | Self::Preparing
+            | Self::Freezing
+            | Self::Thawing
+            | Self::Finishing => true,
+            Self::Idle | Self::Prepared | Self::Frozen | Self::Thawed => false,
+        }
+    }
+
+    /// Something is, or may be, frozen.
+    #[must_use]
+    pub fn is_frozen(self) -> bool {
+        matches!(self, Self::Freezing | Self::Frozen | Self::Thawing)
+    }
+}
+
+/// What happens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Ask writers for their metadata.
+    Identify,
+    /// Open a set and prepare it.
+    Begin(Owner, String),
+    /// Freeze the set.
+    Freeze(Owner, String),
+    /// Thaw it; the generation that `freeze` gave.
+    Thaw(Owner, String, u64),
+    /// The verdict is known.
+    Finish(Owner, String),
+    /// End the set, if it is open and of this owner.
+    Abort(Owner, String),
+    /// End whatever set this owner has open.
+    AbortAll(Owner),
+    /// The hold of this generation did not last.
+    Broken {
+        /// The generation.
+        generation: u64,
+        /// A writer broke it; the file systems are still frozen.
+        still_frozen: bool,
+    },
+    /// The operation succeeded.
+    Done,
+    /// The operation failed, or the set was unwound: everything is thawed and aborted.
+    Unwound(String),
+}
+
+/// What the actor must do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// Start the operation of the new phase.
+    Run,
+    /// Interrupt the operation, then look at this event again.
+    Interrupt,
+    /// Look at this event again when the operation is over.
+    Later,
+    /// Thaw and abort everything now, then tell `Unwound`.
+    Unwind,
+    /// The hold is lost but the file systems stay frozen until their client thaws them (QGA only).
+    Mark,
+    /// Nothing.
+    Nothing,
+}
+
+/// Why a request is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// Another set is open.
+    InProgress,
+    /// No such set is open.
+    NotFound,
+    /// The set is open, but not at this step.
+    WrongStep(Phase),
+    /// The set ended by itself while it was frozen, for this reason.
+    HoldBroken(String),
+}
+
+/// A set that ended while frozen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Broken {
+    owner: Owner,
+    set: String,
+    why: String,
+}
+
+/// The machine.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    phase: Phase,
+    owner: Owner,
+    set: String,
+    generation: u64,
+    broken: Option<Broken>,
+}
+
+impl Machine {
+    /// No set is open. Generations count from `generation`, which must be larger than any that this boot has seen.
+    #[must_use]
+    pub fn new(generation: u64) -> Self {
+        Self {
+            phase: Phase::Idle,
+            owner: Owner::Native,
+            set: String::new(),
+            generation,
+            broken: None,
+        }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Generation of the present or last hold.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The open set and its owner.
+    #[must_use]
+    pub fn open(&self) -> Option<(Owner, &str)> {
+        match self.phase {
+            Phase::Idle | Phase::Identifying => None,
+            Phase::Preparing
+            | Phase::Prepared
+            | Phase::Freezing
+            | Phase::Frozen
+            | Phase::Thawing
+            | Phase::Thawed
+            | Phase::Finishing => Some((self.owner, &self.set)),
+        }
+    }
+
+    /// Takes an event.
+    pub fn step(&mut self, event: &Event) -> Result<Effect, Refusal> {
+        match event {
+            Event::Identify => match self.phase {
+                Phase::Idle => self.run(Phase::Identifying),
+                Phase::Identifying => Ok(Effect::Later),
+                Phase::Preparing
+                | Phase::Prepared
+                | Phase::Freezing
+                | Phase::Frozen
+                | Phase::Thawing
+                | Phase::Thawed
+                | Phase::Finishing => Err(Refusal::InProgress),
+            },
+            Event::Begin(owner, set) => match self.phase {
+                Phase::Idle => {
+                    self.owner = *owner;
+                    self.set.clone_from(set);
+                    self.broken = None;
+                    self.run(Phase::Preparing)
+                }
+                Phase::Identifying => Ok(Effect::Later),
+                Phase::Preparing
+                | Phase::Prepared
+                | Phase::Freezing
+                | Phase::Frozen
+                | Phase::Thawing
+                | Phase::Thawed
+                | Phase::Finishing => Err(Refusal::InProgress),
+            },
+            Event::Freeze(owner, set) => {
+                self.expect(*owner, set, Phase::Prepared)?;
+                self.generation += 1;
+                self.run(Phase::Freezing)
+            }
+            Event::Thaw(owner, set, generation) => self.thaw(*owner, set, *generation),
+            Event::Finish(owner, set) => {
+                self.expect(*owner, set, Phase::Thawed)?;
+                self.run(Phase::Finishing)
+            }
+            Event::Abort(owner, set) => match self.open() {
+                Some(open) if open == (*owner, set.as_str()) => Ok(self.end()),
+                _ => Ok(Effect::Nothing),
+            },
+            Event::AbortAll(owner) => match self.open() {
+                Some((other, _)) if other == *owner => Ok(self.end()),
+                _ => Ok(Effect::Nothing),
+            },
+            Event::Broken {
+                generation,
+                still_frozen,
+            } => Ok(self.broke(*generation, *still_frozen)),
+            Event::Done => {
+                self.phase = self.after();
+                Ok(Effect::Nothing)
+            }
+            Event::Unwound(why) => {
+                if self.phase.is_frozen() {
+                    self.broken = Some(Broken {
+                        owner: self.owner,
+                        set: std::mem::take(&mut self.set),
+                        why: why.clone(),
+                    });
+                }
+                self.phase = Phase::Idle;
+                Ok(Effect::Nothing)
+            }
+        }
+    }
+
+    fn run(&mut self, phase: Phase) -> Result<Effect, Refusal> {
+        self.phase = phase;
+        Ok(Effect::Run)
+    }
+
+    fn expect(&self, owner: Owner, set: &str, phase: Phase) -> Result<(), Refusal> {
+        match self.open() {
+            Some(open) if open == (owner, set) => {
+                if self.phase == phase {
+                    Ok(())
+                } else {
+                    Err(Refusal::WrongStep(self.phase))
+                }
+            }
+            _ => Err(self.not_found(owner, set)),
+        }
+    }
+
+    fn not_found(&self, owner: Owner, set: &str) -> Refusal {
+        match &self.broken {
+            Some(broken) if broken.owner == owner && broken.set == set => {
+                Refusal::HoldBroken(broken.why.clone())
+            }
+            _ => Refusal::NotFound,
+        }
+    }
+
+    fn thaw(&mut self, owner: Owner, set: &str, generation: u64) -> Result<Effect, Refusal> {
+        let found = self.expect(owner, set, Phase::Frozen);
+        match (owner, found) {
+            (Owner::Native, Ok(())) if generation != self.generation => Err(Refusal::NotFound),
+            (_, Ok(())) => self.run(Phase::Thawing),
+            // A client that gave up on its freeze thaws: the freeze must end, and there is nothing to thaw then.
+            (Owner::Qga, Err(Refusal::WrongStep(_))) => Ok(self.end()),
+            (Owner::Qga, Err(Refusal::HoldBroken(why))) => {
+                // Told once; after that nothing is frozen, as with any QEMU guest agent.
+                self.broken = None;
+                Err(Refusal::HoldBroken(why))
+            }
+            (_, Err(refusal)) => Err(refusal),
+        }
+    }
+
+    fn end(&self) -> Effect {
+        match self.phase {
+            Phase::Idle => Effect::Nothing,
+            Phase::Identifying | Phase::Preparing | Phase::Freezing => Effect::Interrupt,
+            // Short, and it thaws what is frozen.
+            Phase::Thawing | Phase::Finishing => Effect::Later,
+            Phase::Prepared | Phase::Frozen | Phase::Thawed => Effect::Unwind,
+        }
+    }
+
+    fn broke(&self, generation: u64, still_frozen: bool) -> Effect {
+        if generation != self.generation {
+            return Effect::Nothing;
+        }
+        match (self.phase, self.owner) {
+            // Its clients take "thawed" for success, so what still holds goes on holding until they thaw.
+            (Phase::Frozen, Owner::Qga) if still_frozen => Effect::Mark,
+            (Phase::Frozen, _) => Effect::Unwind,
+            (Phase::Freezing, _) => Effect::Interrupt,
+            (
+                Phase::Idle
+                | Phase::Identifying
+                | Phase::Preparing
+                | Phase::Prepared
+                | Phase::Thawing
+                | Phase::Thawed
+                | Phase::Finishing,
+                _,
+            ) => Effect::Nothing,
+        }
+    }
+
+    fn after(&self) -> Phase {
+        match self.phase {
+            Phase::Identifying | Phase::Finishing | Phase::Idle => Phase::Idle,
+            Phase::Preparing | Phase::Prepared => Phase::Prepared,
+            Phase::Freezing | Phase::Frozen => Phase::Frozen,
+            Phase::Thawing | Phase::Thawed => Phase::Thawed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

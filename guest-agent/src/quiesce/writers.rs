@@ -1,0 +1,362 @@
+//! The actor's steps with writers: send an event to some of them, wait for each inside its own limit.
+//!
+//! Part of `actor`. Invariant: a round ends by its deadlines whatever a writer does, and an interrupted round leaves every
+//! writer that was asked marked as involved, so that the abort reaches it.
+
+use super::actor::{Actor, Heard};
+use super::cause::Cause;
+use super::participant::{Participant, Step};
+use super::service::Signal;
+use crate::clock::BootTime;
+use crate::journal;
+use crate::writer::failure;
+use guest_agent_wire::host::{WriterInfo, WriterReport};
+use guest_agent_wire::types::{Level, WriterFailure, WriterState};
+
+/// Freeze order; thaw is the reverse.
+pub(super) const LEVELS: [Level; 3] = [Level::FrontEnd, Level::BackEnd, Level::System];
+
+/// What one writer's failure does to a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OnFailure {
+    /// The round ends at once; the set is undone.
+    Stop,
+    /// The others are still heard.
+    GoOn,
+}
+
+impl Actor {
+    /// Takes all writers but the excluded into the set. A directory that is not trusted would be an application that nobody
+    /// asks, so it refuses the set unless it is excluded by name.
+    pub(super) fn enlist(&mut self, exclude: &[String]) -> Result<(), Cause> {
+        let (writers, refused) = self.registry.writers();
+        self.set.participants = writers
+            .into_iter()
+            .filter(|writer| {
+                let identity = writer.identity();
+                let names = [&identity.class_id, &identity.instance_id, &identity.name];
+                !exclude.iter().any(|excluded| names.contains(&excluded))
+            })
+            .map(Participant::new)
+            .collect();
+        match refused
+            .into_iter()
+            .find(|refused| !exclude.contains(&refused.name))
+        {
+            Some(refused) => Err(Cause::Veto {
+                name: refused.name,
+                failure: failure(WriterFailure::Nonretryable, refused.why),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// All writers of the set.
+    pub(super) fn everyone(&self) -> Vec<usize> {
+        (0..self.set.participants.len()).collect()
+    }
+
+    fn of_level(&self, level: Level) -> Vec<usize> {
+        let participants = self.set.participants.iter().enumerate();
+        participants
+            .filter(|(_, participant)| participant.writer.identity().level == level)
+            .map(|(index, _)| index)
+            .collect()
+    }
+
+    /// Freezes writers: front-end, back-end, system.
+    pub(super) fn freeze_writers(&mut self, generation: u64) -> Result<(), Cause> {
+        let writer_ms = self.set.writer_ms;
+        let end = BootTime::now().plus_ms(writer_ms);
+        for level in LEVELS {
+            let who = self.of_level(level);
+            // What the levels before took is gone from this one's time.
+            let hold_ms = end.ms_since(BootTime::now());
+            let step = Step::Freeze {
+                generation,
+                hold_ms,
+            };
+            self.round(&who, &step, Some(end), OnFailure::Stop)?;
+        }
+        Ok(())
+    }
+
+    /// Thaws writers: system, back-end, front-end. Every one hears it, whatever the others say.
+    pub(super) fn thaw_writers(&mut self, generation: u64) {
+        for level in LEVELS.into_iter().rev() {
+            let who = self.of_level(level);
+            // A failure stands in the writer's report.
+            self.round(&who, &Step::Thaw { generation }, None, OnFailure::GoOn)
+                .unwrap_or(());
+        }
+        self.set_window();
+    }
+
+    /// Tells every writer that has heard of the set that it is over, in thaw order.
+    pub(super) fn abort_writers(&mut self, reason: &str) {
+        for level in LEVELS.into_iter().rev() {
+            let mut who = self.of_level(level);
+            who.retain(|index| {
+                let participant = self.set.participants.get(*index);
+                participant.is_some_and(|participant| participant.is_involved)
+            });
+            let reason = reason.to_owned();
+            self.round(&who, &Step::Abort { reason }, None, OnFailure::GoOn)
+                .unwrap_or(());
+            for index in who {
+                if let Some(participant) = self.set.participants.get_mut(index) {
+                    participant.is_involved = false;
+                }
+            }
+        }
+        self.set_window();
+    }
+
+    /// Lets go the frozen writers that can be told without starting a process, while file systems stay frozen.
+    pub(super) fn release_resident_writers(&mut self, reason: &str) {
+        let participants = self.set.participants.iter().enumerate();
+        let who: Vec<usize> = participants
+            .filter(|(_, participant)| {
+                participant.writer.is_resident() && participant.frozen_since.is_some()
+            })
+            .map(|(index, _)| index)
+            .collect();
+        let reason = reason.to_owned();
+        self.round(&who, &Step::Abort { reason }, None, OnFailure::GoOn)
+            .unwrap_or(());
+        for index in who {
+            if let Some(participant) = self.set.participants.get_mut(index) {
+                participant.is_involved = false;
+                participant.broke(failure(
+                    WriterFailure::Timeout,
+                    "it was released before the thaw",
+                ));
+            }
+        }
+        // Scripts are told after the file systems' thaw; ringing for them until then would be in vain.
+        self.alarm.set(None).unwrap_or(());
+    }
+
+    /// Sends `step` to these writers and waits for their answers, each until its own deadline and all until `until`.
+    pub(super) fn round(
+        &mut self,
+        who: &[usize],
+        step: &Step,
+        until: Option<BootTime>,
+        on_failure: OnFailure,
+    ) -> Result<(), Cause> {
+        self.pending.clear();
+        for index in who {
+            self.send(*index, step, until);
+        }
+        if matches!(step, Step::Freeze { .. }) {
+            self.set_window();
+        }
+        let mut failed = None;
+        while let Some(next) = self.next_deadline(who) {
+            match self.wait(next) {
+                Heard::Writer(number, answer) => {
+                    // Answers to events of earlier rounds are not in the list any more.
+                    let Some(index) = self.pending.remove(&number) else {
+                        continue;
+                    };
+                    if let Some(participant) = self.set.participants.get_mut(index) {
+                        participant.answered(step, answer);
+                    }
+                    failed = failed.or_else(|| self.failure_of(index, step));
+                }
+                Heard::Late => failed = self.late(who, step).or(failed),
+                Heard::Interrupted(cause) => return Err(cause),
+                Heard::Helper(..) | Heard::HelperDied => {}
+            }
+            if on_failure == OnFailure::Stop && failed.is_some() {
+                break;
+            }
+        }
+        self.pending.clear();
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn send(&mut self, index: usize, step: &Step, until: Option<BootTime>) {
+        let Some(participant) = self.set.participants.get_mut(index) else {
+            return;
+        };
+        let now = BootTime::now();
+        let own = now.plus_ms(step.limit_ms(participant));
+        let deadline = until.map_or(own, |until| until.min(own));
+        participant.sent(step, now, deadline);
+        self.next_event += 1;
+        let number = self.next_event;
+        self.pending.insert(number, index);
+        let service = self.service.clone();
+        let event = step.event(&self.set.name, participant);
+        participant.writer.begin(
+            event,
+            deadline.ms_since(now),
+            Box::new(move |answer| service.send(Signal::Writer(number, answer))),
+        );
+    }
+
+    fn next_deadline(&self, who: &[usize]) -> Option<BootTime> {
+        who.iter()
+            .filter_map(|index| self.set.participants.get(*index)?.deadline)
+            .min()
+    }
+
+    fn late(&mut self, who: &[usize], step: &Step) -> Option<Cause> {
+        let mut failed = None;
+        for index in who {
+            let Some(participant) = self.set.participants.get_mut(*index) else {
+                continue;
+            };
+            if participant.deadline.is_some_and(BootTime::is_past) {
+                let late = failure(WriterFailure::NotResponding, "no answer inside its limit");
+                participant.answered(step, Err(late));
+                failed = failed.or_else(|| self.failure_of(*index, step));
+            }
+        }
+        failed
+    }
+
+    fn failure_of(&self, index: usize, step: &Step) -> Option<Cause> {
+        let participant = self.set.participants.get(index)?;
+        let is_failed = match participant.state {
+            WriterState::FailedAtIdentify
+            | WriterState::FailedAtPrepareBackup
+            | WriterState::FailedAtPrepareSnapshot
+            | WriterState::FailedAtFreeze
+            | WriterState::FailedAtThaw
+            | WriterState::FailedAtPostSnapshot
+            | WriterState::FailedAtBackupComplete => true,
+            WriterState::Unknown
+            | WriterState::Stable
+            | WriterState::WaitingForFreeze
+            | WriterState::WaitingForThaw
+            | WriterState::WaitingForPostSnapshot
+            | WriterState::WaitingForBackupComplete => false,
+        };
+        if !is_failed {
+            return None;
+        }
+        let name = participant.name();
+        let failure = participant.failure.clone()?;
+        journal::note(format_args!(
+            "writer {name} failed at {step:?}: {:?}: {}",
+            failure.code, failure.message
+        ));
+        Some(match failure.code {
+            WriterFailure::Timeout | WriterFailure::NotResponding => {
+                Cause::NotResponding { name, failure }
+            }
+            WriterFailure::Inconsistentsnapshot
+            | WriterFailure::Outofresources
+            | WriterFailure::Retryable
+            | WriterFailure::Nonretryable => Cause::Veto { name, failure },
+        })
+    }
+
+    /// Sets the alarm to the end of the shortest window of a frozen writer.
+    pub(super) fn set_window(&mut self) {
+        let end = self.shortest_window().map(|(end, _)| end);
+        self.alarm.set(end).unwrap_or(());
+    }
+
+    /// End of the shortest window, and whose it is.
+    pub(super) fn shortest_window(&self) -> Option<(BootTime, usize)> {
+        let participants = self.set.participants.iter().enumerate();
+        participants
+            .filter_map(|(index, participant)| {
+                let since = participant.frozen_since?;
+                Some((
+                    since.plus_ms(participant.window_ms(self.set.writer_ms)),
+                    index,
+                ))
+            })
+            .min()
+    }
+
+    /// Why the alarm of the windows rang.
+    pub(super) fn window_cause(&mut self) -> Option<Cause> {
+        let (end, index) = self.shortest_window()?;
+        if !end.is_past() {
+            return None;
+        }
+        let participant = self.set.participants.get_mut(index)?;
+        participant.broke(failure(WriterFailure::Timeout, "its time was over"));
+        Some(Cause::WindowOver {
+            name: participant.name(),
+        })
+    }
+
+    /// A connected writer hung up: fails the set if it is frozen.
+    pub(super) fn gone_cause(&mut self, instance_id: &str) -> Option<Cause> {
+        let participant = self.set.participants.iter_mut().find(|participant| {
+            participant.frozen_since.is_some()
+                && participant.writer.identity().instance_id == instance_id
+        })?;
+        participant.broke(failure(
+            WriterFailure::NotResponding,
+            "it hung up while frozen",
+        ));
+        Some(Cause::WriterGone {
+            name: participant.name(),
+        })
+    }
+
+    pub(super) fn writer_reports(&self, levels: impl Iterator<Item = Level>) -> Vec<WriterReport> {
+        levels
+            .flat_map(|level| self.of_level(level))
+            .filter_map(|index| Some(self.set.participants.get(index)?.report()))
+            .collect()
+    }
+
+    /// All writers that are there, with what is remembered of each.
+    pub(super) fn writer_infos(&self) -> Vec<WriterInfo> {
+        let mut infos: Vec<WriterInfo> = self
+            .set
+            .participants
+            .iter()
+            .map(Participant::info)
+            .collect();
+        if infos.is_empty() && !self.machine.phase().is_frozen() {
+            let (writers, _) = self.registry.writers();
+            infos = writers
+                .into_iter()
+                .map(|writer| Participant::new(writer).info())
+                .collect();
+            for info in &mut infos {
+                if let Some(known) = self.memory.get(&info.instance_id) {
+                    info.state = known.state;
+                    info.last_failure.clone_from(&known.last_failure);
+                    info.metadata = known.metadata.clone();
+                }
+            }
+        }
+        infos
+    }
+
+    /// Keeps each writer's state for later questions, and ends their part in the set.
+    pub(super) fn dismiss(&mut self) {
+        for participant in std::mem::take(&mut self.set.participants) {
+            let mut info = participant.info();
+            if info.metadata.is_null()
+                && let Some(known) = self.memory.get(&info.instance_id)
+            {
+                info.metadata = known.metadata.clone();
+            }
+            self.memory.insert(info.instance_id.clone(), info);
+        }
+        // Instances come and go; what is remembered of the gone must not grow for ever.
+        if self.memory.len() > MEMORY_MAX {
+            let (writers, _) = self.registry.writers();
+            self.memory.retain(|instance, _| {
+                writers
+                    .iter()
+                    .any(|writer| writer.identity().instance_id == *instance)
+            });
+        }
+    }
+}
+
+/// States remembered before those of gone writers are forgotten.
+const MEMORY_MAX: usize = 1024;

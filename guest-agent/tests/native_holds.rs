@@ -1,0 +1,369 @@
+//! The native protocol on real file systems: what is held, for how long, and who thaws when somebody dies.
+
+mod rig;
+
+use rig::{Probe, Rig, can_run, freeze_arguments, is_frozen, kill_9, run, wait_until};
+use serde_json::json;
+use std::time::{Duration, Instant};
+
+#[test]
+fn a_set_holds_every_kind_of_file_system_and_says_so() {
+    if !can_run(&["mkfs.xfs", "mkfs.btrfs"]) {
+        return;
+    }
+    for fstype in ["ext4", "xfs", "btrfs"] {
+        let rig = Rig::with(fstype);
+        let mut bridge = rig.bridge();
+        let identified = bridge.ok("identify", json!({}));
+        assert_eq!(identified["filesystems"][0]["fstype"], fstype);
+        assert_eq!(identified["filesystems"][0]["freezable"], true);
+        bridge.prepare();
+        let frozen = bridge.freeze();
+        assert_eq!(frozen["filesystems"][0]["result"], "frozen", "{fstype}");
+        let mut probe = Probe::start(&rig.mountpoint("a"));
+        probe.wait_blocked();
+        let status = bridge.status();
+        assert_eq!(status["frozen"], true);
+        assert!(status["hold_left_ms"].as_u64().unwrap() > 0);
+        let thawed = bridge.thaw(&frozen);
+        assert_eq!(thawed["held"], true, "{thawed:#}");
+        assert_eq!(thawed["filesystems"][0]["result"], "thawed");
+        probe.wait_done();
+        bridge.ok("post_snapshot", json!({"set": "s", "kept": true}));
+        assert_eq!(bridge.status()["frozen"], false);
+    }
+}
+
+#[test]
+fn the_dead_man_thaws_at_the_limit_and_a_late_thaw_hears_of_it() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let start = Instant::now();
+    let frozen = bridge.ok("freeze", freeze_arguments(700));
+    let mut probe = Probe::start(&rig.mountpoint("a"));
+    probe.wait_done();
+    assert!(
+        start.elapsed() >= Duration::from_millis(700),
+        "thawed too early: {:?}",
+        start.elapsed()
+    );
+    let generation = frozen["generation"].clone();
+    let error = bridge.error("thaw", json!({"set": "s", "generation": generation}));
+    assert_eq!(error["code"], "HOLD_BROKEN");
+    assert_eq!(error["filesystems"][0]["result"], "thawed");
+    assert_eq!(bridge.status()["frozen"], false);
+    // The next set is as good as the first.
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
+}
+
+#[test]
+fn an_agent_that_is_killed_while_frozen_leaves_nothing_frozen() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.freeze();
+    let mut probe = Probe::start(&rig.mountpoint("a"));
+    probe.wait_blocked();
+    let start = Instant::now();
+    rig.kill_agent();
+    probe.wait_done();
+    assert!(
+        start.elapsed() < Duration::from_secs(9),
+        "only the dead-man thawed"
+    );
+    rig.start();
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
+}
+
+#[test]
+fn a_helper_that_is_killed_while_frozen_breaks_the_hold_and_another_takes_its_place() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    let mut probe = Probe::start(&rig.mountpoint("a"));
+    probe.wait_blocked();
+    let helper = rig.helper_pid();
+    let start = Instant::now();
+    kill_9(helper);
+    probe.wait_done();
+    assert!(
+        start.elapsed() < Duration::from_secs(9),
+        "only the dead-man thawed"
+    );
+    let generation = frozen["generation"].clone();
+    let error = bridge.error("thaw", json!({"set": "s", "generation": generation}));
+    assert_eq!(error["code"], "HOLD_BROKEN", "{error:#}");
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    assert_ne!(rig.helper_pid(), helper);
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
+}
+
+#[test]
+fn when_agent_and_helper_are_killed_the_next_start_thaws() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.freeze();
+    let mut probe = Probe::start(&rig.mountpoint("a"));
+    probe.wait_blocked();
+    // The helper first, stopped, so that it cannot thaw when the agent goes.
+    let helper = rig.helper_pid().to_string();
+    run("kill", &["-STOP", &helper]);
+    rig.kill_agent();
+    run("kill", &["-9", &helper]);
+    assert!(is_frozen(&rig.mountpoint("a")), "somebody thawed");
+    rig.start();
+    probe.wait_done();
+    assert!(rig.log().contains("left frozen by a killed agent"));
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
+}
+
+#[test]
+fn leftovers_can_be_thawed_without_starting_the_agent() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.freeze();
+    let helper = rig.helper_pid().to_string();
+    run("kill", &["-STOP", &helper]);
+    rig.kill_agent();
+    run("kill", &["-9", &helper]);
+    let status = rig.command().arg("--thaw-leftovers").status().unwrap();
+    assert!(status.success());
+    assert!(!is_frozen(&rig.mountpoint("a")));
+}
+
+#[test]
+fn the_loss_of_the_host_thaws_at_once() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.freeze();
+    let mut probe = Probe::start(&rig.mountpoint("a"));
+    probe.wait_blocked();
+    let start = Instant::now();
+    drop(bridge);
+    probe.wait_done();
+    assert!(
+        start.elapsed() < Duration::from_secs(9),
+        "only the dead-man thawed"
+    );
+    assert_eq!(rig.bridge().status()["frozen"], false);
+}
+
+#[test]
+fn a_thaw_by_somebody_else_is_a_broken_hold() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    run("fsfreeze", &["-u", rig.mountpoint("a").to_str().unwrap()]);
+    let thawed = bridge.thaw(&frozen);
+    assert_eq!(thawed["held"], false);
+    assert!(
+        thawed["why_not"]
+            .as_str()
+            .unwrap()
+            .contains("somebody else")
+    );
+    assert_eq!(thawed["filesystems"][0]["errno"], 22);
+}
+
+#[test]
+fn what_another_tool_froze_is_refused_and_left_frozen() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::new();
+    let a = rig.mount("a", "ext4");
+    let b = rig.mount("b", "ext4");
+    rig.start();
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    run("fsfreeze", &["-f", b.to_str().unwrap()]);
+    let error = bridge.error("freeze", freeze_arguments(5_000));
+    assert_eq!(error["code"], "FREEZE_FAILED", "{error:#}");
+    assert!(error["message"].as_str().unwrap().contains("somebody else"));
+    assert!(!is_frozen(&a), "ours must be thawed");
+    assert!(is_frozen(&b), "theirs must stay frozen");
+    run("fsfreeze", &["-u", b.to_str().unwrap()]);
+    assert_eq!(bridge.status()["set"], serde_json::Value::Null);
+}
+
+#[test]
+fn an_inner_file_system_freezes_before_the_one_that_holds_its_file() {
+    if !can_run(&["mkfs.xfs"]) {
+        return;
+    }
+    let mut rig = Rig::new();
+    // Named so that neither the alphabet nor the order of mounting gives the right answer.
+    let outer = rig.mount("a-outer", "xfs");
+    let image = outer.join("inner.img");
+    rig.mount_image("b-inner", "ext4", &image);
+    rig.start();
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    let names: Vec<&str> = frozen["filesystems"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|fs| fs["mountpoint"].as_str().unwrap())
+        .collect();
+    assert!(
+        names[0].ends_with("b-inner") && names[1].ends_with("a-outer"),
+        "{names:?}"
+    );
+    assert_eq!(frozen["filesystems"][0]["result"], "frozen");
+    assert_eq!(frozen["filesystems"][1]["result"], "frozen");
+    let thawed = bridge.thaw(&frozen);
+    assert_eq!(thawed["held"], true, "{thawed:#}");
+    let first = thawed["filesystems"][0]["mountpoint"].as_str().unwrap();
+    assert!(first.ends_with("a-outer"));
+}
+
+#[test]
+fn a_bind_mount_is_frozen_once_and_what_is_not_on_a_disk_is_left_alone() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::new();
+    let a = rig.mount("a", "ext4");
+    std::fs::create_dir(a.join("sub")).unwrap();
+    let sub = a.join("sub").to_str().unwrap().to_owned();
+    rig.mount_with("bind", &["--bind", &sub]);
+    rig.mount_with("tmp", &["-t", "tmpfs", "tmpfs"]);
+    for name in ["lower", "upper", "work"] {
+        std::fs::create_dir(rig.mountpoint("tmp").join(name)).unwrap();
+    }
+    let tmp = rig.mountpoint_text("tmp");
+    let layers = format!("lowerdir={tmp}/lower,upperdir={tmp}/upper,workdir={tmp}/work");
+    rig.mount_with("over", &["-t", "overlay", "-o", &layers, "overlay"]);
+    rig.start();
+    let mut bridge = rig.bridge();
+    let identified = bridge.ok("identify", json!({}));
+    let filesystems = identified["filesystems"].as_array().unwrap();
+    assert_eq!(filesystems.len(), 1, "{identified:#}");
+    assert_eq!(filesystems[0]["mountpoint"], rig.mountpoint_text("a"));
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
+}
+
+#[test]
+fn file_systems_are_left_out_or_read_only_and_reported_so() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::new();
+    let a = rig.mount("a", "ext4");
+    let b = rig.mount("b", "ext4");
+    rig.mount("c", "ext4");
+    run("mount", &["-o", "remount,ro", b.to_str().unwrap()]);
+    rig.start();
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let mut arguments = freeze_arguments(10_000);
+    arguments["exclude_filesystems"] = json!([a.to_str().unwrap()]);
+    let frozen = bridge.ok("freeze", arguments);
+    let results: Vec<&str> = frozen["filesystems"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|fs| fs["result"].as_str().unwrap())
+        .collect();
+    assert_eq!(results, ["left-out", "read-only", "frozen"]);
+    let mut probe = Probe::start(&a);
+    probe.wait_done();
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
+}
+
+#[test]
+fn abort_and_a_new_hello_end_a_frozen_set() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.freeze();
+    bridge.abort();
+    bridge.abort();
+    assert!(!is_frozen(&rig.mountpoint("a")));
+    bridge.prepare();
+    bridge.freeze();
+    bridge.ok("hello", json!({"versions": [1]}));
+    assert!(!is_frozen(&rig.mountpoint("a")));
+    let error = bridge.error("hello", json!({"versions": [7]}));
+    assert_eq!(error["code"], "VERSION_MISMATCH");
+}
+
+#[test]
+fn requests_out_of_order_and_limits_out_of_range_are_refused() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    let error = bridge.error("freeze", freeze_arguments(1_000));
+    assert_eq!(error["code"], "SET_NOT_FOUND");
+    bridge.prepare();
+    let error = bridge.error("prepare", json!({"set": "t", "limit_ms": 1_000}));
+    assert_eq!(error["code"], "SNAPSHOT_SET_IN_PROGRESS");
+    for hold_ms in [0, 10_001] {
+        let error = bridge.error("freeze", freeze_arguments(hold_ms));
+        assert_eq!(error["code"], "BAD_REQUEST");
+    }
+    let error = bridge.error("thaw", json!({"set": "s", "generation": 1}));
+    assert_eq!(error["code"], "BAD_REQUEST");
+    let frozen = bridge.freeze();
+    let error = bridge.error("thaw", json!({"set": "s", "generation": 1}));
+    assert_eq!(error["code"], "SET_NOT_FOUND");
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
+}
+
+#[test]
+fn a_second_agent_on_the_same_state_directory_does_not_start() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let output = rig.command().output().unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("another guest-agent"));
+    wait_until("the first goes on", || {
+        rig.bridge().status()["frozen"] == false
+    });
+}
