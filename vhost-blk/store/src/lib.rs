@@ -20,8 +20,10 @@
 //! * I8: after a failed sync nothing is acknowledged until the volume is reopened.
 //! * I9: a set is kept on all its members or on none.
 
+mod check;
 mod checkpoint;
 mod commit;
+mod dump;
 mod error;
 mod first_write;
 mod index;
@@ -47,6 +49,8 @@ mod units;
 mod volume;
 mod write_path;
 
+pub use check::{Finding, Severity, check};
+pub use dump::{Dump, IndexDump, JournalDump, SuperblockDump, dump};
 pub use error::{FileName, Result, StoreError};
 pub use io::{Access, AlignedBuffer, BlockFile, DiskFile};
 pub use maintain::Maintenance;

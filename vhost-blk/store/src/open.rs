@@ -54,7 +54,7 @@ fn io(op: &'static str, file: FileName) -> impl Fn(std::io::Error) -> StoreError
 }
 
 /// The kernel's boot id.
-fn kernel_boot_id() -> Result<BootId> {
+pub(crate) fn kernel_boot_id() -> Result<BootId> {
     let path = "/proc/sys/kernel/random/boot_id";
     let text = fs::read_to_string(path).map_err(io("read boot id", FileName::Directory))?;
     let id = uuid::Uuid::try_parse(text.trim()).map_err(|_| StoreError::Corrupted {

@@ -331,7 +331,7 @@ fn decide(chain: &[Entry], superblock: &Superblock, same_boot: bool) -> Result<D
         decided.kept.append(&mut pending);
         decided.through = decided.through.max(through);
         if restart {
-            decided.dropped_records += rest.len() as u64;
+            // `rest` was dropped by an earlier recovery.
             decided.kept.push(entry.clone());
             decided.through = decided.through.max(entry.sequence);
         } else {
