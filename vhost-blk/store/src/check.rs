@@ -67,25 +67,25 @@ pub fn check(files: &VolumeFiles) -> Vec<Finding> {
 }
 
 fn from_error(error: &StoreError) -> Finding {
-    let (file, offset_bytes) = match error {
-        StoreError::Corrupted {
-            file, offset_bytes, ..
-        }
-        | StoreError::Io {
-            file, offset_bytes, ..
-        } => (*file, *offset_bytes),
-        _ => (FileName::Superblock, 0),
-    };
-    let what = match error {
-        StoreError::Corrupted { what, .. } => (*what).to_owned(),
-        other => other.to_string(),
-    };
-    Finding {
+    let mut finding = Finding {
         severity: Severity::Damage,
-        file,
-        offset_bytes,
-        what,
+        file: FileName::Superblock,
+        offset_bytes: 0,
+        what: error.to_string(),
+    };
+    if let StoreError::Corrupted {
+        file, offset_bytes, ..
     }
+    | StoreError::Io {
+        file, offset_bytes, ..
+    } = error
+    {
+        (finding.file, finding.offset_bytes) = (*file, *offset_bytes);
+    }
+    if let StoreError::Corrupted { what, .. } = error {
+        finding.what = (*what).to_owned();
+    }
+    finding
 }
 
 fn check_state(files: &VolumeFiles, boot_id: BootId, findings: &mut Vec<Finding>) -> Result<()> {

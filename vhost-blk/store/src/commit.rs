@@ -91,13 +91,14 @@ impl Shared {
         let (commit, unsynced) = {
             let mut core = self.core();
             let commit = core.journal.next;
-            let superblock = core.journal.superblock;
+            let (superblock, synced) = (core.journal.superblock, core.journal.synced);
             core.journal.superblock_unnamed = false;
             core.record(
                 self,
                 &[Record::Commit {
                     through,
                     superblock,
+                    synced,
                 }],
             )?;
             (commit, std::mem::take(&mut core.journal.unsynced))
@@ -113,7 +114,9 @@ impl Shared {
         } else {
             through.next()
         };
-        self.core().journal.committed = committed;
+        let mut core = self.core();
+        core.journal.committed = committed;
+        core.journal.synced = commit;
         Ok(())
     }
 }

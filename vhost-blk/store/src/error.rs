@@ -39,7 +39,6 @@ impl std::fmt::Display for FileName {
 
 /// Why the store refused or failed.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum StoreError {
     /// One request failed at the disk; the volume goes on. The guest gets an I/O error.
     #[error("{op} failed on {file} at byte {offset_bytes}")]

@@ -65,10 +65,12 @@ pub(crate) enum Record {
     /// The snapshot is dropped.
     Delete { snapshot_id: SnapshotId },
     /// Everything up to `through` is durable, data included. Names the superblock slot that was current,
-    /// so that the loss of a slot cannot pass for an older state.
+    /// and the last record that had been synced, so that neither the loss of a slot nor of a record in the
+    /// middle can pass for an older state.
     Commit {
         through: Sequence,
         superblock: Generation,
+        synced: Sequence,
     },
     /// Recovery's word: up to `through` all holds, from there to this record nothing does.
     Restart { through: Sequence },
@@ -150,6 +152,7 @@ impl UnverifiedRecord<'_> {
             kind::COMMIT => Record::Commit {
                 through: Sequence(u64_at(bytes, record::THROUGH)),
                 superblock: Generation(u64_at(bytes, record::SUPERBLOCK)),
+                synced: Sequence(u64_at(bytes, record::SYNCED)),
             },
             kind::RESTART => Record::Restart {
                 through: Sequence(u64_at(bytes, record::THROUGH)),
@@ -257,7 +260,9 @@ impl Entry {
             Record::Commit {
                 through,
                 superblock,
+                synced,
             } => {
+                number(&mut bytes, record::SYNCED, synced.0);
                 number(&mut bytes, record::THROUGH, through.0);
                 number(&mut bytes, record::SUPERBLOCK, superblock.0);
                 kind::COMMIT
@@ -292,6 +297,8 @@ pub(crate) struct Journal {
     pub(crate) next: Sequence,
     /// Everything below this is durable by a COMMIT or RESTART.
     pub(crate) committed: Sequence,
+    /// Last record that a completed sync of the journal covered.
+    pub(crate) synced: Sequence,
     /// Where the next record goes, in bytes.
     pub(crate) end_bytes: u64,
     /// Which of the two files hold bytes that no sync has covered.
@@ -368,6 +375,9 @@ pub(crate) struct Scan {
     pub(crate) entries: Vec<Entry>,
     /// Where the chain ends, in bytes.
     pub(crate) end_bytes: u64,
+    /// Records behind a gap that are as young as the chain's end: what a power cut left of the last
+    /// round, or the sign of damage.
+    pub(crate) behind_gap: Vec<Entry>,
 }
 
 /// Reads the chain of `generation` from `file`: it begins with START of sequence `first`, is
@@ -390,31 +400,41 @@ pub(crate) fn scan(
     let mut found = Scan {
         entries: Vec::new(),
         end_bytes: 0,
+        behind_gap: Vec::new(),
     };
-    let (mut expected, mut incarnation) = (first, floor);
+    let (mut expected, mut incarnation, mut whole) = (first, floor, true);
     let mut chunk = vec![0; CHUNK_RECORDS * RECORD_BYTES];
-    while found.end_bytes < length_bytes {
-        let part = in_memory((length_bytes - found.end_bytes).min(chunk.len() as u64));
+    let mut at_bytes = 0;
+    while at_bytes < length_bytes {
+        let part = in_memory((length_bytes - at_bytes).min(chunk.len() as u64));
         let Some(window) = chunk.get_mut(..part) else {
             break;
         };
-        file.read_at(window, found.end_bytes).map_err(io)?;
+        file.read_at(window, at_bytes).map_err(io)?;
+        at_bytes += part as u64;
         for bytes in window.as_chunks::<RECORD_BYTES>().0 {
-            let verified = UnverifiedRecord(bytes).verify(volume, Seal::Journal(generation));
+            let entry = UnverifiedRecord(bytes)
+                .verify(volume, Seal::Journal(generation))
+                .filter(|entry| entry.incarnation >= incarnation);
             let starts = found.entries.is_empty();
-            let Some(entry) = verified.filter(|entry| {
-                entry.sequence == expected
-                    && entry.incarnation >= incarnation
-                    && starts == (entry.record == Record::Start { generation })
-            }) else {
-                return Ok(found);
-            };
-            (expected, incarnation) = (expected.next(), entry.incarnation);
-            found.entries.push(entry);
-            found.end_bytes += RECORD_BYTES as u64;
-        }
-        if part < chunk.len() {
-            break;
+            match entry {
+                Some(entry)
+                    if whole
+                        && entry.sequence == expected
+                        && starts == (entry.record == Record::Start { generation }) =>
+                {
+                    (expected, incarnation) = (expected.next(), entry.incarnation);
+                    found.entries.push(entry);
+                    found.end_bytes += RECORD_BYTES as u64;
+                }
+                Some(entry) => {
+                    whole = false;
+                    if entry.sequence >= expected {
+                        found.behind_gap.push(entry);
+                    }
+                }
+                None => whole = false,
+            }
         }
     }
     Ok(found)

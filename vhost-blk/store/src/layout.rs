@@ -96,6 +96,8 @@ pub(crate) mod record {
     pub(crate) const THROUGH: usize = 24;
     /// COMMIT.
     pub(crate) const SUPERBLOCK: usize = 32;
+    /// COMMIT.
+    pub(crate) const SYNCED: usize = 40;
     /// START.
     pub(crate) const GENERATION: usize = 24;
     /// SNAP_ID, DELETE: snapshot; KEEP, DISCARD: set; SNAP_MEMBERS: first member.
@@ -176,6 +178,7 @@ pub const FIELDS: &[Field] = &[
     ("payload", "map.epoch", record::EPOCH, 4),
     ("payload", "commit.through", record::THROUGH, 8),
     ("payload", "commit.superblock", record::SUPERBLOCK, 8),
+    ("payload", "commit.synced", record::SYNCED, 8),
     ("payload", "start.generation", record::GENERATION, 8),
     ("payload", "snap_id.snapshot_id", record::FIRST_ID, 16),
     ("payload", "snap_id.set_id", record::SECOND_ID, 16),

@@ -150,6 +150,7 @@ fn format(files: &VolumeFiles, size_bytes: u64, options: &OpenOptions) -> Result
         first,
         next: first,
         committed: first,
+        synced: first,
         end_bytes: 0,
         unsynced: [false; 2],
     };
@@ -245,6 +246,7 @@ fn finish_recovery(
         first: loaded.first,
         next: loaded.last.next(),
         committed: loaded.last.next(),
+        synced: loaded.last,
         end_bytes: loaded.end_bytes,
         unsynced: [false; 2],
     };
@@ -263,6 +265,7 @@ fn finish_recovery(
         }
         journal.unsynced = [false; 2];
         journal.committed = journal.next;
+        journal.synced = journal.last();
     }
     loaded.superblock = Superblock {
         generation: loaded.superblock.generation.next(),
@@ -367,6 +370,7 @@ impl Volume {
                 first: loaded.first,
                 next: loaded.last.next(),
                 committed: loaded.last.next(),
+                synced: loaded.last,
                 end_bytes: loaded.end_bytes,
                 unsynced: [false; 2],
             }

@@ -262,11 +262,30 @@ fn load_chain(files: &VolumeFiles, superblock: &Superblock) -> Result<Chain> {
     };
     let first = last.next();
     let mut younger = scan(&**other, volume, generation.next(), first, incarnation)?;
+    let end = younger.entries.last().map_or(last, |entry| entry.sequence);
+    check_gap(end.next(), &older, &younger)?;
     if younger.entries.is_empty() {
         return Ok((chain, older, None));
     }
     chain.append(&mut younger.entries);
     Ok((chain, older, Some((younger, first))))
+}
+
+/// The chain ends before `missing`. A COMMIT behind the gap that was appended when `missing` had been synced
+/// shows damage; without one the gap is what a power cut left of the last round.
+fn check_gap(missing: Sequence, older: &Scan, younger: &Scan) -> Result<()> {
+    for entry in older.behind_gap.iter().chain(&younger.behind_gap) {
+        if let Record::Commit { synced, .. } = entry.record
+            && synced >= missing
+        {
+            return Err(corrupted(
+                FileName::Journal,
+                older.end_bytes,
+                "records are missing in the middle of the journal",
+            ));
+        }
+    }
+    Ok(())
 }
 
 struct Decided {
@@ -291,6 +310,7 @@ fn decide(chain: &[Entry], superblock: &Superblock, same_boot: bool) -> Result<D
             Record::Commit {
                 through,
                 superblock: named,
+                ..
             } => {
                 if *named > superblock.generation {
                     return Err(corrupted(

@@ -111,7 +111,7 @@ impl Shared {
             if next.is_none() {
                 // The base holds what the log held: a checkpoint gives the log's space back.
                 core.reclaim |= settle.settled_in_pass > 0;
-                let idle = settle.settled_in_pass == 0;
+                let idle = settle.settled_in_pass == 0 && !settle.due;
                 return Ok(if idle {
                     SettleStep::Idle
                 } else {

@@ -5,6 +5,7 @@
 //! third, keep everything flushed, show every committed snapshot as it was, and go on working: writes,
 //! snapshots, another power cut during recovery, a clean close.
 //! `VMSHADOW_CRASH_IMAGES=N` sets the number of images for each of the tests.
+#![allow(clippy::cast_possible_truncation, reason = "volumes of a few blocks")]
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod harness;
@@ -100,7 +101,7 @@ fn record(ops: Vec<Op>, every_writes: u64) -> Recorded {
 impl Recorded {
     fn step(&self, point: &CrashPoint) -> Step<'_> {
         let number = (point.marker / 2) as usize;
-        if point.marker % 2 == 0 {
+        if point.marker.is_multiple_of(2) {
             Step {
                 op: Some(&self.ops[number]),
                 before: &self.models[number],

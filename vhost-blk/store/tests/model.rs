@@ -5,6 +5,7 @@ mod harness;
 
 use harness::{Methods, Model, Op, Verdict, World, history, memory_files, small_options};
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 use vhost_blk_store::{Maintenance, Method};
 
 fn run(ops: &[Op], sectors: u64) {
@@ -59,7 +60,13 @@ fn op(sectors: u64) -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 384,
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(
+            "proptest-regressions/model.txt",
+        ))),
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn volume_is_always_what_the_model_says(
@@ -79,4 +86,23 @@ fn long_histories_of_every_method_hold() {
             run(&history(seed as u64 * 100 + round, methods, 300, 131), 131);
         }
     }
+}
+
+#[test]
+fn settling_goes_on_after_a_checkpoint_freed_more_in_the_middle_of_a_pass() {
+    let snapshot = |method, verdict| Op::Snapshot { method, verdict };
+    let ops = [
+        snapshot(Method::CopyOnWrite, Verdict::Keep),
+        Op::Batch(vec![(32, 1), (41, 8), (128, 5), (18, 10)]),
+        Op::Maintain {
+            steps: 6,
+            budget: 1,
+        },
+        snapshot(Method::RedirectOnWrite, Verdict::Leave),
+        Op::Write {
+            sector: 42,
+            count: 8,
+        },
+    ];
+    run(&ops, 131);
 }

@@ -146,10 +146,14 @@ pub fn sector_value(bytes: &[u8]) -> Option<u64> {
         .then_some(first)
 }
 
-pub fn read_all(volume: &Volume, view: View) -> Vec<Option<u64>> {
+pub fn try_read_all(volume: &Volume, view: View) -> Result<Vec<Option<u64>>, StoreError> {
     let mut bytes = vec![0; volume.size_bytes() as usize];
-    volume.read_at(view, 0, &mut bytes).unwrap();
-    bytes.chunks_exact(512).map(sector_value).collect()
+    volume.read_at(view, 0, &mut bytes)?;
+    Ok(bytes.chunks_exact(512).map(sector_value).collect())
+}
+
+pub fn read_all(volume: &Volume, view: View) -> Vec<Option<u64>> {
+    try_read_all(volume, view).unwrap()
 }
 
 /// Options that make every threshold small, so that short histories reach everything.
@@ -241,7 +245,7 @@ impl World {
                     self.model.possible[place as usize].push(0);
                 }
                 volume.discard_at(ByteRange::new(sector * SECTOR, count * SECTOR))?;
-                let now = read_all(volume, View::Head);
+                let now = try_read_all(volume, View::Head)?;
                 for place in sector..sector + count {
                     let value = now[place as usize];
                     let old = self.model.head[place as usize];
