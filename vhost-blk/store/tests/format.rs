@@ -1,0 +1,260 @@
+//! FORMAT.md is normative: its tables and the program's numbers are compared row by row; and a volume written
+//! by version 1 must be written, and read, the same for ever.
+#![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
+mod harness;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use harness::{Methods, Model, Op, Verdict, World, memory_files, small_options};
+use vhost_blk_store::layout::{FIELDS, KINDS, MAX_SET_MEMBERS, MAX_SNAPSHOTS};
+use vhost_blk_store::sim::MemoryFile;
+use vhost_blk_store::{BlockFile, MAX_REQUEST_BYTES, Method, VolumeFiles, check, dump};
+
+const FORMAT: &str = include_str!("../FORMAT.md");
+
+/// Cells of the tables' rows.
+fn rows() -> impl Iterator<Item = Vec<&'static str>> {
+    FORMAT
+        .lines()
+        .filter(|line| line.starts_with('|'))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+}
+
+#[test]
+fn byte_tables_of_the_document_are_the_programs() {
+    let structures: BTreeSet<&str> = FIELDS.iter().map(|field| field.0).collect();
+    let documented: Vec<(String, String, usize, usize)> = rows()
+        .filter(|cells| cells.len() == 5 && structures.contains(cells[0]))
+        .map(|cells| {
+            (
+                cells[0].to_owned(),
+                cells[1].to_owned(),
+                cells[2].parse().unwrap(),
+                cells[3].parse().unwrap(),
+            )
+        })
+        .collect();
+    let coded: Vec<(String, String, usize, usize)> = FIELDS
+        .iter()
+        .map(|field| (field.0.to_owned(), field.1.to_owned(), field.2, field.3))
+        .collect();
+    assert_eq!(documented, coded);
+}
+
+#[test]
+fn fields_do_not_overlap() {
+    for structure in ["slot", "record", "page", "entry"] {
+        let mut end = 0;
+        let mut fields: Vec<_> = FIELDS.iter().filter(|field| field.0 == structure).collect();
+        fields.sort_by_key(|field| field.2);
+        for (_, name, offset, length) in fields {
+            assert!(*offset >= end, "{structure}.{name}");
+            end = offset + length;
+        }
+    }
+}
+
+#[test]
+fn record_kinds_of_the_document_are_the_programs() {
+    let names: BTreeSet<&str> = KINDS.iter().map(|kind| kind.0).collect();
+    let documented: Vec<(&str, u8)> = rows()
+        .filter(|cells| cells.len() == 3 && names.contains(cells[0]))
+        .map(|cells| (cells[0], cells[1].parse().unwrap()))
+        .collect();
+    assert_eq!(documented, KINDS);
+}
+
+#[test]
+fn limits_of_the_document_are_the_programs() {
+    let limit = |name: &str| -> u64 {
+        let row = rows()
+            .find(|cells| cells[0] == name)
+            .unwrap_or_else(|| panic!("no row {name}"));
+        row[1].parse().unwrap()
+    };
+    assert_eq!(limit("snapshots of one volume"), MAX_SNAPSHOTS as u64);
+    assert_eq!(limit("volumes of one set"), MAX_SET_MEMBERS as u64);
+    assert_eq!(limit("bytes of one request"), MAX_REQUEST_BYTES);
+    assert_eq!(limit("bytes of a volume"), 1 << 62);
+    assert_eq!(limit("blocks of a log"), 1 << 50);
+}
+
+/// A fixed history that uses every record kind, an index of several records, and both journals.
+fn golden_world() -> World {
+    let model = Model::new(67);
+    let mut world = World::new(memory_files(model.bytes()), small_options(1), model);
+    let snapshot = |method, verdict| Op::Snapshot { method, verdict };
+    let history = [
+        Op::Write {
+            sector: 0,
+            count: 67,
+        },
+        snapshot(Method::RedirectOnWrite, Verdict::Keep),
+        Op::Write {
+            sector: 3,
+            count: 20,
+        },
+        Op::Zero {
+            sector: 40,
+            count: 8,
+            may_unmap: true,
+        },
+        snapshot(Method::CopyOnWrite, Verdict::Keep),
+        Op::Write {
+            sector: 8,
+            count: 30,
+        },
+        Op::CloseReopen,
+        Op::Write {
+            sector: 60,
+            count: 7,
+        },
+        snapshot(Method::RedirectOnWrite, Verdict::Discard),
+        snapshot(Method::RedirectOnWrite, Verdict::Leave),
+        Op::Write {
+            sector: 0,
+            count: 24,
+        },
+        Op::Delete { which: 0 },
+        Op::KillReopen,
+        Op::Write {
+            sector: 24,
+            count: 9,
+        },
+        Op::Flush,
+    ];
+    for op in history {
+        world.apply(&op);
+    }
+    world
+}
+
+const NAMES: [&str; 7] = [
+    "base",
+    "superblock",
+    "log",
+    "journal.0",
+    "journal.1",
+    "index.0",
+    "index.1",
+];
+
+fn each(files: &VolumeFiles) -> [&Arc<dyn BlockFile>; 7] {
+    [
+        &files.base,
+        &files.superblock,
+        &files.log,
+        &files.journal[0],
+        &files.journal[1],
+        &files.index[0],
+        &files.index[1],
+    ]
+}
+
+/// Bytes with runs of zeroes folded, so that the golden files stay small: (u32 zeroes, u32 length, bytes)*.
+fn fold(bytes: &[u8]) -> Vec<u8> {
+    let mut folded = Vec::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let zeroes = bytes[at..].iter().take_while(|byte| **byte == 0).count();
+        at += zeroes;
+        let rest = &bytes[at..];
+        let length = rest
+            .windows(16)
+            .position(|window| window.iter().all(|byte| *byte == 0))
+            .unwrap_or(rest.len());
+        folded.extend_from_slice(&u32::try_from(zeroes).unwrap().to_le_bytes());
+        folded.extend_from_slice(&u32::try_from(length).unwrap().to_le_bytes());
+        folded.extend_from_slice(&rest[..length]);
+        at += length;
+    }
+    folded
+}
+
+fn unfold(mut folded: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while !folded.is_empty() {
+        let (head, rest) = folded.split_at(8);
+        let zeroes = u32::from_le_bytes(head[..4].try_into().unwrap());
+        let length = u32::from_le_bytes(head[4..].try_into().unwrap());
+        bytes.resize(bytes.len() + usize::try_from(zeroes).unwrap(), 0);
+        let (data, rest) = rest.split_at(usize::try_from(length).unwrap());
+        bytes.extend_from_slice(data);
+        folded = rest;
+    }
+    bytes
+}
+
+fn golden_path(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden/version-1")
+        .join(name)
+}
+
+#[test]
+fn golden_volume_is_written_byte_for_byte() {
+    let world = golden_world();
+    for (name, file) in NAMES.iter().zip(each(&world.files)) {
+        let mut bytes = vec![0; usize::try_from(file.len_bytes().unwrap()).unwrap()];
+        file.read_at(&mut bytes, 0).unwrap();
+        if std::env::var_os("VMSHADOW_WRITE_GOLDEN").is_some() {
+            std::fs::create_dir_all(golden_path("")).unwrap();
+            std::fs::write(golden_path(name), fold(&bytes)).unwrap();
+        }
+        let golden = unfold(&std::fs::read(golden_path(name)).unwrap());
+        assert!(golden == bytes, "{name} is not what version 1 wrote");
+    }
+}
+
+#[test]
+fn golden_volume_reads_as_it_was() {
+    let expected = golden_world().model;
+    let file = |place: usize| -> Arc<dyn BlockFile> {
+        let folded = std::fs::read(golden_path(NAMES[place])).unwrap();
+        Arc::new(MemoryFile::new(unfold(&folded)))
+    };
+    let files = VolumeFiles {
+        base: file(0),
+        superblock: file(1),
+        log: file(2),
+        journal: [file(3), file(4)],
+        index: [file(5), file(6)],
+    };
+    assert_eq!(check(&files), []);
+    let text = dump(&files).unwrap().to_string();
+    for word in [
+        "Restart",
+        "Delete",
+        "Discard",
+        "Kept",
+        "Commit",
+        "Snap ",
+        "until epoch",
+        "now: log",
+    ] {
+        assert!(
+            text.contains(word),
+            "the golden volume does not show {word}: {text}"
+        );
+    }
+    let mut options = small_options(2);
+    options.volume_id = None;
+    let (volume, report) = vhost_blk_store::Volume::open_files(files.clone(), &options).unwrap();
+    assert!(!report.created && report.dropped_records == 0);
+    let members = vec![volume.id()];
+    let mut world = World {
+        files,
+        options,
+        volume: Some(volume),
+        model: expected,
+        members,
+    };
+    world.compare();
+    for op in harness::history(1, Methods::Mixed, 20, 67) {
+        world.apply(&op);
+        world.compare();
+    }
+}
