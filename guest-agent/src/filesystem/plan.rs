@@ -102,6 +102,21 @@ impl Sources {
         ))
     }
 
+    /// Where a file lies: the extents of its whole file system. Empty if that is not on a disk, or cannot be told.
+    pub fn extents_of(&self, file: &Path) -> std::io::Result<Vec<DiskExtent>> {
+        let file = file.canonicalize()?;
+        let mounts = self.mounts()?;
+        let devices = BlockDevices::new(&self.sys);
+        let Some(mount) = mount_of(&mounts, &file) else {
+            return Ok(Vec::new());
+        };
+        let mut extents = Vec::new();
+        for device in devices.of_mount(mount) {
+            extents.extend(devices.beneath(device, &mounts).extents);
+        }
+        Ok(extents)
+    }
+
     /// Areas that are written while all is frozen: swap partitions. A swap file lies inside a file system's own extents and
     /// is not exempt: swapping to it in the window makes the host's witness refuse the set, which errs on the safe side.
     #[must_use]

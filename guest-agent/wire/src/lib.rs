@@ -5,11 +5,14 @@
 //!   agent, one to one with VSS's writer events.
 //! * [`types`]: VSS's levels, states and failure codes, and the nouns that both protocols share.
 //! * [`lines`]: cuts a stream into messages.
+//! * [`sdk`]: the writer library, for applications in Rust.
 //!
-//! PROTOCOL.md tells the sequences and deadlines. This room knows nothing of sockets, ports or file systems.
+//! PROTOCOL.md tells the sequences and deadlines. This room knows nothing of ports, file systems or the agent's inside; only
+//! `sdk` knows a socket.
 
 pub mod host;
 pub mod lines;
+pub mod sdk;
 pub mod types;
 pub mod writer;
 

@@ -1,0 +1,239 @@
+//! A snapshot writer for SQLite: any number of database files, in any journal mode.
+//!
+//! Called through the writer library (`guest_agent_wire::sdk`). Prepare checkpoints the write-ahead logs, as far as that goes
+//! without waiting for anybody; freeze takes the write lock of every database with `BEGIN IMMEDIATE`; thaw rolls these empty
+//! transactions back. Invariants: nothing is ever written to a database; `held` is said only if every transaction is still
+//! open on the connection that began it; a database file is never opened except by SQLite, since closing a descriptor of it
+//! would drop the locks that this process holds.
+
+use guest_agent::filesystem::plan::Sources;
+use guest_agent_wire::sdk::{Freezing, Held, Veto, Writer};
+use guest_agent_wire::types::{BackupType, Hold, Level};
+use guest_agent_wire::writer::Registration;
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Class of this writer; allow files name it.
+pub const CLASS_ID: &str = "sqlite";
+/// How long a checkpoint may wait for readers.
+const CHECKPOINT_WAIT: Duration = Duration::from_millis(500);
+
+/// Who this instance is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Unique in the guest.
+    pub instance_id: String,
+    /// For people.
+    pub name: String,
+    /// Freeze level.
+    pub level: Level,
+    /// Longest hold, milliseconds.
+    pub freeze_timeout_ms: u64,
+}
+
+/// The writer.
+#[derive(Debug)]
+pub struct SqliteWriter {
+    identity: Identity,
+    databases: Vec<PathBuf>,
+    sources: Sources,
+    /// One for each database, from prepare to the end of the set.
+    open: Vec<Connection>,
+}
+
+impl SqliteWriter {
+    /// For these files. `sources` tells on which disks they lie.
+    #[must_use]
+    pub fn new(identity: Identity, databases: Vec<PathBuf>, sources: Sources) -> Self {
+        Self {
+            identity,
+            databases,
+            sources,
+            open: Vec::new(),
+        }
+    }
+
+    fn connect(&mut self) -> Result<(), Veto> {
+        self.open.clear();
+        for path in &self.databases {
+            // Never created: a path that is wrong must not pass for an empty database.
+            let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+            let connection = Connection::open_with_flags(path, flags)
+                .map_err(|error| veto(path, "open", &error))?;
+            self.open.push(connection);
+        }
+        Ok(())
+    }
+
+    fn lock_all(&self, hold: &Freezing<'_>) -> Result<(), Veto> {
+        // A quarter is left for the answer: one that is late fails the set as well, but says less.
+        let until = Instant::now() + hold.deadline * 3 / 4;
+        for (path, connection) in self.databases.iter().zip(&self.open) {
+            let left = until.saturating_duration_since(Instant::now());
+            connection
+                .busy_timeout(left)
+                .and_then(|()| connection.execute_batch("BEGIN IMMEDIATE"))
+                .map_err(|error| veto(path, "BEGIN IMMEDIATE", &error))?;
+        }
+        Ok(())
+    }
+
+    /// What changes whenever somebody commits: SQLite's own counter, the size, and the length of the write-ahead log. A
+    /// checkpoint, which may run while the lock is held, changes none of them.
+    fn evidence(&self) -> Result<Value, Veto> {
+        let mut all = Vec::new();
+        for (path, connection) in self.databases.iter().zip(&self.open) {
+            let pragma = |name: &str| -> Result<i64, Veto> {
+                connection
+                    .query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))
+                    .map_err(|error| veto(path, name, &error))
+            };
+            all.push(json!({
+                "database": path.display().to_string(),
+                "data_version": pragma("data_version")?,
+                "page_count": pragma("page_count")?,
+                "wal_bytes": wal_bytes(path),
+            }));
+        }
+        Ok(Value::Array(all))
+    }
+
+    /// Rolls back what is open. True if a transaction was open on every connection, and each rolled back.
+    fn unlock_all(&self) -> bool {
+        let mut held = self.open.len() == self.databases.len();
+        for connection in &self.open {
+            // Without a transaction there is nothing to roll back, and nothing was held.
+            let is_locked = !connection.is_autocommit();
+            held &= is_locked && connection.execute_batch("ROLLBACK").is_ok();
+        }
+        held
+    }
+
+    /// Refuses a set that leaves out a disk which a database lies on. A file of which that cannot be told is let pass.
+    fn check_disks(&self, disks: &[String]) -> Result<(), Veto> {
+        if disks.is_empty() {
+            return Ok(());
+        }
+        for path in &self.databases {
+            let extents = self.sources.extents_of(path).unwrap_or_default();
+            let outside = extents
+                .iter()
+                .find(|extent| !extent.serial.is_empty() && !disks.contains(&extent.serial));
+            if let Some(extent) = outside {
+                return Err(Veto::inconsistent(format!(
+                    "{} lies on disk {} ({}), which is not in the set",
+                    path.display(),
+                    extent.serial,
+                    extent.disk
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Writer for SqliteWriter {
+    fn registration(&self) -> Registration {
+        Registration {
+            protocol: 1,
+            class_id: CLASS_ID.to_owned(),
+            instance_id: self.identity.instance_id.clone(),
+            name: self.identity.name.clone(),
+            level: self.identity.level,
+            freeze_timeout_ms: self.identity.freeze_timeout_ms,
+            hold: Hold::App,
+        }
+    }
+
+    fn identify(&mut self) -> Result<Value, Veto> {
+        let components: Vec<Value> = self
+            .databases
+            .iter()
+            .map(|path| {
+                json!({
+                    "type": "database",
+                    "name": path.display().to_string(),
+                    "files": [path.display().to_string(), beside(path, "-wal"), beside(path, "-journal")],
+                    "exclude": [beside(path, "-shm")],
+                })
+            })
+            .collect();
+        Ok(json!({
+            "components": components,
+            "restore_method": "STOP_RESTORE_START",
+            "sqlite": rusqlite::version(),
+        }))
+    }
+
+    fn prepare_backup(&mut self, _: &str, _: BackupType, disks: &[String]) -> Result<(), Veto> {
+        self.check_disks(disks)
+    }
+
+    fn prepare_snapshot(&mut self, _: &str, _: Duration) -> Result<(), Veto> {
+        self.connect()?;
+        for connection in &self.open {
+            // Best effort: a busy database is as consistent with a long log as with a short one, it only opens more slowly.
+            for (mode, wait) in [("PASSIVE", Duration::ZERO), ("TRUNCATE", CHECKPOINT_WAIT)] {
+                let checkpoint = format!("PRAGMA wal_checkpoint({mode})");
+                connection
+                    .busy_timeout(wait)
+                    .and_then(|()| connection.query_row(&checkpoint, [], |_| Ok(())))
+                    .unwrap_or(());
+            }
+        }
+        Ok(())
+    }
+
+    fn freeze(&mut self, hold: &Freezing<'_>) -> Result<Value, Veto> {
+        if self.open.len() != self.databases.len() {
+            self.connect()?;
+        }
+        let evidence = self.lock_all(hold).and_then(|()| self.evidence());
+        if evidence.is_err() {
+            self.open.clear();
+        }
+        evidence
+    }
+
+    fn thaw(&mut self, _: &Freezing<'_>) -> Result<Held, Veto> {
+        // Asked for before the locks are let go.
+        let evidence = self.evidence();
+        let held = self.unlock_all();
+        Ok(Held {
+            held,
+            evidence: evidence?,
+        })
+    }
+
+    fn backup_complete(&mut self, _: &str) -> Result<(), Veto> {
+        self.open.clear();
+        Ok(())
+    }
+
+    fn abort(&mut self, _: &str) {
+        // Closing a connection rolls its transaction back.
+        self.open.clear();
+    }
+}
+
+fn veto(path: &Path, what: &str, error: &rusqlite::Error) -> Veto {
+    let message = format!("{}: {what}: {error}", path.display());
+    match error.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => Veto::nonretryable(message),
+        // Busy above all; and a file that is not there may be there next time.
+        Some(_) | None => Veto::retryable(message),
+    }
+}
+
+fn beside(path: &Path, suffix: &str) -> String {
+    format!("{}{suffix}", path.display())
+}
+
+fn wal_bytes(path: &Path) -> u64 {
+    std::fs::metadata(beside(path, "-wal")).map_or(0, |stat| stat.len())
+}
+
+#[cfg(test)]
+mod tests;
