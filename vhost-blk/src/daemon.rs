@@ -1,0 +1,345 @@
+//! Puts the rooms together: opens the disks, serves them, stops in order.
+//!
+//! Called by `main`. The only room that names all others.
+//!
+//! Order of starting: open and recover every volume; fence off I/O of a killed predecessor; resolve sets; then sockets. Order
+//! of stopping (SIGTERM, SIGINT): front ends are drained and hung up, open sets undone, maintenance ended, stores closed.
+
+use crate::config::{Config, DiskConfig};
+use crate::control::{self, Events};
+use crate::engine::{EngineKind, Kick, Ring, SnapshotSets, VolumeEngine, VolumeSettings};
+use crate::frontend::{self, SocketError};
+use rustix::fs::{FlockOperation, flock};
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use vhost_blk_store::{DataFile, Maintenance, OpenOptions, StoreError, Volume, resolve_sets};
+
+/// Blocks that one background step may touch: bounds how long a request can wait behind it.
+const MAINTENANCE_BLOCKS: u64 = 256;
+/// Pause between background steps while there is work: the guest comes first.
+const MAINTENANCE_PAUSE: Duration = Duration::from_millis(2);
+/// Pause while there is none.
+const MAINTENANCE_IDLE: Duration = Duration::from_millis(250);
+/// Longest wait for I/O of a killed predecessor to end.
+const FENCE_MAX: Duration = Duration::from_secs(10);
+
+/// Why the daemon could not run, or could not stop cleanly.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// A disk cannot be opened.
+    #[error("disk {path}: cannot be opened")]
+    Open {
+        /// Base file or block device.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
+    /// Another process uses the disk's files, or I/O of a killed one does not end.
+    #[error("disk {0}: its files are in use by another process")]
+    InUse(PathBuf),
+    /// Sets of an earlier run cannot be resolved.
+    #[error("snapshot sets of an earlier run cannot be resolved")]
+    Sets(#[source] StoreError),
+    /// A socket cannot be had.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// `--engine uring` on a machine without it.
+    #[error("--engine uring")]
+    NoRing(#[source] crate::engine::RingUnavailable),
+    /// The system has no more threads or descriptors.
+    #[error("out of system resources")]
+    System(#[from] io::Error),
+    /// A volume could not be closed; its next start recovers it.
+    #[error("disk {path}: not closed cleanly")]
+    Close {
+        /// Base file or block device.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
+}
+
+/// Serves until SIGTERM or SIGINT.
+///
+/// # Errors
+/// [`DaemonError`].
+pub fn run(config: &Config) -> Result<(), DaemonError> {
+    if config.engine == EngineKind::Uring {
+        Ring::new(Arc::new(Kick::new()?)).map_err(DaemonError::NoRing)?;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    // From here on a signal ends the daemon in order, however early it comes.
+    let stop_signal = {
+        let _inside = runtime.enter();
+        control::StopSignal::new()?
+    };
+    let events = Events::new();
+    let stores = open_all(config)?;
+    let volumes = config
+        .disks
+        .iter()
+        .zip(&stores)
+        .map(|(disk, store)| {
+            VolumeEngine::new(settings(config, disk), Arc::clone(store), events.notice())
+        })
+        .collect::<io::Result<Vec<_>>>()?;
+    drop(stores);
+    let sets = SnapshotSets::new(volumes);
+
+    let listeners = config
+        .disks
+        .iter()
+        .map(|disk| frontend::bind(&disk.socket))
+        .collect::<Result<Vec<_>, _>>()?;
+    let control = config.control.as_deref().map(frontend::bind).transpose()?;
+
+    let fronts = Fronts::start(config, &sets, listeners)?;
+    let maintenance = MaintenanceThread::start(Arc::clone(&sets))?;
+    tracing::info!(disks = config.disks.len(), "serving");
+    runtime.block_on(control::serve(control, &sets, &events, stop_signal))?;
+
+    tracing::info!("stopping");
+    fronts.stop();
+    sets.undo_all();
+    maintenance.stop();
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    for socket in config
+        .disks
+        .iter()
+        .map(|disk| &disk.socket)
+        .chain(&config.control)
+    {
+        if let Err(error) = std::fs::remove_file(socket) {
+            tracing::warn!(socket = %socket.display(), %error, "cannot remove the socket");
+        }
+    }
+    close_all(config, sets)
+}
+
+fn settings(config: &Config, disk: &DiskConfig) -> VolumeSettings {
+    VolumeSettings {
+        name: disk.name.clone(),
+        serial: disk.serial.clone(),
+        base: disk.path.clone(),
+        shadow_storage: disk.shadow_storage.clone(),
+        socket: disk.socket.clone(),
+        method: disk.method,
+        read_only: disk.read_only,
+        engine: config.engine,
+    }
+}
+
+/// Opens and recovers all volumes, and resolves the sets that span them.
+fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
+    let mut volumes = Vec::new();
+    for disk in &config.disks {
+        let options = OpenOptions {
+            direct: config.direct,
+            read_only: disk.read_only,
+            force_base: config.force_base,
+            ..OpenOptions::default()
+        };
+        let deadline = Instant::now() + FENCE_MAX;
+        let (volume, report) = loop {
+            match Volume::adopt(&disk.path, &disk.shadow_storage, &options) {
+                // A predecessor that was just killed may not be gone to its last descriptor.
+                Err(StoreError::InUse) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                opened => {
+                    break opened.map_err(|source| DaemonError::Open {
+                        path: disk.path.clone(),
+                        source,
+                    })?;
+                }
+            }
+        };
+        tracing::info!(volume = %disk.name, id = %volume.id(), size_bytes = volume.size_bytes(), ?report, "opened");
+        fence(disk, &volume, deadline)?;
+        volumes.push(Arc::new(volume));
+    }
+    let writable: Vec<&Volume> = config
+        .disks
+        .iter()
+        .zip(&volumes)
+        .filter(|(disk, _)| !disk.read_only)
+        .map(|(_, volume)| volume.as_ref())
+        .collect();
+    for resolution in resolve_sets(&writable).map_err(DaemonError::Sets)? {
+        tracing::warn!(?resolution, "a snapshot set of an earlier run");
+    }
+    Ok(volumes)
+}
+
+/// Waits until no I/O of a killed predecessor is in flight, and keeps others away.
+///
+/// A lock of `flock(2)` belongs to the open file, and a request that the kernel still has in flight holds the open file. So the
+/// lock of a killed daemon on base and log is free only when its last write has landed, and none can land on top of ours.
+fn fence(disk: &DiskConfig, volume: &Volume, deadline: Instant) -> Result<(), DaemonError> {
+    let operation = if disk.read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    for file in [DataFile::Base, DataFile::Log] {
+        let Some(fd) = volume.data_file(file).raw_fd() else {
+            continue;
+        };
+        loop {
+            match flock(fd, operation) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(DaemonError::InUse(disk.path.clone()));
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(DaemonError::System(error.into())),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn close_all(config: &Config, sets: Arc<SnapshotSets>) -> Result<(), DaemonError> {
+    let mut result = Ok(());
+    let volumes = sets.volumes().to_vec();
+    drop(sets);
+    for (disk, volume) in config.disks.iter().zip(volumes) {
+        let closed = Arc::into_inner(volume)
+            .map(VolumeEngine::into_store)
+            .and_then(Arc::into_inner)
+            .map(Volume::close);
+        match closed {
+            Some(Ok(())) => {}
+            Some(Err(source)) => {
+                result = Err(DaemonError::Close {
+                    path: disk.path.clone(),
+                    source,
+                });
+            }
+            // A snapshot is being read out by a thread that hangs in its reader. Everything acknowledged is safe: the
+            // next start recovers as after a kill.
+            None => tracing::warn!(volume = %disk.name, "still in use: not closed cleanly"),
+        }
+    }
+    result
+}
+
+/// The threads that take front ends.
+struct Fronts {
+    stops: Vec<Arc<Kick>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Fronts {
+    fn start(
+        config: &Config,
+        sets: &SnapshotSets,
+        listeners: Vec<UnixListener>,
+    ) -> io::Result<Self> {
+        let mut fronts = Self {
+            stops: Vec::new(),
+            threads: Vec::new(),
+        };
+        for ((disk, volume), listener) in config.disks.iter().zip(sets.volumes()).zip(listeners) {
+            let stop = Arc::new(Kick::new()?);
+            let (volume, num_queues) = (Arc::clone(volume), disk.num_queues);
+            fronts.stops.push(Arc::clone(&stop));
+            let thread = std::thread::Builder::new().name(format!("front {}", disk.name));
+            fronts.threads.push(thread.spawn(move || {
+                if let Err(error) = frontend::serve(&volume, &listener, num_queues, &stop) {
+                    tracing::error!(volume = %volume.settings.name, %error, "front ends are not served any more");
+                }
+            })?);
+        }
+        Ok(fronts)
+    }
+
+    fn stop(self) {
+        for stop in &self.stops {
+            stop.wake();
+        }
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a front thread has panicked");
+            }
+        }
+    }
+}
+
+/// The thread that does the stores' background work.
+struct MaintenanceThread {
+    stop: Arc<(Mutex<bool>, Condvar)>,
+    thread: JoinHandle<()>,
+}
+
+impl MaintenanceThread {
+    fn start(sets: Arc<SnapshotSets>) -> io::Result<Self> {
+        let stop = Arc::new((Mutex::new(false), Condvar::new()));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("maintenance".to_owned())
+            .spawn(move || {
+                loop {
+                    let more = sets
+                        .volumes()
+                        .iter()
+                        .map(maintain)
+                        .fold(false, |any, more| any | more);
+                    let pause = if more {
+                        MAINTENANCE_PAUSE
+                    } else {
+                        MAINTENANCE_IDLE
+                    };
+                    let guard = stopped.0.lock().unwrap_or_else(PoisonError::into_inner);
+                    let (stop, _) = stopped
+                        .1
+                        .wait_timeout_while(guard, pause, |stop| !*stop)
+                        .unwrap_or_else(PoisonError::into_inner);
+                    if *stop {
+                        return;
+                    }
+                }
+            })?;
+        Ok(Self { stop, thread })
+    }
+
+    fn stop(self) {
+        *self.stop.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.stop.1.notify_all();
+        if self.thread.join().is_err() {
+            tracing::error!("the maintenance thread has panicked");
+        }
+    }
+}
+
+/// One background step of a volume; true if there is more to do.
+fn maintain(volume: &Arc<VolumeEngine>) -> bool {
+    if volume.is_quiet() || volume.settings.read_only {
+        return false;
+    }
+    let step = volume.store().maintain(MAINTENANCE_BLOCKS);
+    if volume.lacks_room() {
+        volume.try_room_again();
+    }
+    volume.tell_if_poisoned();
+    match step {
+        Ok(Maintenance::More) => true,
+        Ok(Maintenance::Idle) => false,
+        Err(StoreError::Poisoned) => false,
+        Err(error) => {
+            tracing::warn!(volume = %volume.settings.name, %error, "a background step failed");
+            false
+        }
+    }
+}

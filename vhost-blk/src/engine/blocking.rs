@@ -1,0 +1,247 @@
+//! Work on the store that blocks: whole requests through the store's own drivers, preparation of write plans, flushes.
+//!
+//! Called by the workers: inline by the synchronous engine, through a [`Hand`] (a thread of the volume) by the io_uring
+//! engine, so that no read waits behind a flush or a copy. Knows nothing of queues but their [`Inbox`].
+//!
+//! Invariant: a hand takes everything that waits at once, so that the plans of one pass, of all queues, share one round
+//! of syncs, and so do their flushes.
+
+use super::buffers::GuestBuffers;
+use super::kick::Kick;
+use super::request::{Op, Request, Token};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use vhost_blk_store::{ByteRange, FileName, StoreError, View, Volume, WritePlan};
+
+/// Longest piece that is moved through a buffer at once, in bytes.
+const PIECE_BYTES_MAX: u64 = 1 << 20;
+/// Most orders that one round takes, so that the first of them need not wait for ever.
+const ROUND_MAX: usize = 256;
+
+/// News for the worker of one queue.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    reports: Mutex<Vec<Report>>,
+    kick: Arc<Kick>,
+}
+
+/// What a hand has done.
+#[derive(Debug)]
+pub(super) enum Report {
+    /// The plan is ready for its data.
+    Prepared(Token, Result<WritePlan, StoreError>),
+    /// The whole request is done, or the flush of a write-through write.
+    Finished(Token, Result<(), StoreError>),
+}
+
+impl Inbox {
+    pub(super) fn new(kick: Arc<Kick>) -> Arc<Self> {
+        Arc::new(Self {
+            reports: Mutex::new(Vec::new()),
+            kick,
+        })
+    }
+
+    pub(super) fn take(&self) -> Vec<Report> {
+        std::mem::take(&mut *self.reports.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn put(&self, report: Report) {
+        let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
+        reports.push(report);
+        drop(reports);
+        self.kick.wake();
+    }
+}
+
+/// What a hand is asked to do.
+#[derive(Debug)]
+pub(super) enum Task {
+    /// `prepare_writes` of one plan.
+    Prepare(WritePlan),
+    /// A whole request by the store's blocking drivers.
+    Whole(Request),
+    /// `flush`.
+    Flush,
+}
+
+#[derive(Debug)]
+struct Order {
+    task: Task,
+    token: Token,
+    inbox: Arc<Inbox>,
+}
+
+/// A thread that does blocking work for all queues of a volume.
+#[derive(Debug)]
+pub(super) struct Hand {
+    orders: Option<Sender<Order>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Hand {
+    /// Starts the thread.
+    pub(super) fn start(name: String, store: Arc<Volume>) -> std::io::Result<Self> {
+        let (orders, incoming) = channel();
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || work(&store, &incoming))?;
+        Ok(Self {
+            orders: Some(orders),
+            thread: Some(thread),
+        })
+    }
+
+    /// Hands work over; the report comes to the inbox.
+    pub(super) fn order(&self, task: Task, token: Token, inbox: &Arc<Inbox>) {
+        let order = Order {
+            task,
+            token,
+            inbox: Arc::clone(inbox),
+        };
+        let refused = match &self.orders {
+            Some(orders) => orders.send(order).err().map(|refused| refused.0),
+            None => Some(order),
+        };
+        if let Some(order) = refused {
+            // The thread is gone, which only a panic in it can do: the guest is told, the queue goes on.
+            order.inbox.put(match order.task {
+                Task::Prepare(_) => Report::Prepared(token, Err(StoreError::Poisoned)),
+                Task::Whole(_) | Task::Flush => Report::Finished(token, Err(StoreError::Poisoned)),
+            });
+        }
+    }
+}
+
+impl Drop for Hand {
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a thread of the volume has panicked");
+        }
+    }
+}
+
+fn work(store: &Volume, incoming: &Receiver<Order>) {
+    while let Ok(first) = incoming.recv() {
+        let mut plans = Vec::new();
+        let mut owners = Vec::new();
+        let mut flushes = Vec::new();
+        let mut wholes = Vec::new();
+        for order in std::iter::once(first).chain(incoming.try_iter().take(ROUND_MAX)) {
+            match order.task {
+                Task::Prepare(plan) => {
+                    plans.push(plan);
+                    owners.push((order.token, order.inbox));
+                }
+                Task::Flush => flushes.push((order.token, order.inbox)),
+                Task::Whole(request) => wholes.push((order.token, order.inbox, request)),
+            }
+        }
+        if !plans.is_empty() {
+            let prepared = store.prepare_writes(&mut plans);
+            let failure = prepared.err();
+            for (plan, (token, inbox)) in plans.into_iter().zip(owners) {
+                inbox.put(Report::Prepared(
+                    token,
+                    failure.as_ref().map_or(Ok(plan), |error| Err(same(error))),
+                ));
+            }
+        }
+        for (token, inbox, request) in wholes {
+            inbox.put(Report::Finished(token, perform(store, &request)));
+        }
+        if !flushes.is_empty() {
+            let failure = store.flush().err();
+            for (token, inbox) in flushes {
+                let result = failure.as_ref().map_or(Ok(()), |error| Err(same(error)));
+                inbox.put(Report::Finished(token, result));
+            }
+        }
+    }
+}
+
+/// Does a whole request by the store's blocking drivers. Repeating it after an error is harmless.
+pub(super) fn perform(store: &Volume, request: &Request) -> Result<(), StoreError> {
+    let range = ByteRange::new(request.range.offset_bytes, request.range.length_bytes);
+    match request.op {
+        Op::Flush => store.flush(),
+        Op::Discard => store.discard_at(range),
+        Op::WriteZeroes { may_unmap } => store.write_zeroes_at(range, may_unmap),
+        Op::Read => in_pieces(range, |piece, done, buffer| {
+            store.read_at(View::Head, piece.offset_bytes, buffer)?;
+            request
+                .buffers
+                .write_at(done, buffer)
+                .map_err(|error| memory_error(piece, error))
+        }),
+        Op::Write => in_pieces(range, |piece, done, buffer| {
+            let buffers: &GuestBuffers = &request.buffers;
+            buffers
+                .read_at(done, buffer)
+                .map_err(|error| memory_error(piece, error))?;
+            store.write_at(piece.offset_bytes, buffer)
+        }),
+    }
+}
+
+/// Walks over a range with a buffer of bounded size.
+fn in_pieces(
+    range: ByteRange,
+    mut step: impl FnMut(ByteRange, u64, &mut [u8]) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let longest = range.length_bytes.min(PIECE_BYTES_MAX);
+    let mut buffer = vec![0_u8; usize::try_from(longest).unwrap_or_default()];
+    let mut done = 0;
+    while done < range.length_bytes {
+        let length = (range.length_bytes - done).min(PIECE_BYTES_MAX);
+        let piece = ByteRange::new(range.offset_bytes + done, length);
+        let Some(part) = buffer.get_mut(..usize::try_from(length).unwrap_or_default()) else {
+            return Err(StoreError::OutOfRange {
+                offset_bytes: piece.offset_bytes,
+                length_bytes: length,
+            });
+        };
+        step(piece, done, part)?;
+        done += length;
+    }
+    Ok(())
+}
+
+fn memory_error(piece: ByteRange, error: vm_memory::GuestMemoryError) -> StoreError {
+    StoreError::Io {
+        op: "copy guest memory",
+        file: FileName::Base,
+        offset_bytes: piece.offset_bytes,
+        source: std::io::Error::other(error),
+    }
+}
+
+/// The same error for another request of the round: what failed was shared. Its source is told once, in the log.
+fn same(error: &StoreError) -> StoreError {
+    if matches!(error, StoreError::Overlaps) {
+        StoreError::Overlaps
+    } else if matches!(error, StoreError::Busy) {
+        StoreError::Busy
+    } else if matches!(error, StoreError::NoSpace) {
+        StoreError::NoSpace
+    } else if let StoreError::Io {
+        op,
+        file,
+        offset_bytes,
+        source,
+    } = error
+    {
+        StoreError::Io {
+            op,
+            file: *file,
+            offset_bytes: *offset_bytes,
+            source: source.kind().into(),
+        }
+    } else {
+        StoreError::Poisoned
+    }
+}

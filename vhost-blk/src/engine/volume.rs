@@ -1,0 +1,300 @@
+//! One disk as the engine sees it: the store's volume, the gate for its writes, its witness, its hands.
+//!
+//! Made by the daemon at start; used by the workers of its queues, by snapshot sets and by `control`. Knows nothing of
+//! vhost-user: a front end is only "attached" or not.
+
+use super::barrier::Barrier;
+use super::blocking::Hand;
+use super::kick::Kick;
+use super::witness::Witness;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use vhost_blk_store::Volume;
+use vhost_blk_wire::event::Event as WireEvent;
+use vhost_blk_wire::types::{Method, VolumeInfo};
+
+/// Tells the control socket's clients what happened. Must not block.
+pub type Notice = Arc<dyn Fn(WireEvent) + Send + Sync>;
+
+/// How data is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineKind {
+    /// io_uring where the kernel has it, else plain system calls.
+    Auto,
+    /// io_uring, or fail.
+    Uring,
+    /// Plain system calls, one request at a time on each queue.
+    Sync,
+}
+
+/// What does not change while the daemon runs.
+#[derive(Clone, Debug)]
+pub struct VolumeSettings {
+    /// Name within the daemon.
+    pub name: String,
+    /// Serial that the guest reads, at most 20 bytes.
+    pub serial: String,
+    /// Base file or block device.
+    pub base: PathBuf,
+    /// Directory of the shadow storage.
+    pub shadow_storage: PathBuf,
+    /// vhost-user socket.
+    pub socket: PathBuf,
+    /// Method of new snapshots that do not ask for one.
+    pub method: Method,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// How data is moved.
+    pub engine: EngineKind,
+}
+
+/// One disk.
+pub struct VolumeEngine {
+    /// What does not change.
+    pub settings: VolumeSettings,
+    /// Gate for writes.
+    pub barrier: Arc<Barrier>,
+    /// Counters of writes.
+    pub witness: Witness,
+    /// Prepares plans and does whole requests. Before `store`: hands end first.
+    pub(super) mover: Hand,
+    /// Flushes.
+    pub(super) flusher: Hand,
+    store: Arc<Volume>,
+    notice: Notice,
+    /// One per queue of the front end that is connected.
+    kicks: Mutex<Vec<Weak<Kick>>>,
+    /// Requests that wait for another queue's write.
+    pub(super) overlapping: AtomicUsize,
+    /// Requests that wait for room.
+    pub(super) without_room: AtomicUsize,
+    /// How often something happened that may have made room.
+    chances_of_room: AtomicU64,
+    /// False: every write is flushed before it is acknowledged. Outlives a front end: a guest that has switched its
+    /// write cache off does not say so again when its front end reconnects.
+    write_cache: AtomicBool,
+    /// Windows between mark and commit; maintenance stays away meanwhile.
+    quiet: Arc<AtomicUsize>,
+    /// The driver can flush; one that cannot expects every write to be durable.
+    driver_flushes: AtomicBool,
+    attached: Mutex<bool>,
+    poisoned_told: AtomicBool,
+}
+
+impl std::fmt::Debug for VolumeEngine {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("VolumeEngine")
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Maintenance stays away from the volume as long as this lives.
+#[derive(Debug)]
+pub(super) struct QuietWindow(Arc<AtomicUsize>);
+
+impl Drop for QuietWindow {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A front end is connected as long as this lives.
+#[derive(Debug)]
+pub struct Attached {
+    volume: Arc<VolumeEngine>,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        *self.volume.attachment() = false;
+        self.volume.tell(WireEvent::VolumeDisconnected {
+            volume: self.volume.settings.name.clone(),
+        });
+    }
+}
+
+impl VolumeEngine {
+    /// Starts the volume's hands.
+    ///
+    /// # Errors
+    /// If a thread cannot be started.
+    pub fn new(
+        settings: VolumeSettings,
+        store: Arc<Volume>,
+        notice: Notice,
+    ) -> std::io::Result<Arc<Self>> {
+        let hand = |what| Hand::start(format!("{what} {}", settings.name), Arc::clone(&store));
+        Ok(Arc::new(Self {
+            barrier: Barrier::new(),
+            witness: Witness::default(),
+            mover: hand("mover")?,
+            flusher: hand("flusher")?,
+            settings,
+            store,
+            notice,
+            kicks: Mutex::new(Vec::new()),
+            overlapping: AtomicUsize::new(0),
+            without_room: AtomicUsize::new(0),
+            chances_of_room: AtomicU64::new(0),
+            write_cache: AtomicBool::new(true),
+            quiet: Arc::new(AtomicUsize::new(0)),
+            driver_flushes: AtomicBool::new(true),
+            attached: Mutex::new(false),
+            poisoned_told: AtomicBool::new(false),
+        }))
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn store(&self) -> &Arc<Volume> {
+        &self.store
+    }
+
+    /// Ends the hands and gives the store back, for closing it.
+    #[must_use]
+    pub fn into_store(self) -> Arc<Volume> {
+        self.store
+    }
+
+    /// Size of the disk in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.store.size_bytes()
+    }
+
+    /// Tells the control socket's clients.
+    pub fn tell(&self, event: WireEvent) {
+        (self.notice)(event);
+    }
+
+    /// The guest's setting of the write cache.
+    #[must_use]
+    pub fn write_cache(&self) -> bool {
+        self.write_cache.load(Ordering::Acquire)
+    }
+
+    /// True if writes may be acknowledged before they are durable.
+    #[must_use]
+    pub fn may_cache_writes(&self) -> bool {
+        self.write_cache() && self.driver_flushes.load(Ordering::Acquire)
+    }
+
+    /// Whether the driver has taken a feature by which it can flush.
+    pub fn set_driver_flushes(&self, can: bool) {
+        self.driver_flushes.store(can, Ordering::Release);
+    }
+
+    /// Switches the write cache.
+    pub fn set_write_cache(&self, on: bool) {
+        self.write_cache.store(on, Ordering::Release);
+    }
+
+    /// Adds a queue that has to be woken when parked requests may go on.
+    pub fn add_queue(&self, kick: &Arc<Kick>) {
+        let mut kicks = self.kicks.lock().unwrap_or_else(PoisonError::into_inner);
+        kicks.retain(|kick| kick.strong_count() > 0);
+        kicks.push(Arc::downgrade(kick));
+    }
+
+    /// Wakes all queues: parked requests are tried again.
+    pub fn wake_queues(&self) {
+        let kicks = self.kicks.lock().unwrap_or_else(PoisonError::into_inner);
+        for kick in kicks.iter().filter_map(Weak::upgrade) {
+            kick.wake();
+        }
+    }
+
+    /// True if guest writes wait for room in the shadow storage.
+    #[must_use]
+    pub fn lacks_room(&self) -> bool {
+        self.without_room.load(Ordering::SeqCst) > 0
+    }
+
+    /// There may be room again: requests that wait for it are tried once more.
+    pub fn try_room_again(&self) {
+        self.chances_of_room.fetch_add(1, Ordering::SeqCst);
+        self.wake_queues();
+    }
+
+    pub(super) fn chances_of_room(&self) -> u64 {
+        self.chances_of_room.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn quiet_window(&self) -> QuietWindow {
+        self.quiet.fetch_add(1, Ordering::SeqCst);
+        QuietWindow(Arc::clone(&self.quiet))
+    }
+
+    /// True while a set is between mark and commit on this volume.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.quiet.load(Ordering::SeqCst) > 0
+    }
+
+    /// Tells once that the store has poisoned itself.
+    pub fn tell_if_poisoned(&self) {
+        if self.store.status().poisoned && !self.poisoned_told.swap(true, Ordering::SeqCst) {
+            tracing::error!(volume = %self.settings.name, "the volume is poisoned: restart the daemon");
+            self.tell(WireEvent::VolumePoisoned {
+                volume: self.settings.name.clone(),
+                reason: "an earlier sync or journal write failed".to_owned(),
+            });
+        }
+    }
+
+    /// A front end has connected. `None` if there is one already.
+    #[must_use]
+    pub fn attach(self: &Arc<Self>) -> Option<Attached> {
+        let mut attached = self.attachment();
+        if std::mem::replace(&mut *attached, true) {
+            return None;
+        }
+        drop(attached);
+        self.tell(WireEvent::VolumeConnected {
+            volume: self.settings.name.clone(),
+        });
+        Some(Attached {
+            volume: Arc::clone(self),
+        })
+    }
+
+    /// Runs `work` while no front end can connect; `None` if one is.
+    pub fn while_detached<T>(&self, work: impl FnOnce(&Volume) -> T) -> Option<T> {
+        let attached = self.attachment();
+        if *attached {
+            return None;
+        }
+        Some(work(&self.store))
+    }
+
+    /// What `query-volumes` tells.
+    #[must_use]
+    pub fn info(&self) -> VolumeInfo {
+        let status = self.store.status();
+        VolumeInfo {
+            volume: self.settings.name.clone(),
+            id: self.store.id().into(),
+            serial: self.settings.serial.clone(),
+            base: self.settings.base.display().to_string(),
+            shadow_storage: self.settings.shadow_storage.display().to_string(),
+            socket: self.settings.socket.display().to_string(),
+            size_bytes: self.store.size_bytes(),
+            method: self.settings.method,
+            read_only: self.settings.read_only,
+            connected: *self.attachment(),
+            poisoned: status.poisoned,
+            snapshots: u32::try_from(self.store.snapshots().len()).unwrap_or(u32::MAX),
+            shadow_used_bytes: status.log_used_bytes,
+            shadow_allocated_bytes: status.log_backed_bytes,
+            plain: status.plain,
+        }
+    }
+
+    fn attachment(&self) -> MutexGuard<'_, bool> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
