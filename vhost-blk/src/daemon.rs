@@ -143,7 +143,8 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
     for disk in &config.disks {
         let options = OpenOptions {
             direct: config.direct,
-            read_only: disk.read_only,
+            // `read-only` keeps the guest from writing; its snapshots are still ours to take and delete.
+            read_only: false,
             force_base: config.force_base,
             ..OpenOptions::default()
         };
@@ -166,14 +167,8 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
         fence(disk, &volume, deadline)?;
         volumes.push(Arc::new(volume));
     }
-    let writable: Vec<&Volume> = config
-        .disks
-        .iter()
-        .zip(&volumes)
-        .filter(|(disk, _)| !disk.read_only)
-        .map(|(_, volume)| volume.as_ref())
-        .collect();
-    for resolution in resolve_sets(&writable).map_err(DaemonError::Sets)? {
+    let all: Vec<&Volume> = volumes.iter().map(Arc::as_ref).collect();
+    for resolution in resolve_sets(&all).map_err(DaemonError::Sets)? {
         tracing::warn!(?resolution, "a snapshot set of an earlier run");
     }
     Ok(volumes)
@@ -184,17 +179,12 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
 /// A lock of `flock(2)` belongs to the open file, and a request that the kernel still has in flight holds the open file. So the
 /// lock of a killed daemon on base and log is free only when its last write has landed, and none can land on top of ours.
 fn fence(disk: &DiskConfig, volume: &Volume, deadline: Instant) -> Result<(), DaemonError> {
-    let operation = if disk.read_only {
-        FlockOperation::NonBlockingLockShared
-    } else {
-        FlockOperation::NonBlockingLockExclusive
-    };
     for file in [DataFile::Base, DataFile::Log] {
         let Some(fd) = volume.data_file(file).raw_fd() else {
             continue;
         };
         loop {
-            match flock(fd, operation) {
+            match flock(fd, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
                 Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(20));
@@ -325,7 +315,7 @@ impl MaintenanceThread {
 
 /// One background step of a volume; true if there is more to do.
 fn maintain(volume: &Arc<VolumeEngine>) -> bool {
-    if volume.is_quiet() || volume.settings.read_only {
+    if volume.is_quiet() {
         return false;
     }
     let step = volume.store().maintain(MAINTENANCE_BLOCKS);

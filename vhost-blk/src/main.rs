@@ -1,6 +1,7 @@
 //! The `vhost-blk` program: parse arguments, run, exit code (0 ok, 1 failed, 2 usage).
 
 use clap::Parser;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
 use vhost_blk::config::{self, Cli, Command};
@@ -14,6 +15,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_max_level(wanted.unwrap_or(LevelFilter::INFO))
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     match cli.command {
         Command::Serve(args) => match config::resolve(&args) {

@@ -1,0 +1,216 @@
+//! A client of the control socket, over the wire crate's own types.
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+use uuid::Uuid;
+use vhost_blk_wire::command::{
+    Command, Getfd, QmpCapabilities, SnapshotRead, SnapshotSetAbort, SnapshotSetCommit,
+    SnapshotSetCommitted, SnapshotSetKeep, SnapshotSetMark, SnapshotSetPrepare,
+};
+use vhost_blk_wire::frame::JsonStream;
+use vhost_blk_wire::qmp::{QmpError, ServerMessage};
+use vhost_blk_wire::types::Method;
+
+/// A connection that has negotiated.
+pub(crate) struct Control {
+    stream: UnixStream,
+    frames: JsonStream,
+    pub(crate) events: VecDeque<(String, Value)>,
+}
+
+impl Control {
+    pub(crate) fn connect(socket: &Path) -> Self {
+        let mut control = Self::greeted(socket);
+        control.run(&QmpCapabilities::default()).unwrap();
+        control
+    }
+
+    /// A connection that has only read the greeting.
+    pub(crate) fn greeted(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        let mut control = Self {
+            stream,
+            frames: JsonStream::new(),
+            events: VecDeque::new(),
+        };
+        let greeting = control.value();
+        assert!(
+            greeting["QMP"]["version"]["qemu"]["major"].is_number(),
+            "{greeting}"
+        );
+        control
+    }
+
+    /// Sends bytes as they are.
+    pub(crate) fn send(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).unwrap();
+    }
+
+    /// Runs a command.
+    pub(crate) fn run<C: Command>(&mut self, command: &C) -> Result<C::Return, QmpError> {
+        let value = self.execute(C::NAME, serde_json::to_value(command).unwrap())?;
+        Ok(serde_json::from_value(value).unwrap())
+    }
+
+    /// Runs a command by name.
+    pub(crate) fn execute(&mut self, name: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.start(name, arguments);
+        self.answer()
+    }
+
+    /// Sends a command without waiting.
+    pub(crate) fn start(&mut self, name: &str, arguments: Value) {
+        self.send(&json!({ "execute": name, "arguments": arguments, "id": 7 }).to_string());
+    }
+
+    /// Waits for the answer of a command.
+    pub(crate) fn answer(&mut self) -> Result<Value, QmpError> {
+        loop {
+            match self.message() {
+                ServerMessage::Return { value, id } => {
+                    assert_eq!(id, Some(json!(7)));
+                    return Ok(value);
+                }
+                ServerMessage::Error { error, .. } => return Err(error),
+                ServerMessage::Event { event, data, .. } => {
+                    self.events.push_back((event, data.unwrap_or_default()));
+                }
+            }
+        }
+    }
+
+    /// Waits for an event of that name.
+    pub(crate) fn wait_for_event(&mut self, name: &str) -> Value {
+        loop {
+            if let Some(place) = self.events.iter().position(|(event, _)| event == name) {
+                return self.events.remove(place).unwrap().1;
+            }
+            if let ServerMessage::Event { event, data, .. } = self.message() {
+                self.events.push_back((event, data.unwrap_or_default()));
+            }
+        }
+    }
+
+    /// True if the daemon has closed the connection.
+    pub(crate) fn is_closed(&mut self) -> bool {
+        let mut bytes = [0; 4096];
+        loop {
+            match self.stream.read(&mut bytes) {
+                Ok(0) | Err(_) => return true,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    pub(crate) fn message(&mut self) -> ServerMessage {
+        let value = self.value();
+        serde_json::from_value(value).unwrap()
+    }
+
+    pub(crate) fn value(&mut self) -> Value {
+        loop {
+            if let Some(value) = self.frames.next_value().unwrap() {
+                return value;
+            }
+            let mut bytes = [0; 4096];
+            let length = self.stream.read(&mut bytes).unwrap();
+            assert!(length > 0, "the daemon has closed the connection");
+            self.frames.push(&bytes[..length]).unwrap();
+        }
+    }
+
+    pub(crate) fn prepare(
+        &mut self,
+        set: Uuid,
+        volumes: &[&str],
+        method: Option<Method>,
+    ) -> Result<(), QmpError> {
+        let volumes = volumes.iter().map(|name| (*name).to_owned()).collect();
+        self.run(&SnapshotSetPrepare {
+            set,
+            volumes,
+            method,
+        })
+        .map(drop)
+    }
+
+    pub(crate) fn mark(&mut self, set: Uuid) -> Result<(), QmpError> {
+        self.run(&SnapshotSetMark {
+            set,
+            exempt: Vec::new(),
+        })
+        .map(drop)
+    }
+
+    pub(crate) fn commit(&mut self, set: Uuid) -> Result<SnapshotSetCommitted, QmpError> {
+        self.run(&SnapshotSetCommit {
+            set,
+            limit_ms: 10_000,
+        })
+    }
+
+    pub(crate) fn keep(&mut self, set: Uuid) -> Result<(), QmpError> {
+        self.run(&SnapshotSetKeep { set }).map(drop)
+    }
+
+    pub(crate) fn abort(&mut self, set: Uuid) -> Result<(), QmpError> {
+        self.run(&SnapshotSetAbort {
+            set,
+            reason: "test".to_owned(),
+        })
+        .map(drop)
+    }
+
+    /// Prepares, marks, commits and keeps; the snapshots in the order of the volumes.
+    pub(crate) fn take_set(&mut self, volumes: &[&str], method: Method) -> SnapshotSetCommitted {
+        let set = Uuid::new_v4();
+        self.prepare(set, volumes, Some(method)).unwrap();
+        self.mark(set).unwrap();
+        let committed = self.commit(set).unwrap();
+        self.keep(set).unwrap();
+        committed
+    }
+
+    /// Sends a descriptor with `getfd`.
+    pub(crate) fn getfd(&mut self, name: &str, descriptor: impl AsFd) -> Result<(), QmpError> {
+        let text = json!({
+            "execute": Getfd::NAME, "arguments": { "fdname": name }, "id": 7,
+        })
+        .to_string();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [descriptor.as_fd()];
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        let bytes = [IoSlice::new(text.as_bytes())];
+        let sent = sendmsg(&self.stream, &bytes, &mut ancillary, SendFlags::empty()).unwrap();
+        assert_eq!(sent, text.len());
+        self.answer().map(drop)
+    }
+
+    /// A snapshot's content.
+    pub(crate) fn read_snapshot(&mut self, snapshot: Uuid) -> Vec<u8> {
+        let mut file: File = tempfile::tempfile().unwrap();
+        self.getfd("out", &file).unwrap();
+        let command = SnapshotRead {
+            snapshot,
+            fdname: "out".to_owned(),
+            range: None,
+        };
+        let done = self.run(&command).unwrap();
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes.len() as u64, done.length_bytes);
+        bytes
+    }
+}

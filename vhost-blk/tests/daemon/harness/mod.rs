@@ -1,0 +1,19 @@
+//! Starts the real `vhost-blk` and drives it: as a vhost-user client without a VM, and over the control socket.
+//!
+//! Used by every test of this directory.
+
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test binary uses a part of the harness"
+)]
+
+mod control;
+mod daemon;
+mod disk;
+mod workload;
+
+pub(crate) use control::Control;
+pub(crate) use daemon::{Daemon, Scratch, wait_until};
+pub(crate) use disk::{Disk, Queue, SharedMemory};
+pub(crate) use workload::{SLOT_BYTES, Workload, prefix_of};
