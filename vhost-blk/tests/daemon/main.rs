@@ -8,5 +8,8 @@
     reason = "a test that is wrong about these fails, as it should"
 )]
 
+mod control_socket;
 mod data_integrity;
 mod harness;
+mod lifecycle;
+mod snapshot_sets;

@@ -15,5 +15,5 @@ mod workload;
 
 pub(crate) use control::Control;
 pub(crate) use daemon::{Daemon, Scratch, wait_until};
-pub(crate) use disk::{Disk, Queue, SharedMemory};
+pub(crate) use disk::{Disk, Queue};
 pub(crate) use workload::{SLOT_BYTES, Workload, prefix_of};

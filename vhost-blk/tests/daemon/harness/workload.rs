@@ -4,7 +4,7 @@
 //! write of the queue. Writes are issued one after the other on each queue, so that a snapshot must show a prefix: if it shows
 //! write n of a queue, it shows all before it that were not overwritten, and none after.
 
-use super::Queue;
+use super::{Disk, Queue};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -18,6 +18,8 @@ pub(crate) struct Workload {
     /// Writes that were answered, by queue.
     pub(crate) answered: Vec<Arc<AtomicU64>>,
     threads: Vec<JoinHandle<Queue>>,
+    /// The connection that the queues belong to: they must not outlive it.
+    disk: Disk,
 }
 
 /// What write `number` of a queue puts into its slot.
@@ -35,9 +37,10 @@ pub(crate) fn slot(queue: usize, number: u64, queues: usize, slots_per_queue: u6
 
 impl Workload {
     /// Starts writing on every queue, from write 1 on, over `slots_per_queue` slots (not a multiple of 7).
-    pub(crate) fn start(queues: Vec<Queue>, slots_per_queue: u64) -> Self {
+    pub(crate) fn start(mut disk: Disk, slots_per_queue: u64) -> Self {
         assert!(!slots_per_queue.is_multiple_of(7));
         let stop = Arc::new(AtomicBool::new(false));
+        let queues = std::mem::take(&mut disk.queues);
         let count = queues.len();
         let answered: Vec<_> = (0..count).map(|_| Arc::new(AtomicU64::new(0))).collect();
         let threads = queues
@@ -63,6 +66,7 @@ impl Workload {
             stop,
             answered,
             threads,
+            disk,
         }
     }
 
@@ -73,12 +77,16 @@ impl Workload {
             .collect()
     }
 
-    pub(crate) fn stop(self) -> Vec<Queue> {
+    /// Stops writing; the disk with its queues comes back.
+    pub(crate) fn stop(self) -> Disk {
         self.stop.store(true, Ordering::SeqCst);
-        self.threads
+        let mut disk = self.disk;
+        disk.queues = self
+            .threads
             .into_iter()
             .map(|thread| thread.join().unwrap())
-            .collect()
+            .collect();
+        disk
     }
 }
 
