@@ -328,6 +328,3 @@ fn milliseconds(duration: Duration) -> f64 {
     let microseconds = duration.as_micros() as f64;
     microseconds / 1000.0
 }
-
-#[cfg(test)]
-mod tests;
