@@ -52,6 +52,12 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("vmshadow: {}", chain(&error));
+            if arguments.global.json {
+                let answer = serde_json::json!({"error": error.to_qmp()});
+                if let Err(error) = out(&format!("{answer:#}\n")) {
+                    eprintln!("vmshadow: {}", chain(&error));
+                }
+            }
             match error {
                 Error::Usage(_) => ExitCode::from(EXIT_USAGE),
                 Error::Config { .. }
@@ -124,9 +130,9 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
             print(json, &backend.show(id).await?, show::set)?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Delete { ids } => {
+        Command::Delete { ids, forget } => {
             for id in ids {
-                backend.delete(id).await?;
+                backend.delete(id, *forget).await?;
                 if !json {
                     out(&format!("deleted {id}\n"))?;
                 }

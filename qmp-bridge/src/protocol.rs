@@ -109,6 +109,9 @@ command!("set-show", SetShow, SetDocument);
 pub struct SetDelete {
     /// Set or snapshot, or the unambiguous beginning of its id.
     pub id: String,
+    /// Remove the whole set's record even if a daemon cannot be reached; what it has of the set stays there.
+    #[serde(default)]
+    pub forget: bool,
 }
 command!("set-delete", SetDelete, Empty);
 

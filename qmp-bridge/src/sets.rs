@@ -225,18 +225,36 @@ impl Sets {
         }
     }
 
-    /// Deletes a set with its record, or one copy.
+    /// Deletes a set with its record, or one copy. `forget` gives up on daemons that cannot be reached: what they
+    /// have of the set stays there, and no record tells of it.
     ///
     /// # Errors
     /// [`Error::InvalidState`] while it is being made; [`Error::Storage`].
-    pub async fn delete(&self, id: &str) -> Result<(), Error> {
+    pub async fn delete(&self, id: &str, forget: bool) -> Result<(), Error> {
         let found = self.find(id)?;
+        if forget {
+            let document = found.document();
+            let Some(_lock) = self.state.lock(&document.vm.qmp)? else {
+                return Err(Error::SetInProgress {
+                    vm: document.vm.name,
+                });
+            };
+            for control in &document.vm.vhost_blk {
+                let reason = "the set is forgotten";
+                let undone =
+                    undo::at_daemon(control, document.set, reason, self.limits.abort).await;
+                if let Err(error) = undone {
+                    tracing::warn!("set {} may be left there: {error}", document.set);
+                }
+            }
+            return Ok(self.state.remove(document.set)?);
+        }
         let copies = found.copies();
         let whole = matches!(found, Found::Set(_));
         let mut document = found.document();
         if document.outcome == Outcome::Open {
             let text = format!(
-                "set {} is being made, or waits for `vmshadow recover`",
+                "set {} is being made, or waits for `vmshadow recover`; --forget gives it up",
                 document.set
             );
             return Err(Error::InvalidState(text));

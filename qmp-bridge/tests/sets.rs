@@ -538,6 +538,19 @@ async fn a_disk_that_is_not_ours_refuses_application_unless_excluded() {
 }
 
 #[tokio::test]
+async fn writers_that_cannot_be_told_do_not_undo_a_kept_set() {
+    for fault in [Fault::Refuse("INTERNAL"), Fault::Hang, Fault::Close] {
+        let world = World::new();
+        world.agent.peer.on("post_snapshot", fault);
+        let document = world.create(application()).await;
+        assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+        assert!(document.finished);
+        assert!(document.notes.iter().any(|note| note.contains("not told")));
+        assert_eq!(world.storages[0].snapshots().len(), 2);
+    }
+}
+
+#[tokio::test]
 async fn a_second_set_of_the_vm_is_refused_at_once() {
     let world = World::new();
     world
@@ -601,6 +614,9 @@ async fn a_set_that_cannot_be_undone_stays_open_until_recovery_can() {
     let document = world.create(application()).await;
     assert_eq!(document.outcome, Outcome::Open, "{document:#?}");
     assert!(world.sets().recover().await.unwrap().is_empty());
+    let id = document.set.to_string();
+    let deleted = world.sets().delete(&id, false).await;
+    assert!(matches!(deleted, Err(Error::InvalidState(_))));
     world.storages[0].peer.heal();
     let ended = world.sets().recover().await.unwrap();
     assert_eq!(ended.len(), 1);
@@ -615,13 +631,39 @@ async fn delete_takes_the_copies_and_the_record() {
     let document = world.create(application()).await;
     let sets = world.sets();
     let snapshot = document.copies[0].snapshot.to_string();
-    sets.delete(&snapshot).await.unwrap();
+    sets.delete(&snapshot, false).await.unwrap();
     assert_eq!(world.storages[0].snapshots(), ["data Kept"]);
     let prefix = &document.set.to_string()[..8];
     assert_eq!(sets.find(prefix).unwrap().copies().len(), 1);
-    sets.delete(prefix).await.unwrap();
+    sets.delete(prefix, false).await.unwrap();
     assert!(world.storages[0].snapshots().is_empty());
     assert!(matches!(sets.find(prefix), Err(Error::NotFound(_))));
+}
+
+#[tokio::test]
+async fn a_set_whose_daemon_is_gone_for_good_can_be_forgotten() {
+    let world = World::new();
+    let document = world.create(application()).await;
+    std::fs::remove_file(&world.storages[0].control).unwrap();
+    let (sets, id) = (world.sets(), document.set.to_string());
+    assert!(matches!(
+        sets.delete(&id, false).await,
+        Err(Error::Storage(_))
+    ));
+    sets.delete(&id, true).await.unwrap();
+    assert!(sets.documents().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_bridge_that_stood_still_leaves_the_daemon_the_whole_limit_from_its_mark() {
+    let world = World::new();
+    // Between the mark and the commit 300 ms pass here: the daemon counts them itself.
+    world.storages[0]
+        .peer
+        .on("snapshot-set-mark", Fault::Late(Duration::from_millis(300)));
+    let document = world.create(application()).await;
+    assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+    assert!(world.storages[0].commit_limit_ms() > 900);
 }
 
 #[tokio::test]

@@ -54,6 +54,9 @@ pub(crate) enum Command {
         /// Sets or snapshots, or the beginnings of their ids.
         #[arg(required = true)]
         ids: Vec<String>,
+        /// Remove the whole set's record even if a daemon cannot be reached; what it has of the set stays there.
+        #[arg(long)]
+        forget: bool,
     },
     /// Make the disks what they were; the VM must not run. Newer snapshots of them are deleted.
     Revert {

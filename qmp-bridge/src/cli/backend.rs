@@ -189,11 +189,12 @@ impl Backend {
     }
 
     /// Deletes.
-    pub(crate) async fn delete(&self, id: &str) -> Result<(), Error> {
+    pub(crate) async fn delete(&self, id: &str, forget: bool) -> Result<(), Error> {
         match self {
-            Self::Alone { sets, .. } => sets.delete(id).await,
+            Self::Alone { sets, .. } => sets.delete(id, forget).await,
             Self::Daemon { .. } => {
-                self.ask(&SetDelete { id: id.to_owned() }).await?;
+                let id = id.to_owned();
+                self.ask(&SetDelete { id, forget }).await?;
                 Ok(())
             }
         }

@@ -244,7 +244,11 @@ async fn execute(request: Request, negotiated: bool, context: Context) -> Result
         }
         SetDelete::NAME => {
             let command: SetDelete = decode(arguments)?;
-            reply::<SetDelete>(sets.delete(&command.id).await.map(|()| Empty {}))
+            reply::<SetDelete>(
+                sets.delete(&command.id, command.forget)
+                    .await
+                    .map(|()| Empty {}),
+            )
         }
         SetRevert::NAME => {
             let command: SetRevert = decode(arguments)?;

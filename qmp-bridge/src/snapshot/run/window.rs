@@ -32,6 +32,8 @@ pub(super) struct Window {
     pub(super) thaw_failure: Option<String>,
     pub(super) freeze_sent: Option<Instant>,
     pub(super) hold_start: Option<Instant>,
+    /// What was left of the hold when the mark was sent.
+    pub(super) left_at_mark: Duration,
     pub(super) thaw_sent: Option<Instant>,
     pub(super) thaw_answered: Option<Instant>,
     pub(super) commits: Vec<DaemonCommit>,
@@ -163,7 +165,8 @@ impl Run<'_> {
             .map_err(|e| vm_failure(&e))?;
         let sent = Instant::now();
         self.window.freeze_sent = Some(sent);
-        let limit = Duration::from_millis(self.limits.writer_ms);
+        // The agent gives up at the limit by its own clock; the margin lets its answer arrive and tell who was late.
+        let limit = Duration::from_millis(self.limits.writer_ms) + self.limits.query;
         let result = self.watch.race(guest.freeze(freeze, limit)).await?;
         let answered = Instant::now();
         let frozen = match result {
@@ -217,6 +220,8 @@ impl Run<'_> {
             .as_ref()
             .map_or(&[][..], |frozen| frozen.exempt.as_slice());
         let left = self.hold_left()?;
+        // The daemons count from their mark, which comes after this moment.
+        self.window.left_at_mark = left;
         let marking = all(&self.daemons, left, |part| SnapshotSetMark {
             set,
             exempt: exempt_of(part, exempt),
@@ -234,7 +239,7 @@ impl Run<'_> {
     pub(super) async fn commit(&mut self) -> Result<(), Failure> {
         let set = self.doc.set;
         let left = self.hold_left()?;
-        let limit_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+        let limit_ms = u64::try_from(self.window.left_at_mark.as_millis()).unwrap_or(u64::MAX);
         let committing = all(&self.daemons, left, |_| SnapshotSetCommit { set, limit_ms });
         let answers: Vec<SnapshotSetCommitted> = self.watch.race(committing).await??;
         self.hold_left()?;
@@ -277,7 +282,8 @@ impl Run<'_> {
             .window
             .freeze_sent
             .map_or(Duration::ZERO, |start| start.elapsed());
-        let limit = limit.saturating_sub(used).max(Duration::from_secs(1));
+        // A late answer refuses the set all the same, but it tells more than silence.
+        let limit = limit.saturating_sub(used) + self.limits.query;
         let set = self.doc.set.to_string();
         let result = guest.thaw(set, frozen.generation, limit).await;
         self.window.thaw_answered = Some(Instant::now());
