@@ -72,7 +72,8 @@ pub enum StoreError {
         /// What differs.
         what: &'static str,
     },
-    /// The volume is open in another process.
+    /// The volume, or its base, is open in another process; or I/O of a process that was killed is still
+    /// under way: then it ends by itself, try again for some seconds.
     #[error("the shadow storage is in use by another process")]
     InUse,
     /// A write that moves one of these blocks is in flight: try again when it has completed.
@@ -118,6 +119,9 @@ pub enum StoreError {
         /// Incompatible feature bits found.
         features: u32,
     },
+    /// The volume was closed.
+    #[error("the volume is closed")]
+    Closed,
     /// A plan was completed without [`crate::Volume::prepare_writes`]: a defect of the caller.
     #[error("a write plan that needed preparing was completed without it")]
     NotPrepared,

@@ -40,6 +40,8 @@ pub const MAX_SET_MEMBERS: usize = 256;
 pub(crate) const MAX_VOLUME_BYTES: u64 = 1 << 62;
 /// Most blocks of a log.
 pub(crate) const MAX_LOG_BLOCKS: u64 = 1 << 50;
+/// Most blocks one record names: more than the longest request touches.
+pub const MAX_RECORD_BLOCKS: u32 = 1 << 15;
 /// Bytes written to each journal at adoption, so that appending allocates nothing.
 pub(crate) const JOURNAL_PREWRITTEN_BYTES: u64 = 4 << 20;
 

@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use crate::checkpoint::Turn;
@@ -16,6 +17,7 @@ use crate::layout::{MAX_VOLUME_BYTES, RECORD_BYTES};
 use crate::pins::Pins;
 use crate::recover::{Loaded, load};
 use crate::settle::Settle;
+use crate::snapshot::Hold;
 use crate::space::Space;
 use crate::superblock::Superblock;
 use crate::units::{
@@ -66,45 +68,60 @@ pub(crate) fn kernel_boot_id() -> Result<BootId> {
 }
 
 impl VolumeFiles {
-    /// Opens, and unless read-only makes, the files of a volume. Takes the lock unless read-only.
+    /// Opens, and unless read-only makes, the files of a volume.
+    ///
+    /// Unless read-only it takes exclusive locks: on the superblock against a second daemon, and on base and
+    /// log against I/O that a killed one still has under way. The kernel drops a lock with the last
+    /// reference to the open file, and a request in flight holds one; so when these locks are free, no
+    /// late write can land in a block that is about to be given to somebody else.
     pub fn open(base: &Path, shadow_storage: &Path, options: &OpenOptions) -> Result<VolumeFiles> {
+        let open = |path: &Path, file, direct, create| {
+            let access = Access {
+                direct,
+                read_only: options.read_only,
+                create: create && !options.read_only,
+            };
+            DiskFile::open(path, access).map_err(io("open", file))
+        };
+        let locked = |path: &Path, name, direct, create| -> Result<Arc<dyn BlockFile>> {
+            let file = open(path, name, direct, create)?;
+            if !options.read_only && !file.try_lock().map_err(io("lock", name))? {
+                return Err(StoreError::InUse);
+            }
+            Ok(Arc::new(file))
+        };
+        let base = locked(base, FileName::Base, options.direct, false)?;
         let directory = io("open", FileName::Directory);
         if !options.read_only {
             fs::create_dir_all(shadow_storage).map_err(&directory)?;
         }
-        let open = |name: &str, file, direct| {
-            let access = Access {
-                direct,
-                read_only: options.read_only,
-                create: !options.read_only,
-            };
-            DiskFile::open(&shadow_storage.join(name), access).map_err(io("open", file))
-        };
-        let superblock = open("superblock", FileName::Superblock, false)?;
-        if !options.read_only
-            && !superblock
-                .try_lock()
-                .map_err(io("lock", FileName::Superblock))?
-        {
-            return Err(StoreError::InUse);
-        }
-        let shared = |file: DiskFile| -> Arc<dyn BlockFile> { Arc::new(file) };
-        let access = Access {
-            direct: options.direct,
-            read_only: options.read_only,
-            create: false,
+        let superblock = &shadow_storage.join("superblock");
+        let superblock = locked(superblock, FileName::Superblock, false, true)?;
+        let log = locked(
+            &shadow_storage.join("log"),
+            FileName::Log,
+            options.direct,
+            true,
+        )?;
+        let meta = |name: &str, file| -> Result<Arc<dyn BlockFile>> {
+            Ok(Arc::new(open(
+                &shadow_storage.join(name),
+                file,
+                false,
+                true,
+            )?))
         };
         let files = VolumeFiles {
-            base: shared(DiskFile::open(base, access).map_err(io("open", FileName::Base))?),
-            superblock: shared(superblock),
-            log: shared(open("log", FileName::Log, options.direct)?),
+            base,
+            superblock,
+            log,
             journal: [
-                shared(open("journal.0", FileName::Journal, false)?),
-                shared(open("journal.1", FileName::Journal, false)?),
+                meta("journal.0", FileName::Journal)?,
+                meta("journal.1", FileName::Journal)?,
             ],
             index: [
-                shared(open("index.0", FileName::Index, false)?),
-                shared(open("index.1", FileName::Index, false)?),
+                meta("index.0", FileName::Index)?,
+                meta("index.1", FileName::Index)?,
             ],
         };
         if !options.read_only {
@@ -430,38 +447,39 @@ impl Volume {
         }
     }
 
-    /// Makes everything durable, merges what is in memory, and marks the volume clean. `Busy` if a write
-    /// is in flight. Dropping a volume instead is what a killed daemon does.
-    pub fn close(self) -> Result<()> {
-        use std::sync::atomic::Ordering;
+    /// Makes everything durable, merges what is in memory, marks the volume clean, and refuses all writes
+    /// from then on. `Busy` if a write is in flight: drain and try again. The locks go with the last handle.
+    /// Dropping a volume without closing it is what a killed daemon does.
+    pub fn close(&self) -> Result<()> {
         let shared = &self.shared;
-        if shared.options.read_only {
+        if shared.options.read_only || shared.gate.closed.load(Ordering::SeqCst) {
             return Ok(());
         }
         let mut work = lock(&shared.maintenance);
-        shared.gate.held.store(true, Ordering::SeqCst);
-        if shared.gate.writes_in_flight.load(Ordering::SeqCst) != 0 {
-            return Err(StoreError::Busy);
-        }
+        let _hold = Hold::begin(shared)?;
         shared.flush()?;
         shared.run_checkpoint(&mut work)?;
         if shared.core().state.index.memtable_records() > 0 {
             shared.begin_checkpoint(&mut work, Turn::Keep)?;
             shared.run_checkpoint(&mut work)?;
         }
-        let modified = shared
-            .files
-            .base
-            .modified()
-            .map_err(io("stat", FileName::Base))?;
+        let base = &shared.files.base;
+        // The time that is compared at the next opening must not go back with a power cut.
+        base.sync_all().map_err(|source| {
+            shared.poison();
+            io("sync", FileName::Base)(source)
+        })?;
         let closed = Superblock {
             generation: work.superblock.generation.next(),
             clean: true,
-            base_modified: modified,
+            base_modified: base.modified().map_err(io("stat", FileName::Base))?,
             ..work.superblock.clone()
         };
-        closed.store(&*shared.files.superblock)?;
+        closed
+            .store(&*shared.files.superblock)
+            .inspect_err(|_| shared.poison())?;
         work.superblock = closed;
+        shared.gate.closed.store(true, Ordering::SeqCst);
         Ok(())
     }
 }

@@ -17,6 +17,9 @@ use crate::volume::Shared;
 /// Longest request of any kind, in bytes. The device advertises limits no larger.
 pub const MAX_REQUEST_BYTES: u64 = 64 << 20;
 
+// One more where it is not aligned to blocks.
+const _: () = assert!(MAX_REQUEST_BYTES / BLOCK_BYTES < crate::layout::MAX_RECORD_BLOCKS as u64);
+
 /// Which state of the volume a read sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum View {

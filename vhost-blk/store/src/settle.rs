@@ -11,7 +11,7 @@ use crate::error::{FileName, Result, StoreError};
 use crate::index::{Location, Memtable};
 use crate::io::AlignedBuffer;
 use crate::journal::Record;
-use crate::layout::LIVE;
+use crate::layout::{LIVE, MAX_RECORD_BLOCKS};
 use crate::pins::PinGeneration;
 use crate::units::{BLOCK_BYTES, Block, in_memory};
 use crate::volume::{Core, Shared};
@@ -160,7 +160,7 @@ impl Shared {
                 Some(Record::Settle {
                     block: first,
                     count,
-                }) if first.0 + u64::from(*count) == block.0 => {
+                }) if first.0 + u64::from(*count) == block.0 && *count < MAX_RECORD_BLOCKS => {
                     *count += 1;
                 }
                 Some(_) | None => records.push(Record::Settle {

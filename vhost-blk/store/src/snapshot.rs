@@ -15,11 +15,11 @@ use crate::units::{SetId, SnapshotId};
 use crate::volume::{NewSnapshot, Shared, Volume, lock};
 
 /// Writes are refused while it lives.
-struct Hold<'a>(&'a Shared);
+pub(crate) struct Hold<'a>(&'a Shared);
 
 impl<'a> Hold<'a> {
     /// Refuses new writes; `Busy` if one is in flight.
-    fn begin(shared: &'a Shared) -> Result<Hold<'a>> {
+    pub(crate) fn begin(shared: &'a Shared) -> Result<Hold<'a>> {
         shared.gate.held.store(true, Ordering::SeqCst);
         let hold = Hold(shared);
         if shared.gate.writes_in_flight.load(Ordering::SeqCst) != 0 {

@@ -60,10 +60,13 @@ impl State {
     }
 
     fn last_of(&self, block: Block, count: u32) -> Result<Block> {
-        let last = block.0.checked_add(u64::from(count)).filter(|_| count > 0);
+        let few = count > 0 && count <= layout::MAX_RECORD_BLOCKS;
+        let last = block.0.checked_add(u64::from(count)).filter(|_| few);
         match last {
             Some(behind) if behind <= self.volume_blocks => Ok(Block(behind - 1)),
-            Some(_) | None => Err(broken("a record names blocks outside the volume")),
+            Some(_) | None => Err(broken(
+                "a record names too many blocks, or some outside the volume (I2)",
+            )),
         }
     }
 

@@ -138,6 +138,7 @@ pub(crate) struct Gate {
     /// No snapshot, empty index: everything is in the base.
     pub(crate) plain: AtomicBool,
     pub(crate) poisoned: AtomicBool,
+    pub(crate) closed: AtomicBool,
     /// New writes are refused while a snapshot is taken.
     pub(crate) held: AtomicBool,
     pub(crate) writes_in_flight: AtomicU64,
@@ -249,6 +250,9 @@ impl Shared {
         }
         if self.gate.poisoned.load(Ordering::SeqCst) {
             return Err(StoreError::Poisoned);
+        }
+        if self.gate.closed.load(Ordering::SeqCst) {
+            return Err(StoreError::Closed);
         }
         Ok(())
     }

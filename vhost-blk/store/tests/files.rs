@@ -126,6 +126,50 @@ fn volume_in_use_is_refused_and_readable() {
 }
 
 #[test]
+fn late_writes_of_a_killed_daemon_keep_the_next_one_out() {
+    let directory = directory();
+    let (base, shadow) = closed_with_snapshot(directory.path());
+    for which in [DataFile::Base, DataFile::Log] {
+        let (volume, _) = Volume::adopt(&base, &shadow, &options(true)).unwrap();
+        // What a request in flight has: a reference to the open file, and nothing else of the volume.
+        let in_flight = volume
+            .data_file(which)
+            .raw_fd()
+            .unwrap()
+            .try_clone_to_owned()
+            .unwrap();
+        drop(volume);
+        assert!(matches!(
+            Volume::adopt(&base, &shadow, &options(true)),
+            Err(StoreError::InUse)
+        ));
+        drop(in_flight);
+        Volume::adopt(&base, &shadow, &options(true)).unwrap();
+    }
+}
+
+#[test]
+fn closed_volume_refuses_writes_and_closes_once() {
+    let directory = directory();
+    let (base, shadow) = closed_with_snapshot(directory.path());
+    let (volume, _) = Volume::adopt(&base, &shadow, &options(true)).unwrap();
+    let range = vhost_blk_store::ByteRange::new(0, 512);
+    let plan = volume
+        .plan_write(range, vhost_blk_store::WriteKind::Discard)
+        .unwrap();
+    assert!(matches!(volume.close(), Err(StoreError::Busy)));
+    drop(plan);
+    volume.close().unwrap();
+    volume.close().unwrap();
+    assert!(matches!(
+        volume.write_at(0, &[0; 512]),
+        Err(StoreError::Closed)
+    ));
+    assert!(matches!(volume.flush(), Err(StoreError::Closed)));
+    assert!(matches!(volume.maintain(1), Err(StoreError::Closed)));
+}
+
+#[test]
 fn base_changed_behind_our_back_is_refused_unless_forced() {
     let directory = directory();
     let (base, shadow) = closed_with_snapshot(directory.path());
@@ -162,6 +206,7 @@ fn plain_volume_lets_its_base_be_changed_and_resized() {
     let (volume, _) = Volume::adopt(&base, &shadow, &options(true)).unwrap();
     assert!(volume.is_plain());
     volume.close().unwrap();
+    drop(volume);
     fs::write(&base, vec![3; 40 * 4096]).unwrap();
     let (volume, report) = Volume::adopt(&base, &shadow, &options(true)).unwrap();
     assert!(report.clean);

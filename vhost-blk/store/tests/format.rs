@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use harness::{Methods, Model, Op, Verdict, World, memory_files, small_options};
-use vhost_blk_store::layout::{FIELDS, KINDS, MAX_SET_MEMBERS, MAX_SNAPSHOTS};
+use vhost_blk_store::layout::{FIELDS, KINDS, MAX_RECORD_BLOCKS, MAX_SET_MEMBERS, MAX_SNAPSHOTS};
 use vhost_blk_store::sim::MemoryFile;
 use vhost_blk_store::{BlockFile, MAX_REQUEST_BYTES, Method, VolumeFiles, check, dump};
 
@@ -78,6 +78,7 @@ fn limits_of_the_document_are_the_programs() {
     assert_eq!(limit("snapshots of one volume"), MAX_SNAPSHOTS as u64);
     assert_eq!(limit("volumes of one set"), MAX_SET_MEMBERS as u64);
     assert_eq!(limit("bytes of one request"), MAX_REQUEST_BYTES);
+    assert_eq!(limit("blocks of one record"), u64::from(MAX_RECORD_BLOCKS));
     assert_eq!(limit("bytes of a volume"), 1 << 62);
     assert_eq!(limit("blocks of a log"), 1 << 50);
 }

@@ -264,6 +264,10 @@ impl BlockFile for DiskFile {
         Ok(rustix::fs::fdatasync(&self.file)?)
     }
 
+    fn sync_all(&self) -> io::Result<()> {
+        Ok(rustix::fs::fsync(&self.file)?)
+    }
+
     fn raw_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
     }

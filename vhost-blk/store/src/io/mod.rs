@@ -42,6 +42,11 @@ pub trait BlockFile: Send + Sync + Debug {
     /// Makes everything completed before this call durable (fdatasync).
     fn sync_data(&self) -> io::Result<()>;
 
+    /// Makes the modification time durable as well (fsync).
+    fn sync_all(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+
     /// Descriptor for an engine that issues I/O by itself.
     fn raw_fd(&self) -> Option<BorrowedFd<'_>> {
         None
