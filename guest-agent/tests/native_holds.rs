@@ -1,5 +1,7 @@
 //! The native protocol on real file systems: what is held, for how long, and who thaws when somebody dies.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod rig;
 
 use rig::{Probe, Rig, can_run, freeze_arguments, is_frozen, kill_9, run, wait_until};

@@ -36,6 +36,8 @@ use std::time::Duration;
 const QGA_SET: &str = "guest-fsfreeze";
 /// Time for writers to prepare on that path, milliseconds: its clients wait a minute for the freeze.
 const QGA_PREPARE_MS: u64 = 30_000;
+/// Time for writers after the thaw on that path, milliseconds: the next freeze waits for it.
+const QGA_FINISH_MS: u64 = 10_000;
 
 /// What the administrator chose.
 #[derive(Clone, Debug)]
@@ -317,7 +319,7 @@ impl Actor {
                 self.settle(Ok(thawed), answer);
             }
             Request::PostSnapshot { kept, .. } => {
-                let said = self.finish(kept);
+                let said = self.finish(kept, None);
                 self.settle(Ok(said), answer);
             }
             Request::QgaFreeze { only } => self.qga_freeze(only, answer),
@@ -549,13 +551,14 @@ impl Actor {
             })
     }
 
-    fn finish(&mut self, kept: bool) -> PostSnapshot {
+    fn finish(&mut self, kept: bool, until: Option<BootTime>) -> PostSnapshot {
         self.interruptible = false;
         if kept {
             let who = self.everyone();
             for step in [Step::PostSnapshot, Step::BackupComplete] {
                 // The snapshot is there; a writer's failure now stands in its report.
-                self.round(&who, &step, None, OnFailure::GoOn).unwrap_or(());
+                self.round(&who, &step, until, OnFailure::GoOn)
+                    .unwrap_or(());
             }
         } else {
             self.abort_writers("the set was not kept");
@@ -607,7 +610,8 @@ impl Actor {
             // Writers hear the rest after the client has its answer.
             let event = Event::Finish(Owner::Qga, QGA_SET.to_owned());
             if self.step(&event) == Ok(Effect::Run) {
-                self.finish(true);
+                let until = BootTime::now().plus_ms(QGA_FINISH_MS);
+                self.finish(true, Some(until));
                 self.done();
             }
         } else {

@@ -77,6 +77,20 @@ impl Step {
         }
     }
 
+    /// For the log.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Identify => "identify",
+            Self::PrepareBackup { .. } => "prepare_backup",
+            Self::PrepareSnapshot => "prepare_snapshot",
+            Self::Freeze { .. } => "freeze",
+            Self::Thaw { .. } => "thaw",
+            Self::PostSnapshot => "post_snapshot",
+            Self::BackupComplete => "backup_complete",
+            Self::Abort { .. } => "abort",
+        }
+    }
+
     fn succeeded(&self) -> WriterState {
         match self {
             Self::Identify | Self::BackupComplete | Self::Abort { .. } => WriterState::Stable,
@@ -168,8 +182,12 @@ impl Participant {
         }
     }
 
-    /// The answer is there, or it is late.
-    pub(super) fn answered(&mut self, step: &Step, answer: Result<Reply, Failure>) {
+    /// The answer is there, or it is late. Returns what failed in this step.
+    pub(super) fn answered(
+        &mut self,
+        step: &Step,
+        answer: Result<Reply, Failure>,
+    ) -> Option<Failure> {
         let asked = self.asked.take();
         self.deadline = None;
         self.took_us = asked.map_or(0, |asked| BootTime::now().us_since(asked));
@@ -179,13 +197,9 @@ impl Participant {
                 let code = reply
                     .code
                     .unwrap_or(guest_agent_wire::types::WriterFailure::Nonretryable);
-                self.fail(step, crate::writer::failure(code, reply.message));
-                return;
+                return Some(self.fail(step, crate::writer::failure(code, reply.message)));
             }
-            Err(failure) => {
-                self.fail(step, failure);
-                return;
-            }
+            Err(failure) => return Some(self.fail(step, failure)),
         };
         self.evidence = reply.evidence;
         match step {
@@ -193,12 +207,11 @@ impl Participant {
             Step::Freeze { .. } => self.frozen_evidence = self.evidence.clone(),
             Step::Thaw { .. } => {
                 if let Err(failure) = self.check_hold(reply.held) {
-                    self.fail(step, failure);
-                    return;
+                    return Some(self.fail(step, failure));
                 }
                 self.held = Some(true);
             }
-            Step::Abort { .. } if self.failure.is_some() => return,
+            Step::Abort { .. } if self.failure.is_some() => return None,
             Step::PrepareBackup { .. }
             | Step::PrepareSnapshot
             | Step::PostSnapshot
@@ -206,6 +219,7 @@ impl Participant {
             | Step::Abort { .. } => {}
         }
         self.state = step.succeeded();
+        None
     }
 
     /// Nobody is taken to have held who does not say so, nor an application whose own evidence changed meanwhile.
@@ -222,15 +236,16 @@ impl Participant {
         Err(crate::writer::failure(code, why))
     }
 
-    fn fail(&mut self, step: &Step, failure: Failure) {
+    fn fail(&mut self, step: &Step, failure: Failure) -> Failure {
         if matches!(step, Step::Thaw { .. }) {
             self.held = Some(false);
         }
         if matches!(step, Step::Abort { .. }) && self.failure.is_some() {
-            return;
+            return failure;
         }
         self.state = step.failed();
-        self.failure = Some(failure);
+        self.failure = Some(failure.clone());
+        failure
     }
 
     /// It broke the hold, outside any step.

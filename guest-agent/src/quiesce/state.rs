@@ -208,6 +208,10 @@ impl Machine {
                     self.run(Phase::Preparing)
                 }
                 Phase::Identifying => Ok(Effect::Later),
+                // Its client has had the answer to the thaw and cannot know that writers still hear the rest.
+                Phase::Finishing if (self.owner, *owner) == (Owner::Qga, Owner::Qga) => {
+                    Ok(Effect::Later)
+                }
                 Phase::Preparing
                 | Phase::Prepared
                 | Phase::Freezing
@@ -243,7 +247,8 @@ impl Machine {
                 Ok(Effect::Nothing)
             }
             Event::Unwound(why) => {
-                if self.phase.is_frozen() {
+                // Whoever asked for the freeze or the thaw that failed has been told already.
+                if self.phase == Phase::Frozen {
                     self.broken = Some(Broken {
                         owner: self.owner,
                         set: std::mem::take(&mut self.set),

@@ -10,8 +10,9 @@ use super::service::Signal;
 use crate::clock::BootTime;
 use crate::journal;
 use crate::writer::failure;
-use guest_agent_wire::host::{WriterInfo, WriterReport};
-use guest_agent_wire::types::{Level, WriterFailure, WriterState};
+use guest_agent_wire::host::{Failure, WriterInfo, WriterReport};
+use guest_agent_wire::types::{Level, WriterFailure};
+use guest_agent_wire::writer::Reply;
 
 /// Freeze order; thaw is the reverse.
 pub(super) const LEVELS: [Level; 3] = [Level::FrontEnd, Level::BackEnd, Level::System];
@@ -149,9 +150,6 @@ impl Actor {
         for index in who {
             self.send(*index, step, until);
         }
-        if matches!(step, Step::Freeze { .. }) {
-            self.set_window();
-        }
         let mut failed = None;
         while let Some(next) = self.next_deadline(who) {
             match self.wait(next) {
@@ -160,10 +158,11 @@ impl Actor {
                     let Some(index) = self.pending.remove(&number) else {
                         continue;
                     };
-                    if let Some(participant) = self.set.participants.get_mut(index) {
-                        participant.answered(step, answer);
+                    let cause = self.answered(index, step, answer);
+                    failed = failed.or(cause);
+                    if matches!(step, Step::Freeze { .. }) {
+                        self.set_window();
                     }
-                    failed = failed.or_else(|| self.failure_of(index, step));
                 }
                 Heard::Late => failed = self.late(who, step).or(failed),
                 Heard::Interrupted(cause) => return Err(cause),
@@ -206,43 +205,32 @@ impl Actor {
     fn late(&mut self, who: &[usize], step: &Step) -> Option<Cause> {
         let mut failed = None;
         for index in who {
-            let Some(participant) = self.set.participants.get_mut(*index) else {
-                continue;
-            };
-            if participant.deadline.is_some_and(BootTime::is_past) {
+            let participant = self.set.participants.get(*index);
+            let deadline = participant.and_then(|participant| participant.deadline);
+            if deadline.is_some_and(BootTime::is_past) {
                 let late = failure(WriterFailure::NotResponding, "no answer inside its limit");
-                participant.answered(step, Err(late));
-                failed = failed.or_else(|| self.failure_of(*index, step));
+                let cause = self.answered(*index, step, Err(late));
+                failed = failed.or(cause);
             }
         }
         failed
     }
 
-    fn failure_of(&self, index: usize, step: &Step) -> Option<Cause> {
-        let participant = self.set.participants.get(index)?;
-        let is_failed = match participant.state {
-            WriterState::FailedAtIdentify
-            | WriterState::FailedAtPrepareBackup
-            | WriterState::FailedAtPrepareSnapshot
-            | WriterState::FailedAtFreeze
-            | WriterState::FailedAtThaw
-            | WriterState::FailedAtPostSnapshot
-            | WriterState::FailedAtBackupComplete => true,
-            WriterState::Unknown
-            | WriterState::Stable
-            | WriterState::WaitingForFreeze
-            | WriterState::WaitingForThaw
-            | WriterState::WaitingForPostSnapshot
-            | WriterState::WaitingForBackupComplete => false,
-        };
-        if !is_failed {
-            return None;
-        }
+    /// Takes a writer's answer; what failed is logged and becomes a cause.
+    fn answered(
+        &mut self,
+        index: usize,
+        step: &Step,
+        answer: Result<Reply, Failure>,
+    ) -> Option<Cause> {
+        let participant = self.set.participants.get_mut(index)?;
+        let failure = participant.answered(step, answer)?;
         let name = participant.name();
-        let failure = participant.failure.clone()?;
         journal::note(format_args!(
-            "writer {name} failed at {step:?}: {:?}: {}",
-            failure.code, failure.message
+            "writer {name} failed at {}: {:?}: {}",
+            step.name(),
+            failure.code,
+            failure.message
         ));
         Some(match failure.code {
             WriterFailure::Timeout | WriterFailure::NotResponding => {
@@ -255,7 +243,8 @@ impl Actor {
         })
     }
 
-    /// Sets the alarm to the end of the shortest window of a frozen writer.
+    /// Sets the alarm to the end of the shortest window of a writer that has answered its freeze. One that has not is late by
+    /// the deadline of its answer.
     pub(super) fn set_window(&mut self) {
         let end = self.shortest_window().map(|(end, _)| end);
         self.alarm.set(end).unwrap_or(());
@@ -267,6 +256,9 @@ impl Actor {
         participants
             .filter_map(|(index, participant)| {
                 let since = participant.frozen_since?;
+                if participant.asked.is_some() {
+                    return None;
+                }
                 Some((
                     since.plus_ms(participant.window_ms(self.set.writer_ms)),
                     index,

@@ -449,7 +449,11 @@ pub struct Qga(UnixStream);
 
 impl Qga {
     pub fn write(&mut self, bytes: &str) {
-        self.0.write_all(bytes.as_bytes()).unwrap();
+        self.write_bytes(bytes.as_bytes());
+    }
+
+    pub fn write_bytes(&mut self, bytes: &[u8]) {
+        self.0.write_all(bytes).unwrap();
     }
 
     /// Reads up to and with a newline.

@@ -176,7 +176,7 @@ fn whatever_was_undone_leaves_no_set_open() {
             machine.step(&Event::Unwound("why".into())).unwrap();
             assert_eq!(machine.phase(), Phase::Idle);
             let thaw = machine.step(&Event::Thaw(owner, "s".into(), 100));
-            let expected = if phase.is_frozen() {
+            let expected = if phase == Phase::Frozen {
                 Refusal::HoldBroken("why".into())
             } else {
                 Refusal::NotFound
