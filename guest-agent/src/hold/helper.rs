@@ -344,7 +344,7 @@ impl Helper {
         let pending = |step: u32, condition: &[Condition]| {
             self.slots
                 .iter()
-                .any(|slot| slot.step == step && condition.contains(&slot.condition()))
+                .any(|slot| slot.step == step && !slot.is_past(condition))
         };
         match self.phase {
             Phase::Freezing { step } if !pending(step, &[Condition::Freezing]) => {

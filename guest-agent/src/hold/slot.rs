@@ -156,6 +156,13 @@ impl Slot {
         self.shared.lock().condition
     }
 
+    /// It has left these conditions, and the answer which says so has been taken: one that came while the others' answers
+    /// were collected must still be told before the step is called done.
+    pub(super) fn is_past(&self, conditions: &[Condition]) -> bool {
+        let cell = self.shared.lock();
+        cell.answer.is_none() && !conditions.contains(&cell.condition)
+    }
+
     /// The thread is in the kernel, or on its way.
     pub(super) fn is_busy(&self) -> bool {
         self.shared.lock().busy
@@ -205,7 +212,11 @@ impl Shared {
     }
 
     fn answer(&self, answer: Answer) {
-        let mut cell = self.lock();
+        self.answer_with(self.lock(), answer);
+    }
+
+    /// The condition that goes with the answer was set under the same lock: nobody sees one without the other.
+    fn answer_with(&self, mut cell: MutexGuard<'_, Cell>, answer: Answer) {
         cell.answer = Some(answer);
         // An order that came meanwhile keeps it busy.
         cell.busy = cell.order != Order::Wait;
@@ -257,12 +268,12 @@ fn serve(shared: &Shared, device: DeviceNumber, paths: &[PathBuf]) {
                     (0, false) => Condition::Frozen,
                     _ => Condition::Loose,
                 };
-                drop(cell);
                 if over {
+                    drop(cell);
                     // Its generation ended while the kernel was freezing.
                     thaw(shared, fd, BootTime::now());
                 } else {
-                    shared.answer(Answer::Froze(errno, us));
+                    shared.answer_with(cell, Answer::Froze(errno, us));
                 }
             }
             Order::Thaw => thaw(shared, fd, start),
@@ -289,8 +300,9 @@ impl Shared {
 fn thaw(shared: &Shared, fd: &OwnedFd, start: BootTime) {
     let errno = errno_of(freeze::thaw(fd.as_fd()));
     shared.mark(Mark::Done);
-    shared.lock().condition = Condition::Loose;
-    shared.answer(Answer::Thawed(errno, BootTime::now().us_since(start)));
+    let mut cell = shared.lock();
+    cell.condition = Condition::Loose;
+    shared.answer_with(cell, Answer::Thawed(errno, BootTime::now().us_since(start)));
 }
 
 fn errno_of(result: Result<(), Errno>) -> i32 {
