@@ -2,21 +2,20 @@
 //!
 //! Called by `main`. The only room that names all others.
 //!
-//! Order of starting: open and recover every volume; fence off I/O of a killed predecessor; resolve sets; then sockets. Order
+//! Order of starting: open and recover every volume, once no I/O of a killed predecessor is in flight; resolve sets; then sockets. Order
 //! of stopping (SIGTERM, SIGINT): front ends are drained and hung up, open sets undone, maintenance ended, stores closed.
 
 use crate::config::{Config, DiskConfig};
 use crate::control::{self, Events};
 use crate::engine::{EngineKind, Kick, Ring, SnapshotSets, VolumeEngine, VolumeSettings};
 use crate::frontend::{self, SocketError};
-use rustix::fs::{FlockOperation, flock};
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use vhost_blk_store::{DataFile, Maintenance, OpenOptions, StoreError, Volume, resolve_sets};
+use vhost_blk_store::{Maintenance, OpenOptions, StoreError, Volume, resolve_sets};
 
 /// Blocks that one background step may touch: bounds how long a request can wait behind it.
 const MAINTENANCE_BLOCKS: u64 = 256;
@@ -39,9 +38,6 @@ pub enum DaemonError {
         #[source]
         source: StoreError,
     },
-    /// Another process uses the disk's files, or I/O of a killed one does not end.
-    #[error("disk {0}: its files are in use by another process")]
-    InUse(PathBuf),
     /// Sets of an earlier run cannot be resolved.
     #[error("snapshot sets of an earlier run cannot be resolved")]
     Sets(#[source] StoreError),
@@ -121,7 +117,7 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
             tracing::warn!(socket = %socket.display(), %error, "cannot remove the socket");
         }
     }
-    close_all(config, sets)
+    close_all(config, &sets)
 }
 
 fn settings(config: &Config, disk: &DiskConfig) -> VolumeSettings {
@@ -151,7 +147,7 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
         let deadline = Instant::now() + FENCE_MAX;
         let (volume, report) = loop {
             match Volume::adopt(&disk.path, &disk.shadow_storage, &options) {
-                // A predecessor that was just killed may not be gone to its last descriptor.
+                // A killed predecessor may have I/O in flight: its locks are free when the last of it has landed.
                 Err(StoreError::InUse) if Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(20));
                 }
@@ -164,7 +160,6 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
             }
         };
         tracing::info!(volume = %disk.name, id = %volume.id(), size_bytes = volume.size_bytes(), ?report, "opened");
-        fence(disk, &volume, deadline)?;
         volumes.push(Arc::new(volume));
     }
     let all: Vec<&Volume> = volumes.iter().map(Arc::as_ref).collect();
@@ -174,52 +169,19 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
     Ok(volumes)
 }
 
-/// Waits until no I/O of a killed predecessor is in flight, and keeps others away.
-///
-/// A lock of `flock(2)` belongs to the open file, and a request that the kernel still has in flight holds the open file. So the
-/// lock of a killed daemon on base and log is free only when its last write has landed, and none can land on top of ours.
-fn fence(disk: &DiskConfig, volume: &Volume, deadline: Instant) -> Result<(), DaemonError> {
-    for file in [DataFile::Base, DataFile::Log] {
-        let Some(fd) = volume.data_file(file).raw_fd() else {
-            continue;
-        };
-        loop {
-            match flock(fd, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => break,
-                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(DaemonError::InUse(disk.path.clone()));
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(DaemonError::System(error.into())),
-            }
-        }
-    }
-    Ok(())
-}
-
-fn close_all(config: &Config, sets: Arc<SnapshotSets>) -> Result<(), DaemonError> {
+fn close_all(config: &Config, sets: &SnapshotSets) -> Result<(), DaemonError> {
     let mut result = Ok(());
-    let volumes = sets.volumes().to_vec();
-    drop(sets);
-    for (disk, volume) in config.disks.iter().zip(volumes) {
-        let closed = Arc::into_inner(volume)
-            .map(VolumeEngine::into_store)
-            .and_then(Arc::into_inner)
-            .map(Volume::close);
-        match closed {
-            Some(Ok(())) => {}
-            Some(Err(source)) => {
+    for (disk, volume) in config.disks.iter().zip(sets.volumes()) {
+        match volume.store().close() {
+            Ok(()) => {}
+            // A snapshot is being read out by a thread that hangs in its reader, or a disk hangs. Everything acknowledged is
+            // safe: the next start recovers as after a kill.
+            Err(source) => {
                 result = Err(DaemonError::Close {
                     path: disk.path.clone(),
                     source,
                 });
             }
-            // A snapshot is being read out by a thread that hangs in its reader. Everything acknowledged is safe: the
-            // next start recovers as after a kill.
-            None => tracing::warn!(volume = %disk.name, "still in use: not closed cleanly"),
         }
     }
     result

@@ -154,12 +154,6 @@ impl VolumeEngine {
         &self.store
     }
 
-    /// Ends the hands and gives the store back, for closing it.
-    #[must_use]
-    pub fn into_store(self) -> Arc<Volume> {
-        self.store
-    }
-
     /// Size of the disk in bytes.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {

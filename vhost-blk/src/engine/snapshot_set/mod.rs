@@ -1,0 +1,15 @@
+//! Snapshot sets over the daemon's volumes: carries out what `snapshot_state` decides.
+//!
+//! * `sets`: the commands of the life of a set.
+//! * `window`: one open set; holding, taking, releasing.
+//! * `stored`: snapshots that are on disk.
+//! * `error`: why a command failed.
+
+mod error;
+mod sets;
+mod stored;
+mod window;
+
+pub use error::SetError;
+pub use sets::SnapshotSets;
+pub use window::{Committed, OwnerId};
