@@ -72,8 +72,7 @@ pub enum StoreError {
         /// What differs.
         what: &'static str,
     },
-    /// The volume, or its base, is open in another process; or I/O of a process that was killed is still
-    /// under way: then it ends by itself, try again for some seconds.
+    /// The volume, or its base, is open in another process, and was for as long as the options allow to wait.
     #[error("the shadow storage is in use by another process")]
     InUse,
     /// A write that moves one of these blocks is in flight: try again when it has completed.

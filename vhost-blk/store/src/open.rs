@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::checkpoint::Turn;
 use crate::error::{FileName, Result, StoreError};
@@ -26,6 +27,9 @@ use crate::units::{
 use crate::volume::{
     Core, Counters, Gate, Maintenance, OpenOptions, Shared, Volume, VolumeFiles, lock,
 };
+
+/// How often a lock is tried while waiting for it.
+const LOCK_POLL: Duration = Duration::from_millis(10);
 
 /// What opening a volume found and did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -75,6 +79,7 @@ impl VolumeFiles {
     /// reference to the open file, and a request in flight holds one; so when these locks are free, no
     /// late write can land in a block that is about to be given to somebody else.
     pub fn open(base: &Path, shadow_storage: &Path, options: &OpenOptions) -> Result<VolumeFiles> {
+        let deadline = Instant::now() + options.lock_wait;
         let open = |path: &Path, file, direct, create| {
             let access = Access {
                 direct,
@@ -85,8 +90,11 @@ impl VolumeFiles {
         };
         let locked = |path: &Path, name, direct, create| -> Result<Arc<dyn BlockFile>> {
             let file = open(path, name, direct, create)?;
-            if !options.read_only && !file.try_lock().map_err(io("lock", name))? {
-                return Err(StoreError::InUse);
+            while !options.read_only && !file.try_lock().map_err(io("lock", name))? {
+                if Instant::now() >= deadline {
+                    return Err(StoreError::InUse);
+                }
+                std::thread::sleep(LOCK_POLL);
             }
             Ok(Arc::new(file))
         };

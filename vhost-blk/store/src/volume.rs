@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::checkpoint::Checkpoint;
 use crate::commit::Rounds;
@@ -55,6 +56,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Open although the base was changed by somebody else.
     pub force_base: bool,
+    /// How long to wait for the locks: I/O that a killed daemon has under way ends by itself.
+    pub lock_wait: Duration,
     /// Id of a newly adopted volume; an existing one must have it. Random if absent.
     pub volume_id: Option<VolumeId>,
     /// The machine's boot id; read from the kernel if absent.
@@ -79,6 +82,7 @@ impl Default for OpenOptions {
             direct: true,
             read_only: false,
             force_base: false,
+            lock_wait: Duration::from_secs(5),
             volume_id: None,
             boot_id: None,
             segment_bytes: 64 << 20,

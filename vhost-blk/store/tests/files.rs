@@ -8,6 +8,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use harness::{Methods, Model, Op, Verdict, World, history, small_options};
 use vhost_blk_store::{
@@ -29,10 +30,21 @@ fn base_in(directory: &Path, model: &Model) -> PathBuf {
     path
 }
 
+/// A process that another test is starting holds copies of all open files between its fork and its exec, and
+/// with them the locks: a volume that was just let go of may be in use for a moment.
 fn options(direct: bool) -> OpenOptions {
     OpenOptions {
         direct,
+        lock_wait: Duration::from_secs(30),
         ..small_options(1)
+    }
+}
+
+/// Does not wait for a lock that somebody has.
+fn impatient() -> OpenOptions {
+    OpenOptions {
+        lock_wait: Duration::ZERO,
+        ..options(true)
     }
 }
 
@@ -106,7 +118,7 @@ fn volume_in_use_is_refused_and_readable() {
     let (volume, report) = Volume::adopt(&base, &shadow, &options(true)).unwrap();
     assert!(report.clean && !report.created);
     assert!(matches!(
-        Volume::adopt(&base, &shadow, &options(true)),
+        Volume::adopt(&base, &shadow, &impatient()),
         Err(StoreError::InUse)
     ));
     let read_only = OpenOptions {
@@ -140,7 +152,7 @@ fn late_writes_of_a_killed_daemon_keep_the_next_one_out() {
             .unwrap();
         drop(volume);
         assert!(matches!(
-            Volume::adopt(&base, &shadow, &options(true)),
+            Volume::adopt(&base, &shadow, &impatient()),
             Err(StoreError::InUse)
         ));
         drop(in_flight);
@@ -174,8 +186,7 @@ fn base_changed_behind_our_back_is_refused_unless_forced() {
     let directory = directory();
     let (base, shadow) = closed_with_snapshot(directory.path());
     let file = fs::OpenOptions::new().write(true).open(&base).unwrap();
-    let later =
-        fs::metadata(&base).unwrap().modified().unwrap() + std::time::Duration::from_secs(1);
+    let later = fs::metadata(&base).unwrap().modified().unwrap() + Duration::from_secs(1);
     file.write_all_at(&[1; 512], 0).unwrap();
     file.set_modified(later).unwrap();
     assert!(matches!(
