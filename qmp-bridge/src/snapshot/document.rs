@@ -424,7 +424,7 @@ impl SetDocument {
             finished: false,
             started_unix_ms,
             timings: Timings::default(),
-            witnesses: Witnesses::default(),
+            witnesses: Witnesses::none_heard("the set did not come to the verdict"),
             copies: Vec::new(),
             writers: Vec::new(),
             filesystems: Vec::new(),

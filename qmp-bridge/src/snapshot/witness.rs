@@ -74,6 +74,19 @@ pub struct Witnesses {
     pub host: Testimony,
 }
 
+impl Witnesses {
+    /// None was heard, for this reason.
+    #[must_use]
+    pub fn none_heard(why: &str) -> Self {
+        Self {
+            filesystems: Testimony::not_heard(why),
+            writers: Testimony::not_heard(why),
+            time: Testimony::not_heard(why),
+            host: Testimony::not_heard(why),
+        }
+    }
+}
+
 /// Times by the host's monotonic clock, and the limits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HostClock {
@@ -125,13 +138,7 @@ pub struct Observations<'a> {
 #[must_use]
 pub fn hear(said: &Observations<'_>) -> Witnesses {
     let Some(frozen) = said.frozen else {
-        let why = "the guest was not frozen";
-        return Witnesses {
-            filesystems: Testimony::not_heard(why),
-            writers: Testimony::not_heard(why),
-            time: Testimony::not_heard(why),
-            host: Testimony::not_heard(why),
-        };
+        return Witnesses::none_heard("the guest was not frozen");
     };
     Witnesses {
         filesystems: hear_filesystems(said, frozen),

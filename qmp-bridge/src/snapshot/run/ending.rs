@@ -85,6 +85,12 @@ impl Run<'_> {
         let witnesses = &self.doc.witnesses;
         let mut broken = false;
         let mut lines = Vec::new();
+        if let Some(why) = &self.window.thaw_failure {
+            // Three witnesses object for this one cause.
+            let asked = self.doc.level_asked;
+            let text = format!("reached {reached}, asked {asked}: thaw: {why}");
+            return Failure::new(ReasonCode::HoldBroken, text).retryable();
+        }
         for (name, testimony) in [
             ("filesystems", &witnesses.filesystems),
             ("writers", &witnesses.writers),
