@@ -4,7 +4,7 @@
 
 use std::io;
 
-use crate::units::{SnapshotId, VolumeId};
+use crate::units::{SetId, SnapshotId, VolumeId};
 
 /// Which file of a volume an error or a finding speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
@@ -98,6 +98,9 @@ pub enum StoreError {
     /// No such snapshot on this volume.
     #[error("no snapshot {0}")]
     NoSuchSnapshot(SnapshotId),
+    /// No snapshot of such a set on this volume.
+    #[error("no snapshot of set {0}")]
+    NoSuchSet(SetId),
     /// A snapshot of this id exists already.
     #[error("snapshot {0} exists already")]
     SnapshotExists(SnapshotId),

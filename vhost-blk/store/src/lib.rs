@@ -4,9 +4,9 @@
 //! FORMAT.md is normative for the bytes and for the order of writes.
 //!
 //! Rooms, left to right as a request passes them:
-//! `plan` (with `first_write`) -> `read_path`, `write_path` -> `state` (with `index`, `snapshot_table`) ->
+//! `plan` (with `first_write`) -> `read_path`, `write_path` (with `prepare`) -> `state` (with `index`, `snapshot_table`) ->
 //! `journal`, `space`, `pins` -> `commit` -> `io`. From the side: `snapshot`, `sets`, `maintain` (with
-//! `checkpoint`, `settle`), `open` (with `recover`), `check`, `dump`.
+//! `checkpoint`, `settle`), `open` (with `adopt`, `recover`), `check`, `dump`.
 //!
 //! Invariants, named in comments, errors and tests:
 //!
@@ -20,6 +20,7 @@
 //! * I8: after a failed sync nothing is acknowledged until the volume is reopened.
 //! * I9: a set is kept on all its members or on none.
 
+mod adopt;
 mod check;
 mod checkpoint;
 mod commit;
@@ -34,6 +35,7 @@ mod maintain;
 mod open;
 mod pins;
 mod plan;
+mod prepare;
 mod read_path;
 mod recover;
 mod sets;

@@ -1,4 +1,4 @@
-//! Adoption, opening, recovery's writes, closing.
+//! Opening, recovery's writes, closing.
 //!
 //! The daemon calls it through `Volume`. Order of recovery's writes (I4): data and the journal's tail are
 //! synced, RESTART is appended and synced, only then the superblock takes the new boot id and
@@ -8,28 +8,22 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
+use crate::adopt::{base_length, format, io};
 use crate::checkpoint::Turn;
 use crate::error::{FileName, Result, StoreError};
-use crate::io::{Access, BlockFile, DiskFile};
 use crate::journal::{Journal, Record};
-use crate::layout::{MAX_VOLUME_BYTES, RECORD_BYTES};
+use crate::layout::RECORD_BYTES;
 use crate::pins::Pins;
 use crate::recover::{Loaded, load};
 use crate::settle::Settle;
 use crate::snapshot::Hold;
 use crate::space::Space;
 use crate::superblock::Superblock;
-use crate::units::{
-    BootId, Epoch, Generation, Incarnation, SECTOR_BYTES, Sequence, VolumeId, in_memory,
-};
+use crate::units::{BootId, in_memory};
 use crate::volume::{
     Core, Counters, Gate, Maintenance, OpenOptions, Shared, Volume, VolumeFiles, lock,
 };
-
-/// How often a lock is tried while waiting for it.
-const LOCK_POLL: Duration = Duration::from_millis(10);
 
 /// What opening a volume found and did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -50,15 +44,6 @@ pub struct RecoveryReport {
     pub superblock_slot_damaged: bool,
 }
 
-fn io(op: &'static str, file: FileName) -> impl Fn(std::io::Error) -> StoreError {
-    move |source| StoreError::Io {
-        op,
-        file,
-        offset_bytes: 0,
-        source,
-    }
-}
-
 /// The kernel's boot id.
 pub(crate) fn kernel_boot_id() -> Result<BootId> {
     let path = "/proc/sys/kernel/random/boot_id";
@@ -69,144 +54,6 @@ pub(crate) fn kernel_boot_id() -> Result<BootId> {
         what: "the kernel's boot id is no UUID",
     })?;
     Ok(BootId(*id.as_bytes()))
-}
-
-impl VolumeFiles {
-    /// Opens, and unless read-only makes, the files of a volume.
-    ///
-    /// Unless read-only it takes exclusive locks: on the superblock against a second daemon, and on base and
-    /// log against I/O that a killed one still has under way. The kernel drops a lock with the last
-    /// reference to the open file, and a request in flight holds one; so when these locks are free, no
-    /// late write can land in a block that is about to be given to somebody else.
-    pub fn open(base: &Path, shadow_storage: &Path, options: &OpenOptions) -> Result<VolumeFiles> {
-        let deadline = Instant::now() + options.lock_wait;
-        let open = |path: &Path, file, direct, create| {
-            let access = Access {
-                direct,
-                read_only: options.read_only,
-                create: create && !options.read_only,
-            };
-            DiskFile::open(path, access).map_err(io("open", file))
-        };
-        let locked = |path: &Path, name, direct, create| -> Result<Arc<dyn BlockFile>> {
-            let file = open(path, name, direct, create)?;
-            while !options.read_only && !file.try_lock().map_err(io("lock", name))? {
-                if Instant::now() >= deadline {
-                    return Err(StoreError::InUse);
-                }
-                std::thread::sleep(LOCK_POLL);
-            }
-            Ok(Arc::new(file))
-        };
-        let base = locked(base, FileName::Base, options.direct, false)?;
-        let directory = io("open", FileName::Directory);
-        if !options.read_only {
-            fs::create_dir_all(shadow_storage).map_err(&directory)?;
-        }
-        let superblock = &shadow_storage.join("superblock");
-        let superblock = locked(superblock, FileName::Superblock, false, true)?;
-        let log = locked(
-            &shadow_storage.join("log"),
-            FileName::Log,
-            options.direct,
-            true,
-        )?;
-        let meta = |name: &str, file| -> Result<Arc<dyn BlockFile>> {
-            Ok(Arc::new(open(
-                &shadow_storage.join(name),
-                file,
-                false,
-                true,
-            )?))
-        };
-        let files = VolumeFiles {
-            base,
-            superblock,
-            log,
-            journal: [
-                meta("journal.0", FileName::Journal)?,
-                meta("journal.1", FileName::Journal)?,
-            ],
-            index: [
-                meta("index.0", FileName::Index)?,
-                meta("index.1", FileName::Index)?,
-            ],
-        };
-        if !options.read_only {
-            sync_directory(shadow_storage).map_err(&directory)?;
-            if let Some(parent) = shadow_storage
-                .parent()
-                .filter(|p| !p.as_os_str().is_empty())
-            {
-                sync_directory(parent).map_err(&directory)?;
-            }
-        }
-        Ok(files)
-    }
-}
-
-/// Makes the names in a directory durable.
-fn sync_directory(path: &Path) -> std::io::Result<()> {
-    let directory = fs::File::open(path)?;
-    Ok(rustix::fs::fsync(&directory)?)
-}
-
-/// Writes an empty volume. The superblock comes last: until it is there, nothing is adopted.
-fn format(files: &VolumeFiles, size_bytes: u64, options: &OpenOptions) -> Result<()> {
-    let id = options
-        .volume_id
-        .unwrap_or_else(|| VolumeId(uuid::Uuid::new_v4()));
-    let journal_io = io("write", FileName::Journal);
-    for journal in &files.journal {
-        let zeroes = vec![0; 1 << 16];
-        let mut at = 0;
-        while at < options.journal_prewritten_bytes {
-            journal.write_at(&zeroes, at).map_err(&journal_io)?;
-            at += zeroes.len() as u64;
-        }
-    }
-    let first = Sequence(1);
-    let mut journal = Journal {
-        volume_id: id,
-        generation: Generation(0),
-        incarnation: Incarnation(0),
-        superblock: Generation(0),
-        superblock_unnamed: false,
-        first,
-        next: first,
-        committed: first,
-        synced: first,
-        end_bytes: 0,
-        unsynced: [false; 2],
-    };
-    journal.append(
-        &files.journal,
-        &[Record::Start {
-            generation: Generation(0),
-        }],
-    )?;
-    for journal in &files.journal {
-        journal.sync_data().map_err(io("sync", FileName::Journal))?;
-    }
-    Superblock {
-        generation: Generation(0),
-        volume_id: id,
-        size_bytes,
-        boot_id: BootId([0; 16]),
-        incarnation: Incarnation(0),
-        clean: true,
-        epoch: Epoch(1),
-        index_slot: 0,
-        index_generation: Generation(0),
-        index_pages: 0,
-        index_records: 0,
-        table_records: 0,
-        journal_generation: Generation(0),
-        first_sequence: first,
-        applied_through: first,
-        base_modified: None,
-    }
-    .store(&*files.superblock)
 }
 
 /// Compares the base with what the superblock remembers; the size the volume has from now on.
@@ -237,21 +84,6 @@ fn check_base(files: &VolumeFiles, loaded: &Loaded, options: &OpenOptions) -> Re
         });
     }
     Ok(superblock.size_bytes)
-}
-
-fn base_length(files: &VolumeFiles) -> Result<u64> {
-    let length_bytes = files
-        .base
-        .len_bytes()
-        .map_err(io("measure", FileName::Base))?;
-    let fits = length_bytes != 0
-        && length_bytes.is_multiple_of(SECTOR_BYTES)
-        && length_bytes <= MAX_VOLUME_BYTES;
-    if fits {
-        Ok(length_bytes)
-    } else {
-        Err(StoreError::BadBaseSize(length_bytes))
-    }
 }
 
 /// Makes durable what recovery decided (I4), and returns the journal to append to.

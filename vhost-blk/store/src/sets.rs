@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::error::Result;
+use crate::error::{Result, StoreError};
 use crate::snapshot_table::SnapshotState;
 use crate::units::{SetId, VolumeId};
 use crate::volume::Volume;
@@ -63,7 +63,11 @@ pub fn resolve_sets(volumes: &[&Volume]) -> Result<Vec<SetResolution>> {
         let missing: Vec<VolumeId> = found.members.difference(&present).copied().collect();
         let outcome = if found.kept {
             for volume in volumes {
-                volume.keep_set(set_id)?;
+                match volume.keep_set(set_id) {
+                    // Not a member, or its snapshot was deleted since.
+                    Ok(()) | Err(StoreError::NoSuchSet(_)) => {}
+                    Err(error) => return Err(error),
+                }
             }
             SetOutcome::Kept
         } else if missing.is_empty() {

@@ -100,20 +100,20 @@ impl Volume {
         Ok(info)
     }
 
-    /// Keeps the snapshot of the set. Only after all members' snapshots are durable. Blocking.
+    /// Keeps the snapshot of the set. Only after all members' snapshots are durable. Once it is kept, asking
+    /// again changes nothing. Blocking.
     pub fn keep_set(&self, set_id: SetId) -> Result<()> {
         self.shared.check_writable()?;
         let _work = lock(&self.shared.maintenance);
-        let undecided = self
-            .shared
-            .core()
-            .state
-            .table
-            .all()
+        let state = self
+            .snapshots()
             .iter()
-            .any(|s| s.set_id == set_id && s.state == SnapshotState::Provisional);
-        if !undecided {
-            return Ok(());
+            .find(|snapshot| snapshot.set_id == set_id)
+            .map(|snapshot| snapshot.state);
+        match state {
+            None => return Err(StoreError::NoSuchSet(set_id)),
+            Some(SnapshotState::Kept) => return Ok(()),
+            Some(SnapshotState::Provisional) => {}
         }
         self.shared.change_table(&[Record::Keep { set_id }])
     }
