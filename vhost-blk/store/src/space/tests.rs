@@ -1,3 +1,5 @@
+//! Tests of free and used blocks of the log.
+
 use super::*;
 
 fn space(limit_blocks: u64) -> Space {

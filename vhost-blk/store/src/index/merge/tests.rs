@@ -1,3 +1,5 @@
+//! Tests of merging the index's runs.
+
 use super::*;
 use crate::units::LogBlock;
 

@@ -1,3 +1,5 @@
+//! Tests of the file behind `BlockFile`.
+
 use super::*;
 
 fn access(direct: bool) -> Access {
