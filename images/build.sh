@@ -13,6 +13,7 @@ target=${CARGO_TARGET_DIR:-$top/target}
 cache=$target/images
 triple=x86_64-unknown-linux-gnu
 programs=$target/$triple/release
+guest_programs=(guest-agent sqlite-writer guest-shell guest-load)
 
 say() { echo "images: $*" >&2; }
 
@@ -23,7 +24,7 @@ build_programs() {
     # A build inside `cargo test` must not inherit what cargo told that run.
     env -u CARGO_ENCODED_RUSTFLAGS RUSTFLAGS="-C target-feature=+crt-static" \
         cargo build --quiet --locked --release --target "$triple" --bins \
-        -p vhost-blk -p guest-agent -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
+        -p vhost-blk -p guest-agent -p sqlite-writer -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
 }
 
 # The words of a list without its comments.
@@ -121,7 +122,7 @@ build_image() { # build_image OUTPUT BASE
     rm -rf "$work" && mkdir -p "$work/root/bin" "$work/root/etc/vmshadow" "$work/out"
     cp "$recipe/init" "$work/root/init"
     cp "$recipe/start-agent" "$work/root/bin/"
-    for program in guest-agent guest-shell guest-load; do
+    for program in "${guest_programs[@]}"; do
         strip -o "$work/root/bin/$program" "$programs/$program"
     done
     pack "$work/root" "$work/out/own.cpio"
@@ -147,7 +148,7 @@ base=$cache/base-$(cat "$cache/packages.new" "$recipe/packages" "$recipe/modules
 if [ ! -d "$base" ]; then
     build_base "$base" "$cache/packages.new"
 fi
-image=$cache/small-$({ echo "$base"; cat "$recipe/init" "$recipe/start-agent" "$programs"/guest-{agent,shell,load}; } | sha256sum | head -c 16)
+image=$cache/small-$({ echo "$base"; cat "$recipe/init" "$recipe/start-agent" "${guest_programs[@]/#/$programs/}"; } | sha256sum | head -c 16)
 if [ ! -d "$image" ]; then
     say "packing $(basename "$image")"
     build_image "$image" "$base"
