@@ -29,6 +29,15 @@ impl FileSystem {
             Self::Xfs => "xfs",
         }
     }
+
+    /// Mount options. Two copies of one XFS carry one identity, which it refuses to mount twice.
+    #[must_use]
+    pub fn mount_options(self) -> &'static str {
+        match self {
+            Self::Ext4 => "rw",
+            Self::Xfs => "rw,nouuid",
+        }
+    }
 }
 
 /// 256 MiB: enough for every scenario, sparse on the host.

@@ -9,6 +9,7 @@
 pub mod bridge;
 pub mod daemon;
 pub mod disk;
+pub mod figures;
 pub mod guest;
 pub mod image;
 pub mod load;
@@ -16,5 +17,6 @@ pub mod oracle;
 pub mod process;
 pub mod qmp;
 pub mod requires;
+pub mod site;
 pub mod vm;
 pub mod wait;

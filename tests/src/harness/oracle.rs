@@ -82,7 +82,7 @@ pub struct Window {
     pub asked_us: u64,
     /// The guest's clock after the answer: what was begun after it is not in the copy.
     pub answered_us: u64,
-    /// How long the agent says that file systems were frozen, in milliseconds.
+    /// How long the agent says that this database's file system was frozen at least, in milliseconds.
     pub hold_ms: u64,
 }
 

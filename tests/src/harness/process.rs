@@ -26,9 +26,10 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`; both outputs go to `output`.
+    /// Starts `command`; its outputs go to the files `OUTPUT.out` and `OUTPUT.err`.
     pub fn start(name: &str, command: Command, output: &Path) -> Result<Self> {
-        let file = File::create(output).with_context(|| output.display().to_string())?;
+        let stdout = File::create(output.with_added_extension("out"))?;
+        let stderr = File::create(output.with_added_extension("err"))?;
         let mut wrapped = Command::new("setpriv");
         wrapped.args(["--pdeathsig", "KILL", "--"]);
         wrapped.arg(command.get_program()).args(command.get_args());
@@ -38,10 +39,7 @@ impl Process {
                 None => wrapped.env_remove(key),
             };
         }
-        wrapped
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file);
+        wrapped.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
         let child = spawn(wrapped).with_context(|| format!("cannot start {name}"))?;
         Ok(Self {
             name: name.to_owned(),
@@ -56,12 +54,21 @@ impl Process {
         self.child.id()
     }
 
-    /// What it has printed so far.
+    /// What it has written to standard output so far.
     #[must_use]
-    pub fn output(&self) -> String {
-        fs::read(&self.output)
-            .map(|b| String::from_utf8_lossy(&b).into_owned())
-            .unwrap_or_default()
+    pub fn stdout(&self) -> String {
+        self.read("out")
+    }
+
+    /// What it has written to standard error so far.
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        self.read("err")
+    }
+
+    fn read(&self, extension: &str) -> String {
+        let bytes = fs::read(self.output.with_added_extension(extension)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Sends a signal.
@@ -89,7 +96,8 @@ impl Process {
     pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
         let what = format!("the end of {}", self.name);
         let child = &mut self.child;
-        wait::until(&what, deadline, || Ok(child.try_wait()?)).with_context(|| self.output())
+        let ended = wait::until(&what, deadline, || Ok(child.try_wait()?));
+        ended.with_context(|| self.stderr())
     }
 
     /// Waits until it has stopped itself (SIGSTOP): state `T` in /proc.
@@ -97,7 +105,8 @@ impl Process {
         let stat = format!("/proc/{}/stat", self.pid());
         wait::until(&format!("{} to stop", self.name), deadline, || {
             if let Some(status) = self.child.try_wait()? {
-                return Err(anyhow!("{} ended ({status}): {}", self.name, self.output()));
+                let said = self.stdout() + &self.stderr();
+                return Err(anyhow!("{} ended ({status}): {said}", self.name));
             }
             // The state is the word after the name in brackets.
             let text = fs::read_to_string(&stat)?;

@@ -23,6 +23,9 @@ use crate::guest_protocol::{AGENT_PORT, LOAD_PORT, QGA_PORT, SHELL_PORT};
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr \
      no_timer_check tsc=reliable cryptomgr.notests rodata=off";
 
+/// Queues of a vhost-user disk.
+const QUEUES: u32 = 2;
+
 #[derive(Clone, Debug)]
 enum Backing {
     VhostUser(PathBuf),
@@ -182,7 +185,7 @@ impl VmBuilder {
             disk_arguments(&mut qemu, number, disk);
         }
         let begin = Instant::now();
-        let process = Process::start(&self.name, qemu, &directory.path().join("qemu.log"))?;
+        let process = Process::start(&self.name, qemu, &directory.path().join("qemu"))?;
         let mut vm = Vm {
             name: self.name,
             process,
@@ -216,7 +219,12 @@ impl VmBuilder {
             .iter()
             .filter_map(|disk| {
                 let (point, file_system) = disk.mount.as_ref()?;
-                Some(format!("{}:{point}:{}", disk.serial, file_system.name()))
+                let options = file_system.mount_options().replace(',', "+");
+                Some(format!(
+                    "{}:{point}:{}:{options}",
+                    disk.serial,
+                    file_system.name()
+                ))
             })
             .collect();
         let agent = if self.agent { "on" } else { "off" };
@@ -234,7 +242,7 @@ fn server(socket: &Path) -> String {
 fn disk_arguments(qemu: &mut Command, number: usize, disk: &Disk) {
     match &disk.backing {
         Backing::VhostUser(socket) => {
-            // One queue: stock backends refuse more than they have, and QEMU asks one per CPU.
+            // QEMU asks one queue per CPU and refuses a backend that has fewer: say how many.
             qemu.arg("-chardev")
                 .arg(format!(
                     "socket,id=vhost{number},path={},reconnect=1",
@@ -242,7 +250,7 @@ fn disk_arguments(qemu: &mut Command, number: usize, disk: &Disk) {
                 ))
                 .arg("-device")
                 .arg(format!(
-                    "vhost-user-blk-pci,id=disk{number},chardev=vhost{number},num-queues=1"
+                    "vhost-user-blk-pci,id=disk{number},chardev=vhost{number},num-queues={QUEUES}"
                 ));
         }
         Backing::File(path) => {
@@ -311,7 +319,7 @@ impl Vm {
             "{}: console:\n{}\nqemu:\n{}",
             self.name,
             self.console(),
-            self.process.output()
+            self.process.stderr()
         )
     }
 

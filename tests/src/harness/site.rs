@@ -1,0 +1,316 @@
+//! A whole site: disks, the daemon that serves them, a machine with the agent, and `vmshadow` beside it.
+//!
+//! Called by scenarios, the demo and the measuring commands. Disk NAME has the serial NAME and is mounted on
+//! `/mnt/NAME`; a load keeps its database in `/mnt/NAME/load.db`.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::bridge::{Answer, Bridge};
+use super::daemon::VhostBlk;
+use super::disk::{self, FileSystem};
+use super::load::Load;
+use super::oracle::{self, Found, Restored, Window};
+use super::vm::{Vm, VmBuilder};
+use super::wait;
+use crate::guest_protocol::{AGENT_PORT, Ack, QGA_PORT};
+
+/// A disk of a site.
+#[derive(Clone, Debug)]
+pub struct SiteDisk {
+    /// Volume, serial and the last part of the mount point.
+    pub name: String,
+    /// What is on it.
+    pub file_system: FileSystem,
+    /// The base file.
+    pub base: PathBuf,
+}
+
+/// Everything of one scenario. Dropped in this order: machine, daemon, files.
+#[derive(Debug)]
+pub struct Site {
+    /// The machine.
+    pub vm: Vm,
+    /// Who serves its disks.
+    pub daemon: VhostBlk,
+    /// `vmshadow` for this machine.
+    pub bridge: Bridge,
+    /// The disks.
+    pub disks: Vec<SiteDisk>,
+    directory: TempDir,
+}
+
+/// A set that was made, and when.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    /// The set document.
+    pub answer: Answer,
+    /// The guest's clock around it.
+    pub window: Window,
+}
+
+impl Site {
+    /// Makes the disks, starts the daemon, boots the machine.
+    pub fn start(name: &str, disks: &[(&str, FileSystem)]) -> Result<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix("vmshadow-site-")
+            .tempdir()?;
+        let mut made = Vec::new();
+        for (name, file_system) in disks {
+            let base = disk::create(directory.path(), name, *file_system)?;
+            made.push(SiteDisk {
+                name: (*name).to_owned(),
+                file_system: *file_system,
+                base,
+            });
+        }
+        let daemon = VhostBlk::start(directory.path(), &made)?;
+        let mut machine = VmBuilder::new(name).with_agent();
+        for disk in &made {
+            machine = machine
+                .vhost_user(&disk.name, &daemon.socket(&disk.name))
+                .mounted(&format!("/mnt/{}", disk.name), disk.file_system);
+        }
+        let vm = machine.boot().with_context(|| daemon.log())?;
+        let bridge = Bridge::new(
+            &vm.qmp_socket(),
+            &vm.port(AGENT_PORT),
+            daemon.control(),
+            &directory.path().join("vmshadow"),
+        )?;
+        Ok(Self {
+            vm,
+            daemon,
+            bridge,
+            disks: made,
+            directory,
+        })
+    }
+
+    /// A directory for files of the scenario.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Installs a script writer in the guest: one executable per event.
+    pub fn script_writer(&self, name: &str, scripts: &[(&str, &str)]) -> Result<()> {
+        let directory = format!("/etc/vmshadow/writers/{name}");
+        self.vm
+            .shell(&format!("mkdir -p {directory} && chmod 700 {directory}"))?;
+        for (file, body) in scripts {
+            let body = body.replace('\'', "'\\''");
+            // `writer.json` holds settings, everything else is an executable for one event.
+            let head = if *file == "writer.json" {
+                ""
+            } else {
+                "#!/bin/sh\\n"
+            };
+            self.vm.shell(&format!(
+                "printf '{head}%s\\n' '{body}' >{directory}/{file} && chmod 700 {directory}/{file}"
+            ))?;
+        }
+        Ok(())
+    }
+
+    /// Starts the SQLite writer on the load's databases and waits until the agent knows it.
+    pub fn sqlite_writer(&self) -> Result<()> {
+        let databases: Vec<_> = self
+            .disks
+            .iter()
+            .map(|disk| format!("--database /mnt/{}/load.db", disk.name))
+            .collect();
+        // It is never waited for: it ends with the machine, or with a scenario that kills it.
+        drop(
+            self.vm
+                .guest()?
+                .start(&format!("exec sqlite-writer {}", databases.join(" ")))?,
+        );
+        wait::until("the SQLite writer to register", wait::STEP, || {
+            let writers = self.bridge.run(&["list", "writers"])?.succeeded()?;
+            Ok(writers
+                .document
+                .to_string()
+                .contains("SQLite")
+                .then_some(()))
+        })
+    }
+
+    /// A writer that agrees to everything: without any, nobody speaks for the applications.
+    pub fn willing_writer(&self) -> Result<()> {
+        self.script_writer("willing", &[("freeze", "exit 0"), ("thaw", "exit 0")])
+    }
+
+    /// Starts a load with one database on every disk.
+    pub fn load(&self) -> Result<Load> {
+        let databases: Vec<_> = self
+            .disks
+            .iter()
+            .map(|disk| format!("/mnt/{}/load.db", disk.name))
+            .collect();
+        let names: Vec<_> = databases.iter().map(String::as_str).collect();
+        Load::start(&self.vm, &names)
+    }
+
+    /// `vmshadow create` that succeeds at the application level.
+    pub fn create(&self, arguments: &[&str]) -> Result<Taken> {
+        let asked_us = self.vm.guest()?.boottime_us()?;
+        let answer = self
+            .try_create(arguments)?
+            .succeeded()
+            .with_context(|| self.log())?;
+        // /proc/uptime is cut to hundredths: the true time may be up to that much later.
+        let answered_us = self.vm.guest()?.boottime_us()? + 10_000;
+        ensure!(answer.at("/level-reached")? == "application", "{answer:#?}");
+        // The file system that was frozen last was held for at least this long (both are cut to milliseconds).
+        let guest_ms = |name| {
+            answer
+                .at(&format!("/timings/guest/{name}"))?
+                .as_u64()
+                .context(name)
+        };
+        let hold_ms = guest_ms("hold-ms")?.saturating_sub(guest_ms("filesystems-ms")? + 1);
+        Ok(Taken {
+            answer,
+            window: Window {
+                asked_us,
+                answered_us,
+                hold_ms,
+            },
+        })
+    }
+
+    /// `vmshadow create`, whatever comes of it.
+    pub fn try_create(&self, arguments: &[&str]) -> Result<Answer> {
+        let mut all = vec!["create"];
+        all.extend_from_slice(arguments);
+        self.bridge.run(&all)
+    }
+
+    /// Reads every copy of a set into a file of its own, in the order of the disks.
+    pub fn read_back(&self, set: &Answer, name: &str) -> Result<Vec<PathBuf>> {
+        let copies = set.at("/copies")?.as_array().context("copies")?;
+        let mut files = Vec::new();
+        for disk in &self.disks {
+            let copy = copies
+                .iter()
+                .find(|copy| copy["volume"] == json!(disk.name));
+            let snapshot = copy.and_then(|copy| copy["snapshot"].as_str());
+            let snapshot =
+                snapshot.with_context(|| format!("no copy of {}: {set:#?}", disk.name))?;
+            let file = self
+                .directory
+                .path()
+                .join(format!("{name}-{}.raw", disk.name));
+            let output = file.to_str().context("path")?;
+            self.bridge
+                .run(&["read", snapshot, "--output", output])?
+                .succeeded()?;
+            files.push(file);
+        }
+        Ok(files)
+    }
+
+    /// Judges copies of this site's disks, one file per disk, in a second machine.
+    pub fn judge(&self, files: &[PathBuf]) -> Result<Vec<Found>> {
+        let copies: Vec<_> = files
+            .iter()
+            .zip(self.disks.iter().cycle())
+            .map(|(image, disk)| Restored {
+                image,
+                file_system: disk.file_system,
+                database: "load.db",
+            })
+            .collect();
+        oracle::judge(&copies)
+    }
+
+    /// Compares the databases of one set, in the order of the disks, with what was acknowledged, and with each other:
+    /// they are of one instant, so each may be one transaction behind the one before, and never ahead.
+    pub fn compare(&self, found: &[Found], acks: &[Ack], window: &Window) -> Result<()> {
+        ensure!(found.len() == self.disks.len(), "{found:?}");
+        for (number, database) in found.iter().enumerate() {
+            oracle::compare(database, number, acks, window)
+                .with_context(|| format!("database on disk {number}, {window:?}"))?;
+        }
+        for pair in found.windows(2) {
+            if let [first, second] = pair {
+                let ahead = first.last.checked_sub(second.last);
+                ensure!(
+                    ahead.is_some_and(|ahead| ahead <= 1),
+                    "not one instant: {found:?}"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing of a set is left: the daemon has no snapshot, the machine's disks take writes, the load goes on.
+    pub fn is_unharmed(&self, load: &Load) -> Result<()> {
+        self.is_thawed(wait::STEP)?;
+        load.wait_for_more_within(5 * self.disks.len(), wait::STEP)?;
+        let left = self.daemon.snapshots()?;
+        ensure!(left.is_empty(), "snapshots are left: {left:#?}");
+        Ok(())
+    }
+
+    /// Waits until every file system takes a write.
+    pub fn is_thawed(&self, deadline: Duration) -> Result<()> {
+        for disk in &self.disks {
+            let probe = self
+                .vm
+                .guest()?
+                .start(&format!("touch /mnt/{}/probe", disk.name))?;
+            let answer = probe.wait(deadline).with_context(|| self.log())?;
+            ensure!(answer.status == 0, "{answer:?}");
+        }
+        Ok(())
+    }
+
+    /// Waits until the agent itself says that nothing is frozen, over the QEMU guest agent protocol. Unlike
+    /// [`Site::is_thawed`] it needs no disk that answers.
+    pub fn agent_says_thawed(&self, deadline: Duration) -> Result<()> {
+        let port = UnixStream::connect(self.vm.port(QGA_PORT))?;
+        port.set_read_timeout(Some(wait::STEP))?;
+        let mut answers = BufReader::new(port.try_clone()?);
+        wait::until("the agent to say thawed", deadline, || {
+            (&port).write_all(b"{\"execute\":\"guest-fsfreeze-status\"}\n")?;
+            let mut line = String::new();
+            answers.read_line(&mut line)?;
+            let answer: Value = serde_json::from_str(&line).context(line)?;
+            Ok((answer["return"] == "thawed").then_some(()))
+        })
+    }
+
+    /// The set was refused for this reason, at exit code 3.
+    pub fn was_refused(&self, answer: &Answer, codes: &[&str]) -> Result<()> {
+        ensure!(
+            answer.code == 3,
+            "exit code {}: {answer:#?}\n{}",
+            answer.code,
+            self.log()
+        );
+        let code = answer.at("/reason/code")?;
+        ensure!(
+            codes.iter().any(|wanted| code == wanted),
+            "{code}: {answer:#?}"
+        );
+        ensure!(
+            answer.at("/copies")? == &Value::Array(Vec::new()),
+            "{answer:#?}"
+        );
+        Ok(())
+    }
+
+    /// Console, QEMU's and the daemon's output, for messages.
+    #[must_use]
+    pub fn log(&self) -> String {
+        format!("{}\nvhost-blk:\n{}", self.vm.log(), self.daemon.log())
+    }
+}
