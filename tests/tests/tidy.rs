@@ -16,16 +16,37 @@ use vmshadow_tests::harness::image::project;
 /// Per crate: its rooms from left to right. A room may name rooms after it, never one before it.
 /// Rooms not listed (`error`, `units` and the like) are the vocabulary of all.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("vhost-blk", &["control", "frontend", "engine"]),
+    (
+        "vhost-blk",
+        &["daemon", "config", "control", "frontend", "engine"],
+    ),
     (
         "guest-agent",
-        &["session", "quiesce", "writer", "filesystem"],
+        &[
+            "qga",
+            "native",
+            "quiesce",
+            "writer",
+            "hold",
+            "filesystem",
+            "transport",
+            "clock",
+            "journal",
+        ],
     ),
     (
         "qmp-bridge",
-        &["cli", "snapshot", "guest", "storage", "qmp"],
+        &[
+            "cli", "daemon", "sets", "snapshot", "vm", "guest", "storage", "qmp", "link",
+        ],
     ),
     ("tests", &["harness", "guest_protocol"]),
+];
+
+/// Edges to the left that stand for now, each with its reason.
+const EXCEPTIONS: &[(&str, &str)] = &[
+    // A writer's connection that closes must reach the state machine, which in turn sends through writers.
+    ("guest-agent/src/writer/socket.rs", "quiesce"),
 ];
 
 /// The crates of the workspace, whose `src` is under the rules.
@@ -35,6 +56,7 @@ const CRATES: &[&str] = &[
     "vhost-blk/wire",
     "guest-agent",
     "guest-agent/wire",
+    "guest-agent/writers/sqlite",
     "qmp-bridge",
     "tests",
 ];
@@ -186,6 +208,9 @@ fn a_room_names_only_rooms_to_its_right() {
             let room = first.trim_end_matches(".rs");
             let text = fs::read_to_string(&path).unwrap();
             for named in edges_to_the_left(rooms, room, &text) {
+                if EXCEPTIONS.contains(&(shown(&path).as_str(), named.as_str())) {
+                    continue;
+                }
                 wrong.push(format!(
                     "{} names {named}, which is to the left of {room}",
                     shown(&path)
