@@ -4,7 +4,7 @@
 
 mod rig;
 
-use rig::{Probe, Rig, can_run, freeze_arguments, is_frozen, kill_9, run, wait_until};
+use rig::{Bridge, Probe, Rig, can_run, freeze_arguments, is_frozen, kill_9, run, wait_until};
 use serde_json::json;
 use std::time::{Duration, Instant};
 
@@ -368,4 +368,98 @@ fn a_second_agent_on_the_same_state_directory_does_not_start() {
     wait_until("the first goes on", || {
         rig.bridge().status()["frozen"] == false
     });
+}
+
+#[test]
+fn a_helper_that_is_stopped_while_frozen_is_replaced_after_the_limit() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let frozen = bridge.ok("freeze", freeze_arguments(300));
+    let helper = rig.helper_pid();
+    run("kill", &["-STOP", &helper.to_string()]);
+    let mut probe = Probe::start(&rig.mountpoint("a"));
+    probe.wait_done();
+    let generation = frozen["generation"].clone();
+    let error = bridge.error("thaw", json!({"set": "s", "generation": generation}));
+    assert_eq!(error["code"], "HOLD_BROKEN");
+    wait_until("another helper runs", || {
+        rig::children(rig.agent_pid())
+            .iter()
+            .any(|child| *child != helper)
+    });
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
+}
+
+/// A file system whose disk is a file on another one, which a third party froze: FIFREEZE does not come back.
+fn with_a_freeze_that_hangs(check: impl FnOnce(&mut Rig, &mut Bridge)) {
+    let mut rig = Rig::new();
+    // Beside `mnt`, so the agent does not know it.
+    let outer_image = rig.path("outer.img");
+    let outer = rig.mount_image("../outer", "ext4", &outer_image);
+    let image = outer.join("inner.img");
+    let inner = rig.mount_image("inner", "ext4", &image);
+    rig.start();
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    run("fsfreeze", &["-f", outer.to_str().unwrap()]);
+    std::fs::write(inner.join("dirty"), vec![1; 100_000]).unwrap();
+    let error = bridge.error("freeze", freeze_arguments(500));
+    assert_eq!(error["code"], "FLUSH_WRITES_TIMEOUT", "{error:#}");
+    check(&mut rig, &mut bridge);
+    run("fsfreeze", &["-u", outer.to_str().unwrap()]);
+    let mut probe = Probe::start(&inner);
+    probe.wait_done();
+    wait_until("it is not frozen any more", || !is_frozen(&inner));
+}
+
+#[test]
+fn a_freeze_that_hangs_is_given_up_and_thawed_when_it_comes_back() {
+    if !can_run(&[]) {
+        return;
+    }
+    with_a_freeze_that_hangs(|_, bridge| {
+        // Until then that file system cannot be in another set.
+        let error = bridge.error("prepare", json!({"set": "s", "limit_ms": 3_000}));
+        assert_eq!(error["code"], "FREEZE_FAILED");
+        assert_eq!(bridge.status()["frozen"], false);
+    });
+}
+
+#[test]
+fn a_freeze_that_hangs_is_thawed_when_it_comes_back_though_the_agent_was_killed() {
+    if !can_run(&[]) {
+        return;
+    }
+    with_a_freeze_that_hangs(|rig, _| rig.kill_agent());
+}
+
+#[test]
+fn a_file_system_without_a_freeze_operation_is_reported_as_not_held() {
+    if !can_run(&["mkfs.vfat"]) {
+        return;
+    }
+    let known = std::fs::read_to_string("/proc/filesystems").unwrap();
+    if !known.contains("vfat") {
+        eprintln!("skipped: this kernel has no vfat");
+        return;
+    }
+    let mut rig = Rig::new();
+    rig.mount("a", "ext4");
+    rig.mount("efi", "vfat");
+    rig.start();
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    let efi = &frozen["filesystems"][1];
+    assert_eq!(
+        (&efi["result"], &efi["errno"]),
+        (&json!("failed"), &json!(95))
+    );
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
 }

@@ -95,6 +95,12 @@ impl Holder {
         Ok(())
     }
 
+    /// Ends a helper that is dead or silent. What it held must be thawed by hand.
+    pub fn kill(&mut self) {
+        // It may be gone already.
+        self.child.kill().unwrap_or(());
+    }
+
     /// Asks it to open these file systems, in this order. Answered by one `Opened` each.
     pub fn open(&mut self, filesystems: &[&Filesystem]) -> Result<(), Errno> {
         if filesystems.len() > SLOTS_MAX {

@@ -5,7 +5,7 @@
 //! answer is given; nothing is said to have been held that a file system, a writer or the clock denies.
 
 use super::cause::{Cause, error};
-use super::filesystems::{Choice, Held};
+use super::filesystems::{Choice, GRACE_MS, Held};
 use super::participant::{Participant, Step};
 use super::service::{Answer, Request, Service, Signal};
 use super::state::{Effect, Event, Machine, Owner, Phase, Refusal};
@@ -75,6 +75,13 @@ pub(super) struct Set {
     pub(super) freeze_asked: bool,
     /// Why the hold is lost although it goes on.
     pub(super) broken: Option<Cause>,
+}
+
+impl Set {
+    /// When the helper must have ended the hold by itself, with some grace.
+    pub(super) fn silence_end(&self) -> Option<BootTime> {
+        self.hold_end.map(|end| end.plus_ms(GRACE_MS))
+    }
 }
 
 /// See the file's head.
@@ -177,7 +184,10 @@ impl Actor {
                     }
                 }
                 Signal::WindowOver => {
-                    if let Some(cause) = self.window_cause() {
+                    if self.set.silence_end().is_some_and(BootTime::is_past) {
+                        self.broke(Cause::HelperDied, false);
+                        self.revive_helper();
+                    } else if let Some(cause) = self.window_cause() {
                         self.broke(cause, true);
                     }
                 }

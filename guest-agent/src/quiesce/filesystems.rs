@@ -17,7 +17,7 @@ use std::time::Duration;
 /// Time to open all mount points, milliseconds.
 const OPEN_MS: u64 = 5_000;
 /// What the agent waits longer than the helper's own limits, milliseconds.
-const GRACE_MS: u64 = 1_000;
+pub(super) const GRACE_MS: u64 = 1_000;
 
 /// What becomes of a file system in this set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,6 +228,7 @@ impl Actor {
         let hold_ms = self.set.hold_ms;
         self.set.hold_end = Some(BootTime::now().plus_ms(hold_ms));
         self.set.freeze_asked = true;
+        self.set_window();
         self.ask_helper(Ask::Freeze {
             generation,
             hold_ms,
@@ -283,7 +284,9 @@ impl Actor {
         if !std::mem::take(&mut self.set.freeze_asked) {
             return;
         }
-        let mut lost = self.ask_helper(Ask::Thaw { generation }).is_err() || self.helper_died;
+        let is_silent = self.set.silence_end().is_some_and(BootTime::is_past);
+        let mut lost = self.ask_helper(Ask::Thaw { generation }).is_err();
+        lost |= self.helper_died || is_silent;
         let steps = self.slots().map(|held| held.filesystem.step).max();
         let steps = u64::from(steps.unwrap_or(0)) + 1;
         let until = BootTime::now().plus_ms(steps * THAW_STEP_MS + GRACE_MS);
@@ -330,6 +333,8 @@ impl Actor {
 
     /// The helper is dead or silent: thaws by the duplicates what it froze or was freezing.
     fn thaw_by_hand(&mut self) {
+        // A helper that does not do its work makes way for another.
+        self.holder.kill();
         self.set.broken.get_or_insert(Cause::HelperDied);
         let slots: Vec<u32> = self
             .slots()

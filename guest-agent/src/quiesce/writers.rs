@@ -135,7 +135,7 @@ impl Actor {
             }
         }
         // Scripts are told after the file systems' thaw; ringing for them until then would be in vain.
-        self.alarm.set(None).unwrap_or(());
+        self.alarm.set(self.set.silence_end()).unwrap_or(());
     }
 
     /// Sends `step` to these writers and waits for their answers, each until its own deadline and all until `until`.
@@ -243,10 +243,11 @@ impl Actor {
         })
     }
 
-    /// Sets the alarm to the end of the shortest window of a writer that has answered its freeze. One that has not is late by
+    /// Sets the alarm to the time when the helper must have spoken, or to the end of the shortest window of a writer that has answered its freeze. One that has not is late by
     /// the deadline of its answer.
     pub(super) fn set_window(&mut self) {
-        let end = self.shortest_window().map(|(end, _)| end);
+        let window = self.shortest_window().map(|(end, _)| end);
+        let end = window.into_iter().chain(self.set.silence_end()).min();
         self.alarm.set(end).unwrap_or(());
     }
 

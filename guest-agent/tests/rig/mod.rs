@@ -260,15 +260,18 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        // The order matters: thaw first, or unmounting waits for ever.
-        for mount in self.mounts.iter().rev() {
-            Command::new("fsfreeze")
-                .arg("-u")
-                .arg(mount)
-                .stderr(Stdio::null())
-                .status()
-                .map(drop)
-                .unwrap_or(());
+        // Thaw first, or unmounting waits for ever; all at once, since a thaw may itself wait for that of another one.
+        let thaws: Vec<Child> = self
+            .mounts
+            .iter()
+            .filter_map(|mount| {
+                let mut command = Command::new("fsfreeze");
+                command.arg("-u").arg(mount).stderr(Stdio::null());
+                command.spawn().ok()
+            })
+            .collect();
+        for mut thaw in thaws {
+            thaw.wait().map(drop).unwrap_or(());
         }
         if let Some(agent) = &mut self.agent {
             agent.kill().unwrap_or(());
