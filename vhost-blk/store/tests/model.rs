@@ -6,7 +6,7 @@ mod harness;
 use harness::{Methods, Model, Op, Verdict, World, history, memory_files, small_options};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
-use vhost_blk_store::{Maintenance, Method};
+use vhost_blk_store::{Maintenance, Method, StoreError};
 
 fn run(ops: &[Op], sectors: u64) {
     let model = Model::new(sectors);
@@ -105,4 +105,74 @@ fn settling_goes_on_after_a_checkpoint_freed_more_in_the_middle_of_a_pass() {
         },
     ];
     run(&ops, 131);
+}
+
+#[test]
+fn full_log_refuses_writes_and_changes_nothing() {
+    let mut refused = 0;
+    for seed in 0..24 {
+        let model = Model::new(131);
+        let mut options = small_options(1);
+        // Not a whole number of segments, and less than the volume.
+        options.log_limit_bytes = 11 * 4096;
+        let mut world = World::new(memory_files(model.bytes()), options, model);
+        for op in history(seed, Methods::Mixed, 200, 131) {
+            let before = world.model.clone();
+            match world.try_apply(&op) {
+                Ok(()) => {}
+                Err(StoreError::NoSpace) => {
+                    refused += 1;
+                    world.model = before;
+                }
+                Err(error) => panic!("{op:?}: {error:?}"),
+            }
+            world.compare();
+        }
+        while !world.model.snapshots.is_empty() {
+            world.apply(&Op::Delete { which: 0 });
+        }
+        while world.volume().maintain(8).unwrap() == Maintenance::More {}
+        assert!(world.volume().is_plain());
+        world.compare();
+    }
+    assert!(refused > 100, "only {refused} writes found the log full");
+}
+
+#[test]
+fn journal_and_memory_stay_bounded_without_any_maintenance() {
+    let model = Model::new(131);
+    let options = small_options(1);
+    let (journal_bytes, memtable_records) = (options.journal_bytes, options.memtable_records);
+    let mut world = World::new(memory_files(model.bytes()), options, model);
+    for round in 0..60 {
+        let method = if round % 2 == 0 {
+            Method::RedirectOnWrite
+        } else {
+            Method::CopyOnWrite
+        };
+        world.apply(&Op::Snapshot {
+            method,
+            verdict: Verdict::Keep,
+        });
+        for block in 0..16 {
+            world.apply(&Op::Write {
+                sector: block * 8,
+                count: 8,
+            });
+        }
+        if round > 3 {
+            world.apply(&Op::Delete { which: round });
+        }
+        for journal in &world.files.journal {
+            // A snapshot and a write may come on top of the bound before the next write waits.
+            assert!(journal.len_bytes().unwrap() < 5 * journal_bytes + 64 * 64);
+        }
+    }
+    world.compare();
+    // Versions that four or five snapshots can see, and what two checkpoints may hold back.
+    let records = world.volume().status().index_records;
+    assert!(
+        records < 17 * 8 + 8 * memtable_records as u64,
+        "{records} records"
+    );
 }
