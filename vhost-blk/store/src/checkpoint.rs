@@ -9,9 +9,9 @@ use crate::index::{Merge, MergeRule, Merged};
 use crate::journal::Entry;
 use crate::layout::{MAX_EPOCH, PAGE_BYTES, Seal};
 use crate::snapshot_table::SnapshotTable;
-use crate::space::{Bitmap, LogRun};
+use crate::space::Bitmap;
 use crate::superblock::Superblock;
-use crate::units::{Epoch, Generation, Incarnation, LogBlock, Sequence};
+use crate::units::{Epoch, Generation, Incarnation, Sequence};
 use crate::volume::{Core, Maintenance, Shared};
 
 /// A checkpoint under way.
@@ -54,8 +54,8 @@ impl Shared {
         for (start, count) in &core.reserved {
             (*start..start + count).for_each(|block| mapped_before.clear(block));
         }
-        for run in core.dropped.iter().flat_map(|(_, runs)| runs) {
-            (run.start.0..run.start.0 + run.count).for_each(|block| mapped_before.clear(block));
+        for (_, dropped) in &core.dropped {
+            mapped_before.remove(dropped);
         }
         let (mut table, mut epoch) = (core.state.table.clone(), core.state.epoch);
         let mut revert_to = None;
@@ -185,9 +185,9 @@ impl Shared {
             core.state.epoch = checkpoint.epoch;
         }
         let generation = core.pins.close();
-        let runs = runs_of(&checkpoint.mapped_before.minus(&merged.mapped));
-        if !runs.is_empty() {
-            core.dropped.push((generation, runs));
+        let dropped = checkpoint.mapped_before.minus(&merged.mapped);
+        if !dropped.is_empty() {
+            core.dropped.push((generation, dropped));
         }
         self.note_plain(core);
         maintenance.settle.note_checkpoint();
@@ -247,19 +247,4 @@ impl Shared {
         }
         Ok(())
     }
-}
-
-/// The set bits as runs of neighbours.
-fn runs_of(bits: &Bitmap) -> Vec<LogRun> {
-    let mut runs: Vec<LogRun> = Vec::new();
-    for bit in bits.ones() {
-        match runs.last_mut() {
-            Some(last) if last.start.0 + last.count == bit => last.count += 1,
-            Some(_) | None => runs.push(LogRun {
-                start: LogBlock(bit),
-                count: 1,
-            }),
-        }
-    }
-    runs
 }

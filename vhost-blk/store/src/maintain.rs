@@ -79,11 +79,11 @@ impl Shared {
             let mut core = self.core();
             let core = &mut *core;
             let mut waiting = Vec::new();
-            for (generation, runs) in std::mem::take(&mut core.dropped) {
+            for (generation, bits) in std::mem::take(&mut core.dropped) {
                 if core.pins.is_over(generation) {
-                    runs.into_iter().for_each(|run| core.space.free(run));
+                    core.space.free_all(&bits);
                 } else {
-                    waiting.push((generation, runs));
+                    waiting.push((generation, bits));
                 }
             }
             core.dropped = waiting;

@@ -248,7 +248,7 @@ impl Volume {
         journal: Journal,
     ) -> Volume {
         let mut space = Space::new(options.segment_bytes, options.log_limit_bytes);
-        loaded.mapped_blocks().for_each(|block| space.mark(block));
+        space.load(loaded.mapped);
         let mut settle = Settle::default();
         settle.note_checkpoint();
         let superblock = loaded.superblock;

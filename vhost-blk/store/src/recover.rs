@@ -12,7 +12,7 @@ use crate::layout::{self, LIVE, PAGE_BYTES, RECORD_BYTES, Seal};
 use crate::space::Bitmap;
 use crate::state::State;
 use crate::superblock::{self, SlotsFound, Superblock};
-use crate::units::{BLOCK_BYTES, BootId, Generation, Incarnation, LogBlock, Sequence};
+use crate::units::{BLOCK_BYTES, BootId, Generation, Incarnation, Sequence};
 use crate::volume::VolumeFiles;
 
 /// A volume as its files describe it.
@@ -369,11 +369,4 @@ fn decide(chain: &[Entry], superblock: &Superblock, same_boot: bool) -> Result<D
         }
     }
     Ok(decided)
-}
-
-impl Loaded {
-    /// Every log block in use, for the allocator.
-    pub(crate) fn mapped_blocks(&self) -> impl Iterator<Item = LogBlock> + '_ {
-        self.mapped.ones().map(LogBlock)
-    }
 }

@@ -39,6 +39,17 @@ impl Bitmap {
         }
     }
 
+    /// Clears every bit that is set in `other`.
+    pub(crate) fn remove(&mut self, other: &Bitmap) {
+        for (word, gone) in self.words.iter_mut().zip(&other.words) {
+            *word &= !gone;
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.words.iter().all(|word| *word == 0)
+    }
+
     /// Bits that are set here and not in `other`.
     pub(crate) fn minus(&self, other: &Bitmap) -> Bitmap {
         let words = self
@@ -169,20 +180,31 @@ impl Space {
         }
     }
 
-    /// Marks a block found in use at open; its segment counts as backed.
-    pub(crate) fn mark(&mut self, block: LogBlock) {
-        if self.allocated.get(block.0) {
-            return;
+    /// Takes over the blocks found in use at open; their segments count as backed.
+    pub(crate) fn load(&mut self, mapped: Bitmap) {
+        for (number, count) in self.by_segment(mapped.ones()) {
+            self.reach(number);
+            self.used_blocks += count;
+            if let Some(segment) = self.segments.get_mut(in_memory(number)) {
+                segment.used_blocks += count;
+                segment.backed = true;
+            }
+            self.note(number);
         }
-        let number = block.0 / self.segment_blocks;
-        self.reach(number);
-        self.allocated.set(block.0);
-        self.used_blocks += 1;
-        if let Some(segment) = self.segments.get_mut(in_memory(number)) {
-            segment.used_blocks += 1;
-            segment.backed = true;
+        self.allocated = mapped;
+    }
+
+    /// How many of the ascending blocks fall into each segment.
+    fn by_segment(&self, blocks: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
+        let mut counts: Vec<(u64, u64)> = Vec::new();
+        for block in blocks {
+            let number = block / self.segment_blocks;
+            match counts.last_mut() {
+                Some((last, count)) if *last == number => *count += 1,
+                Some(_) | None => counts.push((number, 1)),
+            }
         }
-        self.note(number);
+        counts
     }
 
     /// Allocates `count` blocks in as few runs as are at hand; `None` when there is no room.
@@ -236,19 +258,28 @@ impl Space {
         })
     }
 
-    /// Frees a run (I6 is the caller's).
+    /// Frees a run that no record names.
     pub(crate) fn free(&mut self, run: LogRun) {
-        for block in run.start.0..run.start.0 + run.count {
-            if !self.allocated.get(block) {
-                continue;
+        let blocks = run.start.0..run.start.0 + run.count;
+        let counts = self.by_segment(blocks.clone().filter(|block| self.allocated.get(*block)));
+        blocks.for_each(|block| self.allocated.clear(block));
+        self.give_back(&counts);
+    }
+
+    /// Frees many blocks at once (I6 is the caller's).
+    pub(crate) fn free_all(&mut self, bits: &Bitmap) {
+        let counts = self.by_segment(bits.ones().filter(|block| self.allocated.get(*block)));
+        self.allocated.remove(bits);
+        self.give_back(&counts);
+    }
+
+    fn give_back(&mut self, counts: &[(u64, u64)]) {
+        for (number, count) in counts {
+            self.used_blocks -= count;
+            if let Some(segment) = self.segments.get_mut(in_memory(*number)) {
+                segment.used_blocks -= count;
             }
-            self.allocated.clear(block);
-            self.used_blocks -= 1;
-            let number = block / self.segment_blocks;
-            if let Some(segment) = self.segments.get_mut(in_memory(number)) {
-                segment.used_blocks -= 1;
-            }
-            self.note(number);
+            self.note(*number);
         }
     }
 

@@ -18,7 +18,7 @@ use crate::journal::{Journal, Record};
 use crate::pins::{PinGeneration, Pins};
 use crate::settle::Settle;
 use crate::snapshot_table::SnapshotInfo;
-use crate::space::{LogRun, Space};
+use crate::space::{Bitmap, Space};
 use crate::state::State;
 use crate::superblock::Superblock;
 use crate::units::{BLOCK_BYTES, BootId, Epoch, SetId, SnapshotId, VolumeId};
@@ -165,7 +165,7 @@ pub(crate) struct Core {
     /// Log blocks allocated by plans that no record names yet.
     pub(crate) reserved: BTreeMap<u64, u64>,
     /// Log blocks that a durable checkpoint dropped, waiting for older I/O to end (I6).
-    pub(crate) dropped: Vec<(PinGeneration, Vec<LogRun>)>,
+    pub(crate) dropped: Vec<(PinGeneration, Bitmap)>,
     /// Something was dropped that only a checkpoint gives back.
     pub(crate) reclaim: bool,
     /// Blocks whose log space a discard gave up since the last checkpoint.

@@ -373,17 +373,17 @@ fn crash_everywhere(methods: Methods, seed: u64, images: u64) {
 
 #[test]
 fn redirect_on_write_survives_every_crash() {
-    crash_everywhere(Methods::Redirect, 1_000, wanted_images(50_000));
+    crash_everywhere(Methods::Redirect, 1_000, wanted_images(30_000));
 }
 
 #[test]
 fn copy_on_write_survives_every_crash() {
-    crash_everywhere(Methods::Copy, 2_000, wanted_images(50_000));
+    crash_everywhere(Methods::Copy, 2_000, wanted_images(30_000));
 }
 
 #[test]
 fn mixed_methods_survive_every_crash() {
-    crash_everywhere(Methods::Mixed, 3_000, wanted_images(50_000));
+    crash_everywhere(Methods::Mixed, 3_000, wanted_images(30_000));
 }
 
 /// Three volumes under one switch, and the contents of every set that was begun.
@@ -474,7 +474,7 @@ fn check_sets(
 #[test]
 fn sets_over_volumes_are_kept_on_all_or_on_none() {
     const VOLUMES: usize = 3;
-    let wanted = wanted_images(12_000);
+    let wanted = wanted_images(8_000);
     let (mut tried, mut undecided, mut seed) = (0, 0, 9_000);
     while tried < wanted {
         seed += 1;
