@@ -91,6 +91,9 @@ pub struct ServeArgs {
     /// How data is moved [default: auto]
     #[arg(long, value_enum)]
     pub engine: Option<EngineKind>,
+    /// Most bytes the shadow storage of a disk may grow to; writes that need more are held [default: no limit]
+    #[arg(long, value_name = "BYTES")]
+    pub shadow_limit: Option<u64>,
     /// Open a base that was changed by somebody else while snapshots needed it unchanged
     #[arg(long)]
     pub force_base: bool,
@@ -108,6 +111,7 @@ struct ConfigFile {
     direct: Option<bool>,
     method: Option<MethodFlag>,
     num_queues: Option<u16>,
+    shadow_limit: Option<u64>,
     #[serde(default)]
     disk: Vec<DiskEntry>,
 }
@@ -158,6 +162,8 @@ pub struct Config {
     pub direct: bool,
     /// How data is moved.
     pub engine: EngineKind,
+    /// Most bytes of each disk's shadow storage.
+    pub shadow_limit_bytes: u64,
     /// Open a base that was changed by somebody else.
     pub force_base: bool,
 }
@@ -224,6 +230,7 @@ pub fn resolve(args: &ServeArgs) -> Result<Config, ConfigError> {
         control: control.as_deref().map(absolute).transpose()?,
         direct: !args.no_direct && file.direct.unwrap_or(true),
         engine: args.engine.or(file.engine).unwrap_or(EngineKind::Auto),
+        shadow_limit_bytes: args.shadow_limit.or(file.shadow_limit).unwrap_or(u64::MAX),
         force_base: args.force_base,
         disks,
     };

@@ -142,6 +142,7 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
             // `read-only` keeps the guest from writing; its snapshots are still ours to take and delete.
             read_only: false,
             force_base: config.force_base,
+            log_limit_bytes: config.shadow_limit_bytes,
             ..OpenOptions::default()
         };
         let deadline = Instant::now() + FENCE_MAX;

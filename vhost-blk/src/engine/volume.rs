@@ -10,9 +10,13 @@ use super::witness::Witness;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 use vhost_blk_store::Volume;
 use vhost_blk_wire::event::Event as WireEvent;
 use vhost_blk_wire::types::{Method, VolumeInfo};
+
+/// Longest window between mark and commit.
+const QUIET_MAX: Duration = Duration::from_secs(10);
 
 /// Tells the control socket's clients what happened. Must not block.
 pub type Notice = Arc<dyn Fn(WireEvent) + Send + Sync>;
@@ -75,8 +79,8 @@ pub struct VolumeEngine {
     /// False: every write is flushed before it is acknowledged. Outlives a front end: a guest that has switched its
     /// write cache off does not say so again when its front end reconnects.
     write_cache: AtomicBool,
-    /// Windows between mark and commit; maintenance stays away meanwhile.
-    quiet: Arc<AtomicUsize>,
+    /// A set is between mark and commit: maintenance stays away until then at most.
+    quiet_until: Arc<Mutex<Option<Instant>>>,
     /// The driver can flush; one that cannot expects every write to be durable.
     driver_flushes: AtomicBool,
     attached: Mutex<bool>,
@@ -94,11 +98,11 @@ impl std::fmt::Debug for VolumeEngine {
 
 /// Maintenance stays away from the volume as long as this lives.
 #[derive(Debug)]
-pub(super) struct QuietWindow(Arc<AtomicUsize>);
+pub(super) struct QuietWindow(Arc<Mutex<Option<Instant>>>);
 
 impl Drop for QuietWindow {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -141,7 +145,7 @@ impl VolumeEngine {
             without_room: AtomicUsize::new(0),
             chances_of_room: AtomicU64::new(0),
             write_cache: AtomicBool::new(true),
-            quiet: Arc::new(AtomicUsize::new(0)),
+            quiet_until: Arc::new(Mutex::new(None)),
             driver_flushes: AtomicBool::new(true),
             attached: Mutex::new(false),
             poisoned_told: AtomicBool::new(false),
@@ -218,15 +222,24 @@ impl VolumeEngine {
         self.chances_of_room.load(Ordering::SeqCst)
     }
 
+    /// Keeps maintenance away while a set is marked, but no longer than a window may last: a coordinator that marks and never
+    /// commits must not stop it. One set at a time is open on a volume.
     pub(super) fn quiet_window(&self) -> QuietWindow {
-        self.quiet.fetch_add(1, Ordering::SeqCst);
-        QuietWindow(Arc::clone(&self.quiet))
+        *self.lock_quiet() = Some(Instant::now() + QUIET_MAX);
+        QuietWindow(Arc::clone(&self.quiet_until))
+    }
+
+    fn lock_quiet(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.quiet_until
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// True while a set is between mark and commit on this volume.
     #[must_use]
     pub fn is_quiet(&self) -> bool {
-        self.quiet.load(Ordering::SeqCst) > 0
+        self.lock_quiet()
+            .is_some_and(|until| Instant::now() < until)
     }
 
     /// Tells once that the store has poisoned itself.

@@ -355,6 +355,9 @@ impl Worker {
             result = store.flush();
         }
         self.landed(&job);
+        if changes {
+            self.wake_overlapping();
+        }
         Started::Finished(self.outcome(&job, result))
     }
 
@@ -548,9 +551,7 @@ impl Worker {
     ) {
         drop(ticket);
         self.landed(&job);
-        if self.volume.overlapping.load(Ordering::SeqCst) > 0 {
-            self.volume.wake_queues();
-        }
+        self.wake_overlapping();
         let outcome = result.map_or(Outcome::Failed, |result| self.outcome(&job, result));
         if outcome == Outcome::Done && !self.volume.may_cache_writes() {
             self.volume
@@ -559,6 +560,13 @@ impl Worker {
             let _: Started = self.keep(job, None, Stage::Flushing);
         } else {
             self.done.push((job.token, outcome));
+        }
+    }
+
+    /// A write is through: requests of other queues may wait for its blocks.
+    fn wake_overlapping(&self) {
+        if self.volume.overlapping.load(Ordering::SeqCst) > 0 {
+            self.volume.wake_queues();
         }
     }
 
@@ -641,3 +649,6 @@ impl Drop for Worker {
 fn store_range(request: &Request) -> ByteRange {
     ByteRange::new(request.range.offset_bytes, request.range.length_bytes)
 }
+
+#[cfg(test)]
+mod tests;

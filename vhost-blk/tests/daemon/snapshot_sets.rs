@@ -113,7 +113,7 @@ fn sets_under_load(method: Method, engine: &str) {
         assert!(committed.hold_us > 0 && committed.since_mark_us >= committed.hold_us);
         taken.push((volume.snapshot.snapshot, before, after));
     }
-    let disk = workload.stop();
+    workload.stop();
     for (snapshot, before, after) in taken {
         let image = control.read_snapshot(snapshot);
         let shown = prefix_of(&image, 3, SLOTS);
@@ -123,7 +123,6 @@ fn sets_under_load(method: Method, engine: &str) {
             assert!(shown[queue] <= after[queue] + 1, "{shown:?} {after:?}");
         }
     }
-    drop(disk);
 }
 
 #[test]
@@ -593,6 +592,44 @@ fn a_revert_brings_the_disk_back_and_is_refused_while_a_front_end_is_connected()
     control.run(&SnapshotRevert { snapshot }).unwrap();
     let mut disk = rig.attach("a", 1);
     assert_eq!(disk.first().read(0, 65536).unwrap(), vec![1; 65536]);
+}
+
+/// Redirected data cannot be dropped, so a guest has to wait; it must not get an error, and reads must not wait.
+#[test]
+fn writes_wait_while_shadow_storage_is_full_and_go_on_when_there_is_room() {
+    for engine in ["uring", "sync"] {
+        let rig = Rig::new(1, &["--engine", engine, "--shadow-limit", "1048576"]);
+        let mut control = rig.control();
+        let mut disk = rig.attach("a", 1);
+        let set = control.take_set(&["a"], Method::Row).volumes[0]
+            .snapshot
+            .set;
+        let queue = disk.first();
+        queue.memory.fill(0, &[6; 2 << 20]);
+        for block in 0..512 {
+            queue.start_write(block as u64 * 4096, block * 4096, 4096, block);
+        }
+        control.wait_for_event("SHADOW_STORAGE_FULL");
+        let done = queue.complete_within(512, Duration::from_millis(300));
+        assert!(
+            !done.is_empty() && done.len() < 512,
+            "{engine}: {} are through",
+            done.len()
+        );
+        assert!(done.iter().all(|(_, result)| *result == 0));
+        control.run(&SnapshotSetDelete { set }).unwrap();
+        let rest = queue.complete(512 - done.len());
+        assert!(rest.iter().all(|(_, result)| *result == 0), "{engine}");
+        assert!(
+            queue
+                .read(0, 2 << 20)
+                .unwrap()
+                .iter()
+                .all(|byte| *byte == 6)
+        );
+        drop(disk);
+        assert!(rig.daemon.terminate().success());
+    }
 }
 
 #[test]

@@ -77,16 +77,22 @@ impl Workload {
             .collect()
     }
 
-    /// Stops writing; the disk with its queues comes back.
-    pub(crate) fn stop(self) -> Disk {
+    /// Stops writing.
+    pub(crate) fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Workload {
+    /// Also when a test fails: the queues must not outlive the connection.
+    fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        let mut disk = self.disk;
-        disk.queues = self
-            .threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .collect();
-        disk
+        for thread in self.threads.drain(..) {
+            // What it panicked with was printed.
+            if let Ok(queue) = thread.join() {
+                self.disk.queues.push(queue);
+            }
+        }
     }
 }
 
