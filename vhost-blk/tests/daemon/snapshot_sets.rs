@@ -101,8 +101,14 @@ fn sets_under_load(method: Method, engine: &str) {
         } else {
             method
         };
+        let set = Uuid::new_v4();
+        control.prepare(set, &["a"], Some(method)).unwrap();
+        control.mark(set).unwrap();
         let before = workload.answered();
-        let committed = control.take_set(&["a"], method);
+        wait_until("a write in the window", || workload.answered() > before);
+        let before = workload.answered();
+        let committed = control.commit(set).unwrap();
+        control.keep(set).unwrap();
         let after = workload.answered();
         let volume = &committed.volumes[0];
         assert_eq!(volume.snapshot.method, method);
@@ -609,8 +615,8 @@ fn writes_wait_while_shadow_storage_is_full_and_go_on_when_there_is_room() {
         for block in 0..512 {
             queue.start_write(block as u64 * 4096, block * 4096, 4096, block);
         }
+        let done = queue.complete_within(512, Duration::from_millis(500));
         control.wait_for_event("SHADOW_STORAGE_FULL");
-        let done = queue.complete_within(512, Duration::from_millis(300));
         assert!(
             !done.is_empty() && done.len() < 512,
             "{engine}: {} are through",

@@ -372,10 +372,6 @@ impl SnapshotSets {
                     let mut undone = self.undone.lock().unwrap_or_else(PoisonError::into_inner);
                     undone.insert(set.id);
                 }
-                self.tell(&WireEvent::SnapshotSetAborted {
-                    set: set.id,
-                    reason: reason.to_string(),
-                });
                 set.lock().undone_because = Some(reason);
                 return Some(Event::Undone);
             }
@@ -390,6 +386,14 @@ impl SnapshotSets {
             Effect::Forget => {
                 set.stop_counting();
                 self.lock().remove(&set.id);
+                // Told last: who hears it may open the next set on these volumes.
+                let undone_because = set.lock().undone_because.clone();
+                if let Some(reason) = undone_because {
+                    self.tell(&WireEvent::SnapshotSetAborted {
+                        set: set.id,
+                        reason: reason.to_string(),
+                    });
+                }
             }
         }
         None

@@ -167,7 +167,10 @@ impl Queue {
         while done.len() < count {
             let wanted = count - done.len();
             let space = completions.get_mut(..wanted).unwrap();
-            match self.queue.do_io(space, wanted, Some(&mut time), None) {
+            match self
+                .queue
+                .do_io(space, wanted.min(1), Some(&mut time), None)
+            {
                 Ok(number) => {
                     for completion in completions.iter().take(number) {
                         #[allow(unsafe_code, reason = "libblkio fills what it counts")]

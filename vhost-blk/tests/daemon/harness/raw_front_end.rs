@@ -1,0 +1,227 @@
+//! A front end that says whatever a test wants: vhost-user messages and a ring written byte by byte.
+//!
+//! Guest memory is a memfd that is never mapped here: tests read and write it through the descriptor.
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Entries of the ring.
+pub(crate) const RING: u16 = 16;
+/// Bytes of guest memory.
+pub(crate) const RAM_BYTES: u64 = 4 << 20;
+/// Where the front end claims to have mapped guest memory.
+const USER_ADDRESS: u64 = 0x7000_0000_0000;
+const TABLE: u64 = 0x1000;
+const AVAILABLE: u64 = 0x2000;
+const USED: u64 = 0x3000;
+/// First byte that tests may use for headers and data.
+pub(crate) const FREE: u64 = 0x1_0000;
+
+/// Flags of a descriptor.
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+
+/// A descriptor as the device reads it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Descriptor {
+    pub(crate) address: u64,
+    pub(crate) length: u32,
+    pub(crate) flags: u16,
+    pub(crate) next: u16,
+}
+
+/// Guest memory; outlives connections, as a VM does.
+pub(crate) struct SharedRam {
+    file: File,
+}
+
+impl SharedRam {
+    pub(crate) fn new() -> Arc<Self> {
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(RAM_BYTES).unwrap();
+        Arc::new(Self { file })
+    }
+
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
+        self.file.write_all_at(bytes, address).unwrap();
+    }
+
+    pub(crate) fn read<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.file.read_exact_at(&mut bytes, address).unwrap();
+        bytes
+    }
+
+    pub(crate) fn describe(&self, index: u16, descriptor: Descriptor) {
+        let mut bytes = Vec::new();
+        bytes.extend(descriptor.address.to_le_bytes());
+        bytes.extend(descriptor.length.to_le_bytes());
+        bytes.extend(descriptor.flags.to_le_bytes());
+        bytes.extend(descriptor.next.to_le_bytes());
+        self.write(TABLE + u64::from(index) * 16, &bytes);
+    }
+
+    pub(crate) fn set_available(&self, position: u16, head: u16) {
+        self.write(
+            AVAILABLE + 4 + u64::from(position % RING) * 2,
+            &head.to_le_bytes(),
+        );
+    }
+
+    pub(crate) fn set_available_index(&self, index: u16) {
+        self.write(AVAILABLE + 2, &index.to_le_bytes());
+    }
+
+    pub(crate) fn used_index(&self) -> u16 {
+        u16::from_le_bytes(self.read(USED + 2))
+    }
+
+    pub(crate) fn used_head(&self, position: u16) -> u32 {
+        u32::from_le_bytes(self.read(USED + 4 + u64::from(position % RING) * 8))
+    }
+}
+
+/// A connection with one running queue.
+pub(crate) struct RawFrontEnd {
+    pub(crate) frontend: Frontend,
+    pub(crate) ram: Arc<SharedRam>,
+    kick: EventFd,
+    _call: EventFd,
+}
+
+impl RawFrontEnd {
+    /// Connects and starts queue 0 at the ring position `base`.
+    pub(crate) fn start(socket: &Path, ram: Arc<SharedRam>, base: u16) -> Self {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut frontend = loop {
+            // A connection that is turned away fails at the first answer.
+            let tried = Frontend::connect(socket, 1)
+                .and_then(|frontend| frontend.get_features().map(|_| frontend));
+            match tried {
+                Ok(frontend) => break frontend,
+                Err(error) if Instant::now() > deadline => panic!("no connection: {error}"),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        frontend.set_owner().unwrap();
+        let features = frontend.get_features().unwrap();
+        frontend.get_protocol_features().unwrap();
+        frontend
+            .set_protocol_features(
+                VhostUserProtocolFeatures::CONFIG
+                    | VhostUserProtocolFeatures::REPLY_ACK
+                    | VhostUserProtocolFeatures::MQ,
+            )
+            .unwrap();
+        // Everything but EVENT_IDX, so that notifications need no bookkeeping here.
+        frontend.set_features(features & !(1 << 29)).unwrap();
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: RAM_BYTES,
+            userspace_addr: USER_ADDRESS,
+            mmap_offset: 0,
+            mmap_handle: ram.file.as_raw_fd(),
+        };
+        frontend.set_mem_table(&[region]).unwrap();
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let call = EventFd::new(EFD_NONBLOCK).unwrap();
+        frontend.set_vring_num(0, RING).unwrap();
+        let ring = VringConfigData {
+            queue_max_size: RING,
+            queue_size: RING,
+            flags: 0,
+            desc_table_addr: USER_ADDRESS + TABLE,
+            used_ring_addr: USER_ADDRESS + USED,
+            avail_ring_addr: USER_ADDRESS + AVAILABLE,
+            log_addr: None,
+        };
+        frontend.set_vring_addr(0, &ring).unwrap();
+        frontend.set_vring_base(0, base).unwrap();
+        frontend.set_vring_call(0, &call).unwrap();
+        frontend.set_vring_kick(0, &kick).unwrap();
+        frontend.set_vring_enable(0, true).unwrap();
+        Self {
+            frontend,
+            ram,
+            kick,
+            _call: call,
+        }
+    }
+
+    pub(crate) fn kick(&self) {
+        self.kick.write(1).unwrap();
+    }
+
+    /// Puts a write of one sector-aligned piece into slot `slot` of descriptors (three each), and makes it available at
+    /// `position`.
+    pub(crate) fn offer_write(&self, position: u16, slot: u16, sector: u64, bytes: &[u8]) {
+        let place = FREE + u64::from(slot) * 0x2_0000;
+        let mut header = Vec::new();
+        header.extend(1_u32.to_le_bytes());
+        header.extend(0_u32.to_le_bytes());
+        header.extend(sector.to_le_bytes());
+        self.ram.write(place, &header);
+        self.ram.write(place + 0x100, &[0xee]);
+        self.ram.write(place + 0x1000, bytes);
+        let first = slot * 3;
+        let length = u32::try_from(bytes.len()).unwrap();
+        let chain = [
+            Descriptor {
+                address: place,
+                length: 16,
+                flags: NEXT,
+                next: first + 1,
+            },
+            Descriptor {
+                address: place + 0x1000,
+                length,
+                flags: NEXT,
+                next: first + 2,
+            },
+            Descriptor {
+                address: place + 0x100,
+                length: 1,
+                flags: WRITE,
+                next: 0,
+            },
+        ];
+        for (index, descriptor) in (first..).zip(chain) {
+            self.ram.describe(index, descriptor);
+        }
+        self.ram.set_available(position, first);
+        self.ram.set_available_index(position.wrapping_add(1));
+    }
+
+    /// Status byte of a slot; 0xee: not answered.
+    pub(crate) fn status(&self, slot: u16) -> u8 {
+        let [status] = self.ram.read(FREE + u64::from(slot) * 0x2_0000 + 0x100);
+        status
+    }
+
+    pub(crate) fn wait_used(&self, index: u16) {
+        super::wait_until("the used index", || self.ram.used_index() == index);
+    }
+
+    pub(crate) fn config(&mut self, offset: u32, length: u32) -> Vec<u8> {
+        let buffer = vec![0; length as usize];
+        let answer =
+            self.frontend
+                .get_config(offset, length, VhostUserConfigFlags::WRITABLE, &buffer);
+        answer.unwrap().1
+    }
+
+    pub(crate) fn set_config(&mut self, offset: u32, bytes: &[u8]) {
+        self.frontend
+            .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
+            .unwrap();
+    }
+}
