@@ -91,22 +91,38 @@ pub(crate) fn encode_page(
 }
 
 /// First keys of every `stride`-th page.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Fences {
+    most: usize,
     keys: Vec<Key>,
     stride: u64,
     pages: u64,
 }
 
+impl Default for Fences {
+    fn default() -> Self {
+        Fences::new(MAX_FENCES)
+    }
+}
+
 impl Fences {
+    /// No fences yet, and never as many as `most`.
+    fn new(most: usize) -> Fences {
+        Fences {
+            most,
+            keys: Vec::new(),
+            stride: 1,
+            pages: 0,
+        }
+    }
+
     /// Notes the first key of the next page.
     pub(crate) fn push(&mut self, first: Key) {
-        self.stride = self.stride.max(1);
         if self.pages.is_multiple_of(self.stride) {
             self.keys.push(first);
         }
         self.pages += 1;
-        if self.keys.len() >= MAX_FENCES {
+        if self.keys.len() >= self.most {
             let mut place = 0;
             self.keys.retain(|_| {
                 place += 1;
@@ -203,3 +219,6 @@ impl Run {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
