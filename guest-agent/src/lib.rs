@@ -13,7 +13,7 @@
 //! | [`clock`], [`journal`], [`config`] | CLOCK_BOOTTIME, the log, the command line |
 //!
 //! Requests come from the left (`transport` -> `native`, `qga` -> `quiesce`) and go to the right (`writer`, `hold` -> `filesystem`);
-//! no room names one to its left.
+//! no room names one to its left, but for `writer::socket`, which tells `quiesce::service` of a writer that hung up.
 
 pub mod agent;
 pub mod clock;
