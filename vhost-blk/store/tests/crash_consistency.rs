@@ -12,7 +12,9 @@ mod harness;
 
 use std::sync::Arc;
 
-use harness::{Methods, Model, Op, Taken, World, expect, history, read_all, small_options};
+use harness::{
+    Methods, Model, Op, Taken, Verdict, World, expect, history, read_all, small_options,
+};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vhost_blk_store::sim::{CrashDisk, CrashPoint, MemoryFile};
@@ -572,6 +574,67 @@ fn sets_over_volumes_are_kept_on_all_or_on_none() {
         "no image had an undecided set: the test proves nothing"
     );
     println!("sets: {tried} images of {VOLUMES} volumes, {undecided} undecided sets");
+}
+
+#[test]
+fn journal_sync_that_failed_is_made_up_for_by_reopening() {
+    for (journal, method) in [
+        (3, Method::RedirectOnWrite),
+        (4, Method::RedirectOnWrite),
+        (3, Method::CopyOnWrite),
+        (4, Method::CopyOnWrite),
+    ] {
+        let model = Model::new(SECTORS);
+        let disk = CrashDisk::new(blank_images(std::slice::from_ref(&model)), 0);
+        let files = files_on(0, |place| disk.file(place));
+        let mut world = World::new(files, small_options(1), model);
+        let verdict = Verdict::Keep;
+        world.apply(&Op::Snapshot { method, verdict });
+        if journal == 4 {
+            // A checkpoint moves on to the other journal.
+            world.apply(&Op::CloseReopen);
+            world.apply(&Op::Write {
+                sector: 0,
+                count: 8,
+            });
+            world.apply(&Op::CloseReopen);
+            world.apply(&Op::Snapshot { method, verdict });
+        }
+        let mut failed = false;
+        for sector in [16, 32, 48] {
+            disk.fail_next_sync(journal);
+            let before = world.model.clone();
+            let write = world.try_apply(&Op::Write { sector, count: 8 });
+            let flush = write.and_then(|()| world.volume().flush());
+            if flush.is_err() {
+                failed = true;
+                // The daemon ends, and comes back without a boot: it sees its page cache.
+                world.volume = None;
+                world.reopen().unwrap();
+                let head = read_all(world.volume(), View::Head);
+                if head[sector as usize] == Some(before.head[sector as usize]) {
+                    world.model = before;
+                }
+                world.compare();
+            }
+        }
+        // Nothing is pending any more: the disk holds what was synced, and that alone.
+        world.volume().flush().unwrap();
+        world.model.flushed();
+        disk.record();
+        let point = disk.take_points().pop().unwrap();
+        assert_eq!(point.pending_sectors(), 0);
+        let step = Step {
+            op: None,
+            before: &world.model,
+            after: &world.model,
+        };
+        try_image(&step, point.power_cut(|_| false), true, 1);
+        assert!(
+            failed || journal == 4,
+            "the sync never failed: the test proves nothing"
+        );
+    }
 }
 
 #[test]

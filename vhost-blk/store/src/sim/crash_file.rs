@@ -59,6 +59,8 @@ struct DiskState {
     /// Record after every n-th write; 0 for never.
     every_writes: u64,
     writes: u64,
+    /// The file whose next sync fails.
+    failing_sync: Option<usize>,
 }
 
 impl DiskState {
@@ -99,6 +101,7 @@ impl CrashDisk {
             points: Vec::new(),
             every_writes,
             writes: 0,
+            failing_sync: None,
         };
         CrashDisk {
             state: Arc::new(Mutex::new(state)),
@@ -116,6 +119,11 @@ impl CrashDisk {
     /// Points recorded from now on carry `marker`.
     pub fn set_marker(&self, marker: u64) {
         lock(&self.state).marker = marker;
+    }
+
+    /// Makes the next sync of the file at `place` fail, and lose for good what it should have written.
+    pub fn fail_next_sync(&self, place: usize) {
+        lock(&self.state).failing_sync = Some(place);
     }
 
     /// Records a point now.
@@ -280,10 +288,26 @@ impl BlockFile for CrashFile {
     fn sync_data(&self) -> io::Result<()> {
         let mut state = lock(&self.disk.state);
         state.record(Moment::BeforeSync);
+        let fails = state
+            .failing_sync
+            .take_if(|place| *place == self.place)
+            .is_some();
         let file = &mut state.files[self.place];
-        file.durable = Arc::clone(&file.current);
-        file.pending.clear();
+        for write in std::mem::take(&mut file.pending) {
+            // A failed sync leaves pages that are marked clean and are not on the disk: later syncs pass
+            // them over, unless somebody writes them again.
+            if !fails {
+                write_bytes(
+                    Arc::make_mut(&mut file.durable),
+                    &write.bytes,
+                    write.offset_bytes,
+                );
+            }
+        }
         state.record(Moment::AfterSync);
+        if fails {
+            return Err(io::Error::from_raw_os_error(5));
+        }
         Ok(())
     }
 }
