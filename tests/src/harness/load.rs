@@ -4,6 +4,7 @@
 //! as they come; the load in the guest never waits for it.
 
 use std::io::{BufRead, BufReader};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -21,6 +22,7 @@ use crate::guest_protocol::{Ack, LOAD_PORT};
 pub struct Load {
     acks: Arc<Mutex<Vec<Ack>>>,
     running: Running,
+    port: UnixStream,
 }
 
 impl Load {
@@ -29,8 +31,9 @@ impl Load {
         let port = UnixStream::connect(vm.port(LOAD_PORT))?;
         let acks = Arc::<Mutex<Vec<Ack>>>::default();
         let list = Arc::clone(&acks);
+        let reader = BufReader::new(port.try_clone()?);
         thread::spawn(move || {
-            for line in BufReader::new(port).lines().map_while(Result::ok) {
+            for line in reader.lines().map_while(Result::ok) {
                 match serde_json::from_str::<Ack>(&line) {
                     Ok(ack) => list
                         .lock()
@@ -47,6 +50,7 @@ impl Load {
         let load = Self {
             acks,
             running: vm.guest()?.start(&command)?,
+            port,
         };
         load.wait_for_more(20).with_context(|| vm.log())?;
         Ok(load)
@@ -99,5 +103,14 @@ impl Load {
         // Its own end is the proof that no acknowledgement follows.
         self.running.wait(wait::STEP)?;
         Ok(self.acks())
+    }
+}
+
+impl Drop for Load {
+    /// QEMU lets one client hold the port: the next load needs it.
+    fn drop(&mut self) {
+        if let Err(error) = self.port.shutdown(Shutdown::Both) {
+            eprintln!("harness: cannot close the load's port: {error}");
+        }
     }
 }
