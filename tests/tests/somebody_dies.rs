@@ -59,17 +59,20 @@ fn a_bridge_killed_after_any_step_leaves_a_thawed_guest_and_nothing_half_kept() 
         let left = site.daemon.snapshots()?;
         let provisional = left.iter().any(|snapshot| snapshot["state"] != "kept");
         ensure!(!provisional, "killed after {step}: {left:#?}");
-        // Whole or not at all: a copy of each disk, and then the list knows the set, or of none.
+        // Whole or not at all, and the records say the same: one copy of each disk for a kept set, none for any other.
+        let listed = list.document.as_array().context("list answers a list")?;
+        let kept = listed.iter().filter(|set| set["outcome"] == "kept").count();
         ensure!(
-            left.is_empty() || left.len() == 2,
-            "killed after {step}: {left:#?}"
+            left.len() == 2 * kept,
+            "killed after {step}: {left:#?}, {listed:#?}"
         );
-        let is_kept = ["kept", "finished"].contains(step);
+        // Before the verdict there is nothing to keep; after the last step it is kept. In between either is whole.
+        let either = ["verdict", "kept"].contains(step);
         ensure!(
-            left.is_empty() != is_kept,
-            "killed after {step}: {left:#?}, {list:#?}"
+            either || (kept == 1) == (*step == "finished"),
+            "killed after {step}: {listed:#?}"
         );
-        if is_kept {
+        if kept > 0 {
             let set = left
                 .first()
                 .and_then(|snapshot| snapshot["set"].as_str())
