@@ -1,10 +1,10 @@
 //! Where a ring goes on after it was stopped, or after the daemon was killed.
 
-use crate::harness::{Control, Daemon, RawFrontEnd, Scratch, SharedRam};
+use crate::harness::{Control, Daemon, RawFrontEnd, Scratch, SharedRam, wait_until};
 use std::path::PathBuf;
 use uuid::Uuid;
 use vhost::VhostBackend;
-use vhost_blk_wire::command::{SnapshotSetHold, SnapshotSetRelease};
+use vhost_blk_wire::command::{QueryWrites, SnapshotSetHold, SnapshotSetRelease, WriteMark};
 
 fn serve() -> (Scratch, Daemon, PathBuf, PathBuf) {
     let scratch = Scratch::new();
@@ -37,9 +37,17 @@ fn a_stopped_ring_has_published_what_is_done_and_gives_held_writes_back() {
             limit_ms: 10_000,
         })
         .unwrap();
+    let mark = WriteMark {
+        volume: "disk".to_owned(),
+        ranges: Vec::new(),
+    };
+    let mark = control.run(&mark).unwrap().mark;
     guest.offer_write(1, 1, 8, &[2; 4096]);
     guest.offer_write(2, 2, 16, &[3; 4096]);
     guest.kick();
+    wait_until("both writes have left the ring", || {
+        control.run(&QueryWrites { mark }).unwrap().writes == 2
+    });
     // The daemon answers while writes are held, and says where to go on.
     assert_eq!(guest.frontend.get_vring_base(0).unwrap(), 1);
     assert_eq!(guest.ram.used_index(), 1);
