@@ -12,6 +12,7 @@ pub mod disk;
 pub mod figures;
 pub mod guest;
 pub mod image;
+pub mod libvirt;
 pub mod load;
 pub mod oracle;
 pub mod process;

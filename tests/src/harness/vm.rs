@@ -20,7 +20,8 @@ use super::qmp::Qmp;
 use super::wait;
 use crate::guest_protocol::{AGENT_PORT, LOAD_PORT, QGA_PORT, SHELL_PORT};
 
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr \
+/// What the small guest's kernel is told in any machine.
+pub(super) const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr \
      no_timer_check tsc=reliable cryptomgr.notests rodata=off";
 
 /// Queues of a vhost-user disk.
