@@ -7,7 +7,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
@@ -90,7 +89,7 @@ impl Libvirt {
         let mut command = Command::new("nsenter");
         command
             .args(["--target", &self.daemon.pid().to_string(), "--mount"])
-            .args(["virsh", "--quiet", "--connect", "qemu:///system"])
+            .args(["virsh", "--connect", "qemu:///system"])
             .args(arguments);
         let output = command.output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -196,9 +195,6 @@ impl Drop for Libvirt {
         }
     }
 }
-
-/// How long libvirt may take for one agent command before the test calls it hung.
-pub const AGENT_COMMAND: Duration = Duration::from_secs(60);
 
 /// True if the process may make a mount namespace.
 #[must_use]
