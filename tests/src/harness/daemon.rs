@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -97,6 +97,14 @@ impl VhostBlk {
     /// Kills it (-9), as the kernel would when memory runs out.
     pub fn kill(&mut self) -> Result<()> {
         self.process.kill()
+    }
+
+    /// Ends it in order (SIGTERM).
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.signal(Signal::TERM)?;
+        let status = self.process.wait(wait::STEP)?;
+        ensure!(status.success(), "vhost-blk ended with {status}");
+        Ok(())
     }
 
     /// Starts it again on the same disks and waits until it answers.

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use super::disk::{self, FileSystem};
-use super::vm::VmBuilder;
+use super::vm::{Vm, VmBuilder};
 use crate::guest_protocol::Ack;
 
 /// A restored disk with one database on it.
@@ -33,6 +33,23 @@ pub struct Found {
     pub integrity: String,
 }
 
+/// Has the stock `sqlite3` of a machine check and count a database of the load.
+pub fn open_database(vm: &Vm, path: &str) -> Result<Found> {
+    let integrity = vm.shell(&format!("sqlite3 {path} 'PRAGMA integrity_check'"))?;
+    let counts = vm.shell(&format!(
+        "sqlite3 {path} 'SELECT coalesce(max(id), 0), count(*) FROM tx'"
+    ))?;
+    let (last, count) = counts
+        .trim()
+        .split_once('|')
+        .with_context(|| counts.clone())?;
+    Ok(Found {
+        last: last.parse()?,
+        count: count.parse()?,
+        integrity: integrity.trim().to_owned(),
+    })
+}
+
 /// Boots a machine on the copies, opens every database, and then has the host's checkers read the images.
 pub fn judge(copies: &[Restored<'_>]) -> Result<Vec<Found>> {
     for copy in copies {
@@ -51,19 +68,7 @@ pub fn judge(copies: &[Restored<'_>]) -> Result<Vec<Found>> {
     let mut found = Vec::new();
     for (number, copy) in copies.iter().enumerate() {
         let path = format!("/mnt/{number}/{}", copy.database);
-        let integrity = vm.shell(&format!("sqlite3 {path} 'PRAGMA integrity_check'"))?;
-        let counts = vm.shell(&format!(
-            "sqlite3 {path} 'SELECT coalesce(max(id), 0), count(*) FROM tx'"
-        ))?;
-        let (last, count) = counts
-            .trim()
-            .split_once('|')
-            .with_context(|| counts.clone())?;
-        found.push(Found {
-            last: last.parse()?,
-            count: count.parse()?,
-            integrity: integrity.trim().to_owned(),
-        });
+        found.push(open_database(&vm, &path)?);
     }
     vm.shut_down()?;
     for copy in copies {
