@@ -25,9 +25,20 @@ fn main() -> Result<()> {
     let site = Site::start("figures", &[("a", FileSystem::Ext4)])?;
     let load = site.load()?;
     site.sqlite_writer()?;
+    let mut refused = 0;
     for number in 0..SETS {
         let method = if number % 2 == 0 { "row" } else { "cow" };
-        let set = site.create(&["--method", method])?.answer;
+        let set = match site.create(&["--method", method]) {
+            Ok(taken) => taken.answer,
+            Err(error) => {
+                eprintln!("set {number} was refused: {error:#}");
+                refused += 1;
+                continue;
+            }
+        };
+        if number % 10 == 0 {
+            eprintln!("set {number} of {SETS}");
+        }
         figures.add("vmshadow create, wall clock", set.took.as_secs_f64() * 1e3);
         figures.add(
             "freeze to thaw",
@@ -52,6 +63,7 @@ fn main() -> Result<()> {
         load.wait_for_more(10)?;
     }
     print!("{}", figures.table());
+    println!("{SETS} sets, {refused} refused");
     let directory = image::target().join("bench");
     fs::create_dir_all(&directory)?;
     let summaries: serde_json::Map<String, Value> = figures
@@ -62,6 +74,7 @@ fn main() -> Result<()> {
     let report = json!({
         "accelerator": image::accelerator()?.name(),
         "sets": SETS,
+        "refused": refused,
         "unit": "ms",
         "figures": summaries,
     });
