@@ -1,3 +1,5 @@
+//! Fences lead to the one page that can hold a key; damaged pages are refused.
+
 use super::*;
 use crate::io::BlockFile;
 use crate::layout::LIVE;
