@@ -190,13 +190,6 @@ fn job_progress(event: &Value) -> Option<(u64, u64)> {
         return None;
     }
     let data = event.get("data")?;
-    let number = |kebab: &str, snake: &str| {
-        data.get(kebab)
-            .or_else(|| data.get(snake))
-            .and_then(Value::as_u64)
-    };
-    Some((
-        number("done-bytes", "done_bytes")?,
-        number("total-bytes", "total_bytes")?,
-    ))
+    let number = |name: &str| data.get(name).and_then(Value::as_u64);
+    Some((number("done-bytes")?, number("total-bytes")?))
 }

@@ -187,8 +187,8 @@ impl FakeStorage {
                 }
                 let events = if name == "snapshot-read" {
                     vec![
-                        json!({"event": "JOB_PROGRESS", "data": {"job": 1, "done_bytes": 1,
-                        "total_bytes": 2}, "timestamp": {"seconds": 0, "microseconds": 0}}),
+                        json!({"event": "JOB_PROGRESS", "data": {"job": 1, "done-bytes": 1,
+                        "total-bytes": 2}, "timestamp": {"seconds": 0, "microseconds": 0}}),
                     ]
                 } else {
                     Vec::new()

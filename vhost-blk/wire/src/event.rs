@@ -6,7 +6,12 @@ use uuid::Uuid;
 
 /// An event; its name on the wire is the variant in upper case with underscores.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
+#[serde(
+    tag = "event",
+    content = "data",
+    rename_all = "SCREAMING_SNAKE_CASE",
+    rename_all_fields = "kebab-case"
+)]
 pub enum Event {
     /// A front end has connected to the volume.
     VolumeConnected {
