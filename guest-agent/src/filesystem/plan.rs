@@ -2,7 +2,9 @@
 //!
 //! Called by `quiesce` before each freeze and for `identify`. Freezes nothing. Invariants: each superblock is named once;
 //! a file system whose device is a file on another one freezes before that one; `/` freezes last unless that rule forbids it;
-//! network, FUSE and autofs mounts are never candidates, so nobody opens them.
+//! network, FUSE and autofs mounts are never opened. What lies on a disk and cannot be frozen or reached (FUSE on a block
+//! device, hidden beneath another mount, mounted in another name space only) is named all the same, for a copy in which it
+//! was not held must not pass for one in which all was.
 
 use super::devices::{BlockDevices, parse_swaps};
 use super::mounts::{DeviceNumber, Mount, mount_of, parse};
@@ -93,13 +95,47 @@ impl Sources {
         Ok(parse(&std::fs::read(self.proc.join("1/mountinfo"))?))
     }
 
-    /// All file systems, in freeze order.
+    /// All file systems, in freeze order; those that only other mount name spaces see stand last.
     pub fn filesystems(&self) -> std::io::Result<Vec<Filesystem>> {
-        Ok(order(
-            &self.mounts()?,
-            &BlockDevices::new(&self.sys),
-            self.only_under.as_deref(),
-        ))
+        let devices = BlockDevices::new(&self.sys);
+        let only_under = self.only_under.as_deref();
+        let mut filesystems = order(&self.mounts()?, &devices, only_under);
+        let mut spaces = BTreeSet::from([self.name_space("1")]);
+        for entry in std::fs::read_dir(&self.proc)?.flatten() {
+            let name = entry.file_name();
+            let Some(process) = name.to_str().filter(|n| n.parse::<u32>().is_ok()) else {
+                continue;
+            };
+            let space = self.name_space(process);
+            // A process without one has ended, or is a zombie.
+            if space.is_none() || !spaces.insert(space) {
+                continue;
+            }
+            // It may have ended just now; what it saw is seen by others of its name space or by nobody.
+            let Ok(text) = std::fs::read(self.proc.join(process).join("mountinfo")) else {
+                continue;
+            };
+            for mut other in order(&parse(&text), &devices, only_under) {
+                if filesystems.iter().any(|fs| fs.device == other.device) {
+                    continue;
+                }
+                // Its own name may mean another file system here.
+                let root = PathBuf::from(format!("/proc/{process}/root"));
+                for mountpoint in &mut other.mountpoints {
+                    let inside = mountpoint.strip_prefix("/").unwrap_or(mountpoint);
+                    *mountpoint = root.join(inside);
+                }
+                let why = format!("mounted only in the mount name space of process {process}");
+                other.why_not.get_or_insert(why);
+                filesystems.push(other);
+            }
+        }
+        Ok(filesystems)
+    }
+
+    /// What names a process's mount name space; `None` if it has none or may not be looked at.
+    fn name_space(&self, process: &str) -> Option<PathBuf> {
+        std::fs::read_link(self.proc.join(process).join("ns/mnt")).ok()
     }
 
     /// Where a file lies: the extents of its whole file system. Empty if that is not on a disk, or cannot be told.
@@ -142,14 +178,29 @@ pub fn order(
 ) -> Vec<Filesystem> {
     let mut found: BTreeMap<DeviceNumber, Filesystem> = BTreeMap::new();
     let mut beneath: BTreeMap<DeviceNumber, Vec<DeviceNumber>> = BTreeMap::new();
-    for mount in mounts {
-        if !is_on_disk(mount, devices) || is_hidden(mount, mounts) {
-            continue;
-        }
+    // A hidden mount point counts only for a file system that has no other.
+    let (hidden, seen): (Vec<&Mount>, Vec<&Mount>) = mounts
+        .iter()
+        .filter(|mount| is_on_disk(mount, devices))
+        .partition(|mount| is_hidden(mount, mounts));
+    let seen = seen
+        .into_iter()
+        .map(|mount| (mount, mount.mountpoint.clone(), why_not(mount)));
+    let hidden = hidden.into_iter().map(|mount| {
+        // Never opened, and its path is the name of what hides it.
+        let mut name = mount.mountpoint.clone().into_os_string();
+        name.push(" (hidden)");
+        let why = "hidden beneath another mount".to_owned();
+        (mount, PathBuf::from(name), Some(why))
+    });
+    for (mount, mountpoint, why_not) in seen.chain(hidden) {
         if only_under.is_some_and(|top| !mount.mountpoint.starts_with(top)) {
             continue;
         }
         if let Some(known) = found.get_mut(&mount.device) {
+            if is_hidden(mount, mounts) {
+                continue;
+            }
             known.mountpoints.push(mount.mountpoint.clone());
             // The root of the file system names it better than a bind mount of a directory inside.
             if mount.root == Path::new("/") {
@@ -173,11 +224,11 @@ pub fn order(
             mount.device,
             Filesystem {
                 device: mount.device,
-                mountpoints: vec![mount.mountpoint.clone()],
+                mountpoints: vec![mountpoint],
                 fstype: mount.fstype.clone(),
                 source: mount.source.clone(),
                 read_only: mount.read_only,
-                why_not: why_not(mount),
+                why_not,
                 extents,
                 step: 0,
             },
@@ -190,10 +241,6 @@ pub fn order(
 }
 
 fn is_on_disk(mount: &Mount, devices: &BlockDevices) -> bool {
-    // fuseblk carries the number of a real block device, yet its answers come from a process that may be frozen or dead.
-    if mount.fstype.starts_with("fuse") {
-        return false;
-    }
     devices.exists(mount.device)
         || (mount.fstype == "btrfs" && mount.source.starts_with('/'))
         || UNCOVERED.contains(&mount.fstype.as_str())
@@ -210,6 +257,9 @@ fn why_not(mount: &Mount) -> Option<String> {
         Some(format!(
             "{fstype} cannot be frozen through the kernel's freeze operation"
         ))
+    } else if fstype.starts_with("fuse") {
+        // Its answers come from a process that may be frozen or dead: it is not even opened.
+        Some(format!("{fstype} is served by a process"))
     } else if WITHOUT_FREEZE.contains(&fstype) {
         Some(format!("{fstype} has no freeze operation"))
     } else {

@@ -86,7 +86,7 @@ fn a_superblock_mounted_twice_is_named_once_by_its_root() {
 fn what_is_not_on_a_disk_is_never_a_candidate() {
     let steps = planned(
         "1 1 0:30 / /nfs rw - nfs4 server:/x rw\n2 1 0:31 / /tmp rw - tmpfs tmpfs rw\n\
-         3 1 254:4 / /ntfs rw - fuseblk /dev/vd4 rw\n4 1 0:32 / /auto rw - autofs systemd-1 rw\n\
+         3 1 0:34 / /ssh rw - fuse.sshfs me@there rw\n4 1 0:32 / /auto rw - autofs systemd-1 rw\n\
          5 1 0:33 / /over rw - overlay overlay rw\n6 1 99:1 / /gone rw - ext4 /dev/gone rw\n",
     );
     assert!(steps.is_empty());
@@ -95,14 +95,68 @@ fn what_is_not_on_a_disk_is_never_a_candidate() {
 #[test]
 fn a_covered_mount_point_is_not_opened() {
     let steps = planned("1 1 254:0 / /mnt rw - ext4 a rw\n2 1 254:1 / /mnt rw - ext4 b rw\n");
-    assert_eq!(steps.len(), 1);
+    assert_eq!(steps, [("/mnt".into(), 0), ("/mnt (hidden)".into(), 0)]);
     let sys = sys();
     let all = order(
         &parse(b"1 1 254:0 / /mnt rw - ext4 a rw\n2 1 0:9 / /mnt rw - nfs b rw\n"),
         &BlockDevices::new(sys.path()),
         None,
     );
-    assert!(all.is_empty());
+    assert_eq!(all.len(), 1);
+    let why = all[0].why_not.as_deref();
+    assert_eq!(why, Some("hidden beneath another mount"));
+}
+
+#[test]
+fn a_hidden_mount_point_does_not_name_a_file_system_that_has_another() {
+    let sys = sys();
+    let mounts = parse(
+        b"1 1 254:0 / /mnt rw - ext4 a rw\n2 1 0:9 / /mnt rw - nfs b rw\n3 1 254:0 / /seen rw - ext4 a rw\n",
+    );
+    let all = order(&mounts, &BlockDevices::new(sys.path()), None);
+    assert_eq!(all.len(), 1);
+    assert_eq!(all[0].mountpoints, [PathBuf::from("/seen")]);
+    assert_eq!(all[0].why_not, None);
+}
+
+#[test]
+fn fuse_on_a_disk_is_named_and_never_opened() {
+    let sys = sys();
+    let mounts = parse(b"1 1 254:4 / /ntfs rw - fuseblk /dev/vd4 rw\n");
+    let fs = order(&mounts, &BlockDevices::new(sys.path()), None).remove(0);
+    assert!(fs.is_on(&["S4".into()]));
+    assert!(!fs.info().freezable);
+    assert!(fs.info().why_not.unwrap().contains("fuseblk"));
+}
+
+#[test]
+fn what_only_another_name_space_sees_is_named_as_not_freezable() {
+    let sys = sys();
+    let proc = tempfile::tempdir().unwrap();
+    for (process, space, mounts) in [
+        ("1", "mnt:[1]", "1 1 254:0 / /data rw - ext4 a rw\n"),
+        ("7", "mnt:[1]", "1 1 254:9 / /not-read rw - ext4 a rw\n"),
+        (
+            "8",
+            "mnt:[2]",
+            "1 1 254:0 / / rw - ext4 a rw\n2 1 254:1 / /data rw - ext4 b rw\n3 1 0:5 / /proc rw - proc proc rw\n",
+        ),
+    ] {
+        fs::create_dir_all(proc.path().join(process).join("ns")).unwrap();
+        symlink(space, proc.path().join(process).join("ns/mnt")).unwrap();
+        fs::write(proc.path().join(process).join("mountinfo"), mounts).unwrap();
+    }
+    let sources = Sources {
+        proc: proc.path().to_owned(),
+        sys: sys.path().to_owned(),
+        only_under: None,
+    };
+    let all = sources.filesystems().unwrap();
+    let names: Vec<_> = all.iter().map(Filesystem::name).collect();
+    assert_eq!(names, ["/data", "/proc/8/root/data"]);
+    assert_eq!(all[0].why_not, None);
+    assert!(all[1].why_not.as_ref().unwrap().contains("process 8"));
+    assert!(all[1].is_on(&["S1".into()]) && !all[1].is_on(&["S0".into()]));
 }
 
 #[test]
