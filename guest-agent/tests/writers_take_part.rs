@@ -557,3 +557,44 @@ fn status_and_abort_are_answered_while_a_writer_keeps_the_freeze_waiting() {
     assert!(first.get("error").is_some());
     assert!(second.get("return").is_some());
 }
+
+/// Writers take up to a minute: what is mounted meanwhile would be in the copy and not held.
+#[test]
+fn what_is_mounted_while_writers_freeze_refuses_the_set() {
+    if !can_run(&[]) {
+        return;
+    }
+    for remounted in [false, true] {
+        let mut rig = Rig::new();
+        let first = rig.mount("a", "ext4");
+        let late = rig.mount("late", "ext4");
+        let place = late.to_str().unwrap().to_owned();
+        if remounted {
+            rig::run("mount", &["-o", "remount,ro", &place]);
+        } else {
+            rig::run("umount", &[&place]);
+        }
+        rig.start();
+        let mut writer = Played::registered(&rig, "db", "BACK_END", 20_000);
+        let mut bridge = rig.bridge();
+        bridge.send("prepare", json!({"set": "s", "limit_ms": 10_000}));
+        writer.answer("prepare_backup", json!({"ok": true}));
+        writer.answer("prepare_snapshot", json!({"ok": true}));
+        assert!(bridge.next()["return"].is_object());
+        bridge.send("freeze", freeze_arguments(10_000));
+        let event = writer.event();
+        assert_eq!(event["event"], "freeze");
+        if remounted {
+            rig::run("mount", &["-o", "remount,rw", &place]);
+        } else {
+            let image = rig.path("late.img");
+            rig::run("mount", &["-o", "loop", image.to_str().unwrap(), &place]);
+        }
+        writer.write(&json!({"seq": event["seq"], "ok": true}));
+        writer.answer("abort", json!({"ok": true}));
+        let error = bridge.next()["error"].clone();
+        assert_eq!(error["code"], "FREEZE_FAILED", "{error:#}");
+        assert!(error.to_string().contains(&place), "{error:#}");
+        assert!(!is_frozen(&first) && !is_frozen(&late));
+    }
+}

@@ -503,16 +503,18 @@ impl Actor {
         let generation = self.machine.generation();
         self.set.hold_ms = freeze.hold_ms;
         self.set.writer_ms = freeze.writer_ms;
-        self.open_filesystems(Choice {
+        let choice = Choice {
             exclude: &freeze.exclude_filesystems,
             only,
-        })?;
+        };
+        self.open_filesystems(choice)?;
         let exempt = self.sources.exempt();
         journal::hold();
         let start = BootTime::now();
         self.freeze_writers(generation)?;
         let writers_frozen = BootTime::now();
         self.freeze_filesystems(generation)?;
+        self.find_missed(choice)?;
         Ok(Frozen {
             generation,
             writers: self.writer_reports(LEVELS.into_iter()),

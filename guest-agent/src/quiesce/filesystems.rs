@@ -136,9 +136,7 @@ impl Actor {
             if !filesystem.is_on(&self.set.disks) || !is_chosen(&filesystem, choice.only) {
                 continue;
             }
-            let is_left_out = names(&filesystem, choice.exclude)
-                || names(&filesystem, &self.settings.exclude_filesystems);
-            let role = if is_left_out {
+            let role = if self.is_left_out(&filesystem, choice) {
                 Role::LeftOut
             } else if filesystem.read_only {
                 Role::ReadOnly
@@ -277,6 +275,35 @@ impl Actor {
             Some((mountpoint, why)) => Cause::FreezeFailed { mountpoint, why },
             None => Cause::Internal("the helper could not write its ledger".to_owned()),
         })
+    }
+
+    /// Fails if a file system of the set was mounted or made writable after the others had been chosen: writers take up to a
+    /// minute to freeze, and it would be the one that is not held.
+    pub(super) fn find_missed(&self, choice: Choice<'_>) -> Result<(), Cause> {
+        let found = self
+            .sources
+            .filesystems()
+            .map_err(|error| Cause::Internal(format!("mountinfo: {error}")))?;
+        let missed = found.iter().find(|filesystem| {
+            filesystem.is_on(&self.set.disks)
+                && is_chosen(filesystem, choice.only)
+                && !self.is_left_out(filesystem, choice)
+                && !filesystem.read_only
+                && !self.set.filesystems.iter().any(|held| {
+                    held.filesystem.device == filesystem.device && held.role != Role::ReadOnly
+                })
+        });
+        match missed {
+            Some(filesystem) => Err(Cause::FreezeFailed {
+                mountpoint: filesystem.name(),
+                why: "it was mounted or made writable while writers froze".to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn is_left_out(&self, filesystem: &Filesystem, choice: Choice<'_>) -> bool {
+        names(filesystem, choice.exclude) || names(filesystem, &self.settings.exclude_filesystems)
     }
 
     /// Thaws what is frozen; returns when all has been thawed, or does not come back from it.
