@@ -397,7 +397,8 @@ fn a_helper_that_is_stopped_while_frozen_is_replaced_after_the_limit() {
 }
 
 /// A file system whose disk is a file on another one, which a third party froze: FIFREEZE does not come back.
-fn with_a_freeze_that_hangs(check: impl FnOnce(&mut Rig, &mut Bridge)) {
+/// It waits for the disk, or, `in_a_write`, for a writer that does.
+fn with_a_freeze_that_hangs(in_a_write: bool, check: impl FnOnce(&mut Rig, &mut Bridge)) {
     let mut rig = Rig::new();
     // Beside `mnt`, so the agent does not know it.
     let outer_image = rig.path("outer.img");
@@ -408,11 +409,21 @@ fn with_a_freeze_that_hangs(check: impl FnOnce(&mut Rig, &mut Bridge)) {
     let mut bridge = rig.bridge();
     bridge.prepare();
     run("fsfreeze", &["-f", outer.to_str().unwrap()]);
-    std::fs::write(inner.join("dirty"), vec![1; 100_000]).unwrap();
+    let mut write = None;
+    if in_a_write {
+        write
+            .insert(Probe::start_synchronous(&inner))
+            .wait_blocked();
+    } else {
+        std::fs::write(inner.join("dirty"), vec![1; 100_000]).unwrap();
+    }
     let error = bridge.error("freeze", freeze_arguments(500));
     assert_eq!(error["code"], "FLUSH_WRITES_TIMEOUT", "{error:#}");
     check(&mut rig, &mut bridge);
     run("fsfreeze", &["-u", outer.to_str().unwrap()]);
+    if let Some(write) = &mut write {
+        write.wait_done();
+    }
     let mut probe = Probe::start(&inner);
     probe.wait_done();
     wait_until("it is not frozen any more", || !is_frozen(&inner));
@@ -423,7 +434,7 @@ fn a_freeze_that_hangs_is_given_up_and_thawed_when_it_comes_back() {
     if !can_run(&[]) {
         return;
     }
-    with_a_freeze_that_hangs(|_, bridge| {
+    with_a_freeze_that_hangs(false, |_, bridge| {
         // Until then that file system cannot be in another set.
         let error = bridge.error("prepare", json!({"set": "s", "limit_ms": 3_000}));
         assert_eq!(error["code"], "FREEZE_FAILED");
@@ -436,7 +447,39 @@ fn a_freeze_that_hangs_is_thawed_when_it_comes_back_though_the_agent_was_killed(
     if !can_run(&[]) {
         return;
     }
-    with_a_freeze_that_hangs(|rig, _| rig.kill_agent());
+    with_a_freeze_that_hangs(false, |rig, _| rig.kill_agent());
+}
+
+#[test]
+fn a_freeze_that_hangs_is_thawed_when_it_comes_back_though_agent_and_helper_were_killed() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut leftovers = None;
+    with_a_freeze_that_hangs(true, |rig, _| {
+        let helper = rig.helper_pid();
+        rig.kill_agent();
+        kill_9(helper);
+        let mut command = rig.command();
+        let mut child = command.arg("--thaw-leftovers").spawn().unwrap();
+        let descriptors = format!("/proc/{}/fd", child.id());
+        let is_waiting = || {
+            let descriptors = std::fs::read_dir(&descriptors).into_iter().flatten();
+            descriptors.flatten().any(|descriptor| {
+                std::fs::read_link(descriptor.path())
+                    .is_ok_and(|link| link.to_string_lossy().contains("pidfd"))
+            })
+        };
+        wait_until("it waits for the helper's last thread", || {
+            is_waiting() || child.try_wait().unwrap().is_some()
+        });
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it left before FIFREEZE came back"
+        );
+        leftovers = Some(child);
+    });
+    assert!(leftovers.unwrap().wait().unwrap().success());
 }
 
 #[test]

@@ -123,7 +123,8 @@ pub fn boot_id() -> io::Result<String> {
 }
 
 /// Thaws what ledgers of this boot say was left frozen; returns how many file systems were. A helper that is still dying (a
-/// FIFREEZE of it may be under way) is waited for, up to `patience`.
+/// FIFREEZE of it may be under way, which no signal ends) is waited for, up to `patience`; after that its ledger stays and
+/// the error asks to be called again, since the file system will be frozen once that FIFREEZE returns.
 pub fn recover(state_dir: &Path, mounts: &[Mount], patience: Duration) -> io::Result<usize> {
     let boot_id = boot_id()?;
     let mut thawed = 0;
@@ -136,8 +137,13 @@ pub fn recover(state_dir: &Path, mounts: &[Mount], patience: Duration) -> io::Re
             .and_then(|text| parse(&text));
         if let Some(record) = record.filter(|record| record.boot_id == boot_id) {
             thawed += thaw_all(&record.frozen, mounts);
-            if wait_for_end_of(record.helper, patience) {
-                thawed += thaw_all(&record.frozen, mounts);
+            match end_of(record.helper, patience) {
+                End::Long => {}
+                End::Now => thawed += thaw_all(&record.frozen, mounts),
+                End::NotYet => {
+                    let text = format!("helper {} is still freezing", record.helper);
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+                }
             }
         }
         fs::remove_file(entry.path())?;
@@ -174,24 +180,31 @@ fn thaw_all(devices: &[DeviceNumber], mounts: &[Mount]) -> usize {
         .count()
 }
 
-/// Waits until a process is gone. True if it had been there.
-fn wait_for_end_of(pid: u32, patience: Duration) -> bool {
+/// When a helper ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Before it was asked.
+    Long,
+    /// While it was waited for.
+    Now,
+    /// It is still there.
+    NotYet,
+}
+
+/// Waits until a helper is gone.
+fn end_of(pid: u32, patience: Duration) -> End {
     let Some(pid) = i32::try_from(pid)
         .ok()
         .and_then(rustix::process::Pid::from_raw)
     else {
-        return false;
+        return End::Long;
     };
     // The number may have been given to another process since: only a helper is waited for.
-    let command = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
-    if !command
-        .split(|byte| *byte == 0)
-        .any(|word| word == super::helper::ARGUMENT.as_bytes())
-    {
-        return false;
+    if !may_be_helper(pid) {
+        return End::Long;
     }
     let Ok(pidfd) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) else {
-        return false;
+        return End::Long;
     };
     let mut polled = [rustix::event::PollFd::new(
         &pidfd,
@@ -201,7 +214,27 @@ fn wait_for_end_of(pid: u32, patience: Duration) -> bool {
         tv_sec: i64::try_from(patience.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(patience.subsec_nanos()),
     };
-    rustix::event::poll(&mut polled, Some(&limit)).is_ok()
+    match rustix::event::poll(&mut polled, Some(&limit)) {
+        Ok(0) | Err(_) => End::NotYet,
+        Ok(_) => End::Now,
+    }
+}
+
+/// A helper by its command line; or by none, in a process whose first thread has ended: one that was killed while another
+/// thread is in FIFREEZE looks so, and a process that has ended altogether does not make anybody wait.
+fn may_be_helper(pid: rustix::process::Pid) -> bool {
+    let process = PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero()));
+    let command = fs::read(process.join("cmdline")).unwrap_or_default();
+    if command.is_empty() {
+        let stat = fs::read_to_string(process.join("stat")).unwrap_or_default();
+        return stat
+            .rsplit(") ")
+            .next()
+            .is_some_and(|rest| rest.starts_with('Z'));
+    }
+    command
+        .split(|byte| *byte == 0)
+        .any(|word| word == super::helper::ARGUMENT.as_bytes())
 }
 
 #[cfg(test)]

@@ -336,6 +336,20 @@ impl Probe {
         )
     }
 
+    /// Starts a write that returns only when it is on the disk, and until then counts as a writer of the file system.
+    pub fn start_synchronous(mountpoint: &Path) -> Self {
+        Self(
+            Command::new("dd")
+                .args(["if=/dev/zero", "bs=4k", "count=1", "oflag=sync"])
+                .arg(format!("of={}", mountpoint.join("synchronous").display()))
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap(),
+        )
+    }
+
     pub fn is_done(&mut self) -> bool {
         self.0.try_wait().unwrap().is_some()
     }
