@@ -84,8 +84,7 @@ impl StateDirectory {
     /// # Errors
     /// [`StateError::Io`].
     pub fn lock(&self, qmp: &Path) -> Result<Option<VmLock>, StateError> {
-        let qmp = qmp.canonicalize().unwrap_or_else(|_| qmp.to_owned());
-        let path = self.locks.join(file_name(&qmp));
+        let path = self.locks.join(file_name(&canonical(qmp)));
         let file = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -209,6 +208,20 @@ fn io_error<'a>(op: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> S
         path: path.to_owned(),
         source,
     }
+}
+
+/// The canonical path of a monitor, also when its socket is gone: the lock of a VM that has just ended must be found by the
+/// same name, or a set would be undone for dead while its maker lives.
+fn canonical(qmp: &Path) -> PathBuf {
+    let of_directory = || {
+        let name = qmp.file_name()?;
+        let directory = qmp.parent()?.canonicalize().ok()?;
+        Some(directory.join(name))
+    };
+    qmp.canonicalize()
+        .ok()
+        .or_else(of_directory)
+        .unwrap_or_else(|| qmp.to_owned())
 }
 
 /// A file name that stands for a path: what could be mistaken is written as its code.

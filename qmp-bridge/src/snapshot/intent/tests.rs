@@ -75,6 +75,23 @@ fn one_vm_has_one_lock_under_all_its_names() {
 }
 
 #[test]
+fn a_vm_that_has_ended_has_the_same_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDirectory::open(dir.path()).unwrap();
+    fs::create_dir(dir.path().join("run")).unwrap();
+    // As /var/run is to /run.
+    std::os::unix::fs::symlink("run", dir.path().join("var-run")).unwrap();
+    let socket = dir.path().join("var-run/qmp");
+    fs::write(&socket, "").unwrap();
+    let lock = state.lock(&socket).unwrap();
+    assert!(lock.is_some());
+    fs::remove_file(&socket).unwrap();
+    assert!(state.lock(&socket).unwrap().is_none());
+    drop(lock);
+    assert!(state.lock(&socket).unwrap().is_some());
+}
+
+#[test]
 fn paths_that_look_alike_have_different_locks() {
     assert_ne!(file_name(Path::new("/a/b")), file_name(Path::new("/a%2fb")));
     assert_ne!(file_name(Path::new("/a/b")), file_name(Path::new("/a-b")));
