@@ -252,7 +252,8 @@ impl Sets {
         let copies = found.copies();
         let whole = matches!(found, Found::Set(_));
         let mut document = found.document();
-        if document.outcome == Outcome::Open {
+        // A kept one that is not finished, too: its maker still has to store its record, and would bring it back.
+        if is_unfinished(&document) {
             let text = format!(
                 "set {} is being made, or waits for `vmshadow recover`; --forget gives it up",
                 document.set

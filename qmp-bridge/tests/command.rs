@@ -182,13 +182,15 @@ async fn death_at_every_step_leaves_nothing_half_done() {
         "committed",
         "thawed",
         "verdict",
-        "kept",
+        // Not a step: the stores have kept, and the record does not say so yet.
+        "keep",
     ];
     for step in steps {
         let world = World::new();
+        let between = step == "keep";
         let mut command = world.vmshadow_create(&[]);
         command
-            .env("VMSHADOW_STOP_AT", step)
+            .env("VMSHADOW_STOP_AT", if between { "verdict" } else { step })
             .stderr(std::process::Stdio::piped())
             .stdout(std::process::Stdio::null());
         let mut child = command.spawn().unwrap();
@@ -200,8 +202,18 @@ async fn death_at_every_step_leaves_nothing_half_done() {
         let busy = run(world.vmshadow_create(&[])).await;
         assert_eq!(busy.status.code(), Some(1), "{step}");
         assert!(stderr(&busy).contains("SNAPSHOT_SET_IN_PROGRESS"));
-        child.start_kill().unwrap();
+        if between {
+            let pid = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
+            let kill = Fault::Meanwhile(std::sync::Arc::new(move || {
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            }));
+            world.storages[0].peer.on("snapshot-set-keep", kill);
+            rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+        } else {
+            child.start_kill().unwrap();
+        }
         child.wait().await.unwrap();
+        world.storages[0].peer.heal();
         // The guest needs nobody to be thawed.
         until(step, || !world.agent.is_frozen() && !world.agent.has_set()).await;
         until(step, || !world.storages[0].is_holding()).await;
@@ -219,6 +231,35 @@ async fn death_at_every_step_leaves_nothing_half_done() {
         let next = run(world.vmshadow_create(&[])).await;
         assert_eq!(next.status.code(), Some(0), "{step}: {}", stderr(&next));
     }
+}
+
+/// Who has heard of the step `kept` finds a kept set, though the bridge was killed at that moment: the record comes first.
+#[tokio::test]
+async fn death_right_after_the_step_kept_keeps_the_set() {
+    let world = World::new();
+    let mut child = world
+        .vmshadow_create(&[])
+        .env("VMSHADOW_STOP_AT", "kept")
+        .stderr(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = child.id().unwrap();
+    until("kept", || is_stopped(pid)).await;
+    // Its maker lives and would store its record once more.
+    let listed = json(&run(world.vmshadow(&["list", "--json"])).await);
+    assert_eq!(listed[0]["outcome"], "kept");
+    let set = listed[0]["set"].as_str().unwrap().to_owned();
+    let delete = run(world.vmshadow(&["delete", &set])).await;
+    assert_eq!(delete.status.code(), Some(1));
+    child.start_kill().unwrap();
+    child.wait().await.unwrap();
+    let recovered = json(&run(world.vmshadow(&["recover", "--json"])).await);
+    assert_eq!(recovered[0]["outcome"], "kept");
+    assert_eq!(world.storages[0].snapshots(), ["root Kept", "data Kept"]);
+    let delete = run(world.vmshadow(&["delete", &set])).await;
+    assert_eq!(delete.status.code(), Some(0), "{}", stderr(&delete));
+    world.assert_nothing_left();
 }
 
 /// After the outcome is on disk the set is kept, whoever dies.

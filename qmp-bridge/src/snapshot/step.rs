@@ -27,7 +27,7 @@ pub enum Step {
     Thawed,
     /// The witnesses have been heard and the level is known.
     Verdict,
-    /// Every store has made the snapshots permanent.
+    /// Every store has made the snapshots permanent, and the record says so: nothing undoes the set any more.
     Kept,
     /// Writers have heard the outcome; the document is complete.
     Finished,

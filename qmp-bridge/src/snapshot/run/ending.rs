@@ -147,7 +147,6 @@ impl Run<'_> {
         // From the first `keep` on the requester's wish comes too late; only a failure undoes.
         let kept = all(&self.daemons, self.limits.keep, |_| SnapshotSetKeep { set }).await;
         kept?;
-        self.passed(Step::Kept);
         let Some(plan) = &self.plan else {
             return Err(internal("no plan"));
         };
@@ -158,6 +157,8 @@ impl Run<'_> {
             self.doc.outcome = Outcome::Open;
             return Err(Failure::new(ReasonCode::StateDirectory, chain(&error)));
         }
+        // Not said before: recovery undoes what the stores keep without a record of it.
+        self.passed(Step::Kept);
         Ok(())
     }
 
