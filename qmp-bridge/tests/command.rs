@@ -141,6 +141,30 @@ async fn read_copies_a_disk_and_overwrites_only_by_force() {
     assert!(!broken.exists());
 }
 
+/// Nor may half a disk that somebody stopped waiting for.
+#[tokio::test]
+async fn an_interrupted_read_leaves_no_file() {
+    let world = World::new();
+    let document = json(&run(world.vmshadow_create(&["--json"])).await);
+    let root = document["copies"][0]["snapshot"].as_str().unwrap();
+    world.storages[0].peer.on("snapshot-read", Fault::Hang);
+    let file = world.dir.path().join("half.raw");
+    let mut child = world
+        .vmshadow(&["read", root, "-o", &file.display().to_string()])
+        .stderr(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let read = "storage0 snapshot-read".to_owned();
+    until("it reads", || world.log().contains(&read)).await;
+    assert!(file.exists());
+    let pid = rustix::process::Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(20), child.wait()).await;
+    assert_eq!(ended.unwrap().unwrap().code(), Some(1));
+    assert!(!file.exists());
+}
+
 #[tokio::test]
 async fn writers_and_volumes_are_listed() {
     let world = World::new();

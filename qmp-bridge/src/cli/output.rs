@@ -1,7 +1,7 @@
 //! `vmshadow read`: a snapshot's content into a file or a pipe.
 //!
 //! Called by `cli`. The daemon writes straight to the descriptor that it is given; no byte passes through here. A file is
-//! new (or `--force`), durable when the command succeeds, and removed when it does not.
+//! new (or `--force`), durable when the command succeeds, and removed when it does not or is interrupted.
 
 use super::args::Read;
 use super::backend::Backend;
@@ -40,8 +40,12 @@ pub(super) async fn read(backend: &Backend, read: &Read, json: bool) -> Result<(
         progress.end();
         return Ok(());
     }
+    let mut cancel = super::on_signals()?;
     let file = open(read)?;
-    let result = fill(&client, &copy, &file).await;
+    let result = tokio::select! {
+        result = fill(&client, &copy, &file) => result,
+        _ = cancel.changed() => Err(Error::InvalidState("interrupted".to_owned())),
+    };
     if let Err(error) = result {
         // Half a disk must not pass for one.
         if let Err(remove) = std::fs::remove_file(&read.output) {
