@@ -20,7 +20,7 @@ use crate::settle::Settle;
 use crate::snapshot::Hold;
 use crate::space::Space;
 use crate::superblock::Superblock;
-use crate::units::{BootId, in_memory};
+use crate::units::{BLOCK_BYTES, BootId, in_memory};
 use crate::volume::{
     Core, Counters, Gate, Maintenance, OpenOptions, Shared, Volume, VolumeFiles, lock,
 };
@@ -208,6 +208,7 @@ impl Volume {
             return Err(StoreError::WrongVolume(id));
         }
         let size_bytes = check_base(&files, &loaded, options)?;
+        loaded.state.resize(size_bytes.div_ceil(BLOCK_BYTES));
         let report = RecoveryReport {
             created,
             clean: loaded.superblock.clean,

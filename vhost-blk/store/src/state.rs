@@ -54,6 +54,11 @@ impl State {
         }
     }
 
+    /// The base was resized while nothing depended on it.
+    pub(crate) fn resize(&mut self, volume_blocks: u64) {
+        self.volume_blocks = volume_blocks;
+    }
+
     /// Epoch of the newest snapshot.
     pub(crate) fn floor(&self) -> Option<Epoch> {
         self.table.newest().map(|snapshot| snapshot.epoch)

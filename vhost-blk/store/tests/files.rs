@@ -225,6 +225,22 @@ fn plain_volume_lets_its_base_be_changed_and_resized() {
     let mut bytes = [0; 4096];
     volume.read_at(View::Head, 39 * 4096, &mut bytes).unwrap();
     assert_eq!(bytes, [3; 4096]);
+    // What was added can be redirected at once, like the rest, and is there after the next opening.
+    volume
+        .take_snapshot(vhost_blk_store::NewSnapshot {
+            snapshot_id: uuid::Uuid::from_u128(7).into(),
+            set_id: uuid::Uuid::from_u128(8).into(),
+            members: vec![volume.id()],
+            method: vhost_blk_store::Method::RedirectOnWrite,
+            created_unix_ms: 1,
+        })
+        .unwrap();
+    volume.write_at(39 * 4096, &[4; 4096]).unwrap();
+    volume.flush().unwrap();
+    drop(volume);
+    let (volume, _) = Volume::adopt(&base, &shadow, &options(true)).unwrap();
+    volume.read_at(View::Head, 39 * 4096, &mut bytes).unwrap();
+    assert_eq!(bytes, [4; 4096]);
 }
 
 #[test]
