@@ -229,14 +229,7 @@ impl Volume {
         while done < range.length_bytes {
             let part = (range.length_bytes - done).min(MAX_REQUEST_BYTES);
             let now = ByteRange::new(range.offset_bytes + done, part);
-            let plan = loop {
-                match self.plan_write(now, kind) {
-                    Ok(plan) => break plan,
-                    // Another thread's write to the same block: a disk promises no order here.
-                    Err(StoreError::Overlaps) => std::thread::yield_now(),
-                    Err(error) => return Err(error),
-                }
-            };
+            let plan = self.plan_write(now, kind)?;
             let mut plans = [plan];
             if plans.iter().any(WritePlan::needs_prepare) {
                 self.prepare_writes(&mut plans)?;
@@ -250,18 +243,20 @@ impl Volume {
         Ok(())
     }
 
-    /// Writes `data`. Blocking.
+    /// Writes `data`. Blocking. `Overlaps`: some of it may have been written; it is for the caller to try again, as
+    /// the write in flight may need this very thread to go on.
     pub fn write_at(&self, offset_bytes: u64, data: &[u8]) -> Result<()> {
         let range = ByteRange::new(offset_bytes, data.len() as u64);
         self.drive(range, WriteKind::Write, Some(data))
     }
 
-    /// Makes a range read as zeroes. Blocking.
+    /// Makes a range read as zeroes. Blocking. `Overlaps`: as [`Volume::write_at`].
     pub fn write_zeroes_at(&self, range: ByteRange, may_unmap: bool) -> Result<()> {
         self.drive(range, WriteKind::WriteZeroes { may_unmap }, None)
     }
 
-    /// Discards a range: whole blocks may read as zeroes afterwards. Blocking.
+    /// Discards a range: whole blocks may read as zeroes afterwards. Blocking. `Overlaps`: as
+    /// [`Volume::write_at`].
     pub fn discard_at(&self, range: ByteRange) -> Result<()> {
         self.drive(range, WriteKind::Discard, None)
     }

@@ -256,3 +256,26 @@ fn a_read_only_disk_refuses_changes_in_the_engine_too() {
     assert_eq!(queue.run(Op::Discard, 0, 4096), Outcome::Failed);
     assert_eq!(queue.run(Op::Read, 0, 4096), Outcome::Done);
 }
+
+#[test]
+fn a_request_done_whole_waits_for_an_overlapping_one_that_has_to_be_prepared() {
+    for method in [Method::RedirectOnWrite, Method::CopyOnWrite] {
+        let (volume, _directory) = volume(SIZE);
+        let mut queue = Queue::new(&volume);
+        assert_eq!(queue.run(Op::Write, 0, 65536), Outcome::Done);
+        for _ in 0..50 {
+            take_snapshot(&volume, method);
+            // The mover gets them one by one: it may have begun one when the plan of the next is made.
+            let mut tokens = Vec::new();
+            for block in 0..8 {
+                let at = block * 4096;
+                tokens.push(queue.start(Op::WriteZeroes { may_unmap: true }, at, 512));
+                tokens.push(queue.start(Op::Write, at + 1024, 512));
+                tokens.push(queue.start(Op::WriteZeroes { may_unmap: true }, at + 2048, 512));
+            }
+            for token in tokens {
+                assert_eq!(queue.wait(token), Outcome::Done);
+            }
+        }
+    }
+}
