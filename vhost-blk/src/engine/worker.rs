@@ -350,11 +350,11 @@ impl Worker {
         {
             return Started::Parked(job, why);
         }
+        self.landed(&job);
         drop(ticket);
         if changes && result.is_ok() && !self.volume.may_cache_writes() {
             result = store.flush();
         }
-        self.landed(&job);
         if changes {
             self.wake_overlapping();
         }
@@ -549,8 +549,8 @@ impl Worker {
         ticket: Option<Ticket>,
         result: Option<Result<(), StoreError>>,
     ) {
-        drop(ticket);
         self.landed(&job);
+        drop(ticket);
         self.wake_overlapping();
         let outcome = result.map_or(Outcome::Failed, |result| self.outcome(&job, result));
         if outcome == Outcome::Done && !self.volume.may_cache_writes() {
@@ -616,6 +616,7 @@ impl Worker {
         self.parked.push(job);
     }
 
+    /// Before the ticket is dropped: a snapshot that waited for it reads the witness next.
     fn landed(&self, job: &Job) {
         self.volume
             .witness
