@@ -86,6 +86,22 @@ pub enum State {
     Gone,
 }
 
+impl State {
+    /// True if writes may be held: whatever ends this state lets them go.
+    #[must_use]
+    pub fn may_hold(&self) -> bool {
+        match self {
+            Self::Open { held, .. } | Self::Provisional { held } => *held,
+            Self::Committing { .. } => true,
+            Self::Preparing { .. }
+            | Self::Keeping
+            | Self::HalfKept
+            | Self::Undoing
+            | Self::Gone => false,
+        }
+    }
+}
+
 /// What happens to a set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {

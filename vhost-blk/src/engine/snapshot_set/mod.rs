@@ -13,3 +13,6 @@ mod window;
 pub use error::SetError;
 pub use sets::SnapshotSets;
 pub use window::{Committed, OwnerId};
+
+#[cfg(test)]
+mod tests;

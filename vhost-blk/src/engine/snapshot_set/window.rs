@@ -159,7 +159,8 @@ impl Set {
         }
     }
 
-    /// Holds writes on all volumes; false (and nothing held) if one is held already.
+    /// Holds writes on all volumes; false (and nothing held) if one is held already, or if the set was undone or released
+    /// by another connection meanwhile: nobody would let them go.
     pub(super) fn hold_writes(self: &Arc<Self>, deadline: Instant) -> bool {
         let mut holds = Vec::new();
         for volume in &self.volumes {
@@ -172,7 +173,14 @@ impl Set {
                 return false;
             }
         }
-        self.lock().holds = holds;
+        let mut inner = self.lock();
+        let is_wanted = inner.state.may_hold();
+        inner.holds = holds;
+        drop(inner);
+        if !is_wanted {
+            self.release_writes();
+            return false;
+        }
         self.wake_at(deadline);
         true
     }
