@@ -249,7 +249,7 @@ fn uncovered_filesystems(said: &Observations<'_>, frozen: &Frozen) -> Vec<String
                 || filesystem
                     .extents
                     .iter()
-                    .any(|extent| said.serials.contains(&extent.serial))
+                    .any(|e| e.serial.is_empty() || said.serials.contains(&e.serial))
         })
         .filter(|filesystem| {
             !frozen

@@ -374,6 +374,19 @@ fn left_out_and_read_only_file_systems_do_not_object() {
 }
 
 #[test]
+fn a_file_system_on_a_disk_without_a_serial_must_be_mentioned() {
+    let mut said = all_agree();
+    let mut other = info("/other");
+    let nameless = DiskExtent {
+        serial: String::new(),
+        ..extent(0)
+    };
+    other.extents = vec![nameless];
+    said.identified.filesystems.push(other);
+    assert_eq!(objectors(&judge(&said)), ["filesystems"]);
+}
+
+#[test]
 fn nothing_frozen_is_nothing_heard() {
     let witnesses = hear(&Observations::default());
     assert_eq!(witnesses.host.value, Word::NotHeard);
