@@ -390,7 +390,7 @@ impl Sets {
                 vm: vm.name.clone(),
             });
         };
-        let guest = GuestClient::connect(agent, self.limits.hello_again).await?;
+        let guest = GuestClient::connect(agent, self.limits.hello).await?;
         Ok(guest.identify(self.limits.identify).await?)
     }
 

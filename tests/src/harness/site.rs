@@ -133,12 +133,10 @@ impl Site {
                 .start(&format!("exec sqlite-writer {}", databases.join(" ")))?,
         );
         wait::until("the SQLite writer to register", wait::STEP, || {
-            let writers = self.bridge.run(&["list", "writers"])?.succeeded()?;
-            Ok(writers
-                .document
-                .to_string()
-                .contains("SQLite")
-                .then_some(()))
+            let writers = self.bridge.run(&["list", "writers"])?;
+            // Right after the boot the agent may not be there yet.
+            let registered = writers.code == 0 && writers.document.to_string().contains("SQLite");
+            Ok(registered.then_some(()))
         })
     }
 
