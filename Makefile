@@ -9,8 +9,8 @@ MAKEFLAGS += --no-builtin-rules
 # What the commands need besides a Rust toolchain.
 PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
             qemu-system-x86 qemu-utils qemu-system-common
-# Stock libvirt, for the tests only: a person who runs the demo need not have it.
-test test-machines nightly: PACKAGES += libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
+# For the tests only: a person who runs the demo need not have them.
+test test-quick test-machines nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
 TRIPLE := x86_64-unknown-linux-gnu
 PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
