@@ -3,65 +3,24 @@
 
 mod harness;
 
-use std::sync::Arc;
-
 use harness::{Methods, Model, World, history, memory_files, read_all, small_options};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use vhost_blk_store::sim::MemoryFile;
-use vhost_blk_store::{BlockFile, Dump, View, Volume, VolumeFiles, check, dump};
+use vhost_blk_store::sim::{
+    FILE_NAMES, Image, Part, SUPERBLOCK, contents, memory_volume, metadata,
+};
+use vhost_blk_store::{Dump, View, Volume, check, dump};
 
 const SECTORS: u64 = 83;
-const NAMES: [&str; 7] = [
-    "base",
-    "superblock",
-    "log",
-    "journal.0",
-    "journal.1",
-    "index.0",
-    "index.1",
-];
-
-fn images(files: &VolumeFiles) -> Vec<Vec<u8>> {
-    [
-        &files.base,
-        &files.superblock,
-        &files.log,
-        &files.journal[0],
-        &files.journal[1],
-        &files.index[0],
-        &files.index[1],
-    ]
-    .into_iter()
-    .map(|file| {
-        let mut bytes = vec![0; usize::try_from(file.len_bytes().unwrap()).unwrap()];
-        file.read_at(&mut bytes, 0).unwrap();
-        bytes
-    })
-    .collect()
-}
-
-fn files(images: &[Vec<u8>]) -> VolumeFiles {
-    let at =
-        |place: usize| -> Arc<dyn BlockFile> { Arc::new(MemoryFile::new(images[place].clone())) };
-    VolumeFiles {
-        base: at(0),
-        superblock: at(1),
-        log: at(2),
-        journal: [at(3), at(4)],
-        index: [at(5), at(6)],
-    }
-}
-
 /// A volume after a random history, flushed and dropped without closing: everything is in use.
-fn worn(seed: u64) -> (Vec<Vec<u8>>, Model) {
+fn worn(seed: u64) -> (Vec<Image>, Model) {
     let model = Model::new(SECTORS);
     let mut world = World::new(memory_files(model.bytes()), small_options(1), model);
     for op in history(seed, Methods::Mixed, 60, SECTORS) {
         world.apply(&op);
     }
     world.volume().flush().unwrap();
-    (images(&world.files), world.model)
+    (contents(&world.files).unwrap(), world.model)
 }
 
 /// Sequence numbers of the COMMITs in a journal, and of its last record.
@@ -88,13 +47,13 @@ enum Victim {
 /// Either the volume does not open, or everything in it reads as before, or reading answers an error.
 /// Only the loss of the journal's last round looks like a power cut, and is taken for one.
 fn try_damaged(
-    images: &[Vec<u8>],
+    images: &[Image],
     whole_commits: &[u64],
     model: &Model,
     victim: Victim,
     what: &str,
 ) -> (bool, bool) {
-    let files = files(images);
+    let files = memory_volume(images.to_vec());
     let findings = check(&files);
     let dumped = dump(&files).map(|dump| commits(&dump).1);
     let Ok((volume, _)) = Volume::open_files(files, &small_options(2)) else {
@@ -139,36 +98,35 @@ fn flipped_bits_are_found_or_harmless() {
     let (mut refused, mut shortened, mut tried) = (0, 0, 0);
     for seed in 0..24 {
         let (images, model) = worn(seed);
-        assert!(check(&files(&images)).is_empty());
-        let (whole_commits, _) = commits(&dump(&files(&images)).unwrap());
-        for place in [1, 3, 4, 5, 6] {
+        let files = memory_volume(images.clone());
+        assert!(check(&files).is_empty());
+        let (whole_commits, _) = commits(&dump(&files).unwrap());
+        for part in metadata(&images) {
             for _ in 0..60 {
-                let mut images = images.clone();
-                let length = images[place].len();
-                if length == 0 {
+                if part.length_bytes == 0 {
                     continue;
                 }
                 // Half of the damage near the start, where the headers are.
-                let at = if random.random() {
-                    random.random_range(0..length)
+                let within = if random.random() {
+                    random.random_range(0..part.length_bytes)
                 } else {
-                    random.random_range(0..length.min(512))
+                    random.random_range(0..part.length_bytes.min(512))
                 };
+                let mut images = images.clone();
+                let (image, at) = (&mut images[part.place], part.offset_bytes + within);
+                let left = part.length_bytes - within;
                 let damage = random.random_range(0..3);
                 match damage {
-                    0 => images[place][at] ^= 1 << random.random_range(0..8),
-                    1 => {
-                        let end = (at + 512).min(length);
-                        images[place][at..end].fill(random.random());
-                    }
-                    _ => images[place].truncate(at),
+                    0 => image.flip(at, 1 << random.random_range(0..8)),
+                    1 => image.fill(random.random(), at, left.min(512)),
+                    _ => image.fill(0, at, left),
                 }
-                let victim = match (place, damage) {
-                    (3 | 4, 0) => Victim::Journal,
-                    (3 | 4, _) => Victim::JournalEnd,
-                    _ => Victim::Other,
+                let victim = match (part.journal, damage) {
+                    (true, 0) => Victim::Journal,
+                    (true, _) => Victim::JournalEnd,
+                    (false, _) => Victim::Other,
                 };
-                let what = format!("history {seed}, {} at {at}", NAMES[place]);
+                let what = format!("history {seed}, {} at {at}", FILE_NAMES[part.place]);
                 let (no, short) = try_damaged(&images, &whole_commits, &model, victim, &what);
                 refused += u64::from(no);
                 shortened += u64::from(short);
@@ -192,23 +150,32 @@ fn files_of_another_volume_are_refused() {
             world.apply(&op);
         }
         world.volume().flush().unwrap();
-        images(&world.files)
+        contents(&world.files).unwrap()
     };
-    for place in [3, 4, 5, 6] {
+    let swap = |images: &mut [Image], part: Part| {
+        let mut bytes = vec![0; usize::try_from(part.length_bytes).unwrap()];
+        foreign[part.place].read(&mut bytes, part.offset_bytes);
+        images[part.place].write(&bytes, part.offset_bytes);
+    };
+    let parts = metadata(&foreign);
+    for part in &parts {
+        if part.place == SUPERBLOCK {
+            continue;
+        }
         let mut mixed = ours.clone();
-        mixed[place].clone_from(&foreign[place]);
-        let journal = place == 3 || place == 4;
-        let victim = if journal {
+        swap(&mut mixed, *part);
+        let victim = if part.journal {
             Victim::JournalEnd
         } else {
             Victim::Other
         };
-        try_damaged(&mixed, &[], &model, victim, NAMES[place]);
+        try_damaged(&mixed, &[], &model, victim, FILE_NAMES[part.place]);
     }
     let mut both = ours.clone();
-    both[3].clone_from(&foreign[3]);
-    both[4].clone_from(&foreign[4]);
-    assert!(Volume::open_files(files(&both), &small_options(2)).is_err());
+    for part in parts.iter().filter(|part| part.journal) {
+        swap(&mut both, *part);
+    }
+    assert!(Volume::open_files(memory_volume(both), &small_options(2)).is_err());
 }
 
 #[test]
@@ -219,17 +186,15 @@ fn garbage_everywhere_never_panics() {
         let mut images = images.clone();
         for image in images.iter_mut().skip(1) {
             for _ in 0..random.random_range(0..4) {
-                if image.is_empty() {
-                    continue;
-                }
-                let at = random.random_range(0..image.len());
-                let end = (at + random.random_range(1..3000)).min(image.len());
-                image[at..end]
-                    .iter_mut()
-                    .for_each(|byte| *byte = random.random());
+                let length = image.len_bytes().max(1);
+                let at = random.random_range(0..length);
+                let mut bytes = vec![0; random.random_range(1..3000)];
+                bytes.iter_mut().for_each(|byte| *byte = random.random());
+                image.write(&bytes, at);
+                image.set_len(length);
             }
         }
-        let files = files(&images);
+        let files = memory_volume(images);
         drop(check(&files));
         drop(dump(&files));
         drop(Volume::open_files(files, &small_options(2)));

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use harness::{
     Methods, Model, Op, World, history, memory_files, read_all, sector_value, small_options,
 };
-use vhost_blk_store::sim::{FailingFile, Fault, FaultKind};
+use vhost_blk_store::sim::{FailingFile, Fault, FaultKind, each_file, volume_files};
 use vhost_blk_store::{BlockFile, ByteRange, StoreError, View, Volume, VolumeFiles, WriteKind};
 
 const SECTORS: u64 = 67;
@@ -18,13 +18,8 @@ fn behind(files: &VolumeFiles, fault: &Arc<Fault>) -> VolumeFiles {
     let wrap = |file: &Arc<dyn BlockFile>| -> Arc<dyn BlockFile> {
         Arc::new(FailingFile::new(Arc::clone(file), Arc::clone(fault)))
     };
-    VolumeFiles {
-        base: wrap(&files.base),
-        superblock: wrap(&files.superblock),
-        log: wrap(&files.log),
-        journal: [wrap(&files.journal[0]), wrap(&files.journal[1])],
-        index: [wrap(&files.index[0]), wrap(&files.index[1])],
-    }
+    let inner = each_file(files).map(wrap);
+    volume_files(|place| Arc::clone(&inner[place]))
 }
 
 /// A volume that came into being before its disk went bad.

@@ -6,12 +6,11 @@ mod harness;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 
 use harness::{Methods, Model, Op, Verdict, World, memory_files, small_options};
 use vhost_blk_store::layout::{FIELDS, KINDS, MAX_RECORD_BLOCKS, MAX_SET_MEMBERS, MAX_SNAPSHOTS};
-use vhost_blk_store::sim::MemoryFile;
-use vhost_blk_store::{BlockFile, MAX_REQUEST_BYTES, Method, VolumeFiles, check, dump};
+use vhost_blk_store::sim::{FILE_NAMES, each_file, memory_volume};
+use vhost_blk_store::{MAX_REQUEST_BYTES, Method, check, dump};
 
 const FORMAT: &str = include_str!("../FORMAT.md");
 
@@ -133,28 +132,6 @@ fn golden_world() -> World {
     world
 }
 
-const NAMES: [&str; 7] = [
-    "base",
-    "superblock",
-    "log",
-    "journal.0",
-    "journal.1",
-    "index.0",
-    "index.1",
-];
-
-fn each(files: &VolumeFiles) -> [&Arc<dyn BlockFile>; 7] {
-    [
-        &files.base,
-        &files.superblock,
-        &files.log,
-        &files.journal[0],
-        &files.journal[1],
-        &files.index[0],
-        &files.index[1],
-    ]
-}
-
 /// Bytes with runs of zeroes folded, so that the golden files stay small: (u32 zeroes, u32 length, bytes)*.
 fn fold(bytes: &[u8]) -> Vec<u8> {
     let mut folded = Vec::new();
@@ -198,7 +175,7 @@ fn golden_path(name: &str) -> std::path::PathBuf {
 #[test]
 fn golden_volume_is_written_byte_for_byte() {
     let world = golden_world();
-    for (name, file) in NAMES.iter().zip(each(&world.files)) {
+    for (name, file) in FILE_NAMES.iter().zip(each_file(&world.files)) {
         let mut bytes = vec![0; usize::try_from(file.len_bytes().unwrap()).unwrap()];
         file.read_at(&mut bytes, 0).unwrap();
         if std::env::var_os("VMSHADOW_WRITE_GOLDEN").is_some() {
@@ -213,17 +190,8 @@ fn golden_volume_is_written_byte_for_byte() {
 #[test]
 fn golden_volume_reads_as_it_was() {
     let expected = golden_world().model;
-    let file = |place: usize| -> Arc<dyn BlockFile> {
-        let folded = std::fs::read(golden_path(NAMES[place])).unwrap();
-        Arc::new(MemoryFile::new(unfold(&folded)))
-    };
-    let files = VolumeFiles {
-        base: file(0),
-        superblock: file(1),
-        log: file(2),
-        journal: [file(3), file(4)],
-        index: [file(5), file(6)],
-    };
+    let file = |name| unfold(&std::fs::read(golden_path(name)).unwrap()).into();
+    let files = memory_volume(FILE_NAMES.into_iter().map(file).collect());
     assert_eq!(check(&files), []);
     let text = dump(&files).unwrap().to_string();
     for word in [

@@ -12,11 +12,12 @@ use harness::{
     Model, Op, Verdict, World, expect, memory_files, read_all, sector_bytes, sector_value,
     small_options,
 };
-use vhost_blk_store::sim::{CrashDisk, FailingFile, Fault, FaultKind, MemoryFile};
+use vhost_blk_store::sim::{
+    CrashDisk, FILES, FailingFile, Fault, FaultKind, Image, LOG, memory_volume, volume_files,
+};
 use vhost_blk_store::{
     BlockFile, ByteRange, DataFile, Extent, Maintenance, Method, NewSnapshot, OpenOptions,
-    Severity, SnapshotId, Source, StoreError, View, Volume, VolumeFiles, WriteKind, WritePlan,
-    check,
+    Severity, SnapshotId, Source, StoreError, View, Volume, WriteKind, WritePlan, check,
 };
 
 const SECTORS: u64 = 80;
@@ -342,20 +343,15 @@ impl BlockFile for Interrupted {
 #[test]
 fn write_that_completes_during_a_flush_is_not_committed_by_it() {
     let model = Model::new(SECTORS);
-    let mut images = vec![model.bytes()];
-    images.resize(7, Vec::new());
+    let mut images = vec![model.bytes().into()];
+    images.resize(FILES, Image::default());
     let disk = CrashDisk::new(images, 1);
     let hook: Arc<OnceLock<Box<dyn Fn() + Send + Sync>>> = Arc::default();
-    let files = VolumeFiles {
-        base: disk.file(0),
-        superblock: disk.file(1),
-        log: Arc::new(Interrupted {
-            file: disk.file(2),
-            during_sync: Arc::clone(&hook),
-        }),
-        journal: [disk.file(3), disk.file(4)],
-        index: [disk.file(5), disk.file(6)],
-    };
+    let mut files = volume_files(|place| disk.file(place));
+    files.log = Arc::new(Interrupted {
+        file: disk.file(LOG),
+        during_sync: Arc::clone(&hook),
+    });
     let mut world = World::new(files, small_options(1), model);
     snapshot(&mut world, Method::RedirectOnWrite);
     let volume = Arc::new(world.volume.take().unwrap());
@@ -379,16 +375,7 @@ fn write_that_completes_during_a_flush_is_not_committed_by_it() {
     let mut images_tried = 0;
     for point in points {
         for image in point.power_cuts(40, 5) {
-            let file = |place: usize| -> Arc<dyn BlockFile> {
-                Arc::new(MemoryFile::new(image[place].clone()))
-            };
-            let files = VolumeFiles {
-                base: file(0),
-                superblock: file(1),
-                log: file(2),
-                journal: [file(3), file(4)],
-                index: [file(5), file(6)],
-            };
+            let files = memory_volume(image);
             assert!(check(&files).iter().all(|f| f.severity != Severity::Damage));
             let (volume, _) = Volume::open_files(files, &small_options(2)).unwrap();
             let head = read_all(&volume, View::Head);

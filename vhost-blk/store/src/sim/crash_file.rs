@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::memory_file::{read_bytes, write_bytes};
+use super::Image;
 use crate::io::BlockFile;
 use crate::units::{SECTOR_BYTES, in_memory};
 use crate::volume::lock;
@@ -36,9 +36,9 @@ struct Pending {
 
 #[derive(Clone, Debug)]
 struct FileState {
-    durable: Arc<Vec<u8>>,
-    current: Arc<Vec<u8>>,
-    pending: Vec<Pending>,
+    durable: Arc<Image>,
+    current: Arc<Image>,
+    pending: Arc<Vec<Pending>>,
 }
 
 /// The state of all files at one moment.
@@ -83,15 +83,15 @@ pub struct CrashDisk {
 impl CrashDisk {
     /// Files of these durable contents. A point is recorded around every sync, and after every
     /// `every_writes`-th write (0: never).
-    pub fn new(images: Vec<Vec<u8>>, every_writes: u64) -> CrashDisk {
+    pub fn new(images: Vec<Image>, every_writes: u64) -> CrashDisk {
         let files = images
             .into_iter()
-            .map(|bytes| {
-                let bytes = Arc::new(bytes);
+            .map(|image| {
+                let image = Arc::new(image);
                 FileState {
-                    durable: Arc::clone(&bytes),
-                    current: bytes,
-                    pending: Vec::new(),
+                    durable: Arc::clone(&image),
+                    current: image,
+                    pending: Arc::default(),
                 }
             })
             .collect();
@@ -149,22 +149,22 @@ impl CrashPoint {
     }
 
     /// The files of a killed daemon: all writes are there.
-    pub fn killed(&self) -> Vec<Vec<u8>> {
+    pub fn killed(&self) -> Vec<Image> {
         self.files
             .iter()
-            .map(|file| file.current.to_vec())
+            .map(|file| Image::clone(&file.current))
             .collect()
     }
 
     /// The files after a power cut that wrote exactly the pending sectors `chosen` says, counted over all
     /// files in the order of the writes.
-    pub fn power_cut(&self, mut chosen: impl FnMut(u64) -> bool) -> Vec<Vec<u8>> {
+    pub fn power_cut(&self, mut chosen: impl FnMut(u64) -> bool) -> Vec<Image> {
         let mut number = 0;
         self.files
             .iter()
             .map(|file| {
-                let mut bytes = file.durable.to_vec();
-                for write in &file.pending {
+                let mut image = Image::clone(&file.durable);
+                for write in &*file.pending {
                     let mut at = write.offset_bytes;
                     let mut rest = &write.bytes[..];
                     while !rest.is_empty() {
@@ -173,36 +173,36 @@ impl CrashPoint {
                         let room = SECTOR_BYTES - at % SECTOR_BYTES;
                         let (now, later) = rest.split_at(rest.len().min(in_memory(room)));
                         if chosen(number) {
-                            write_bytes(&mut bytes, now, at);
+                            image.write(now, at);
                         }
                         number += 1;
                         at += now.len() as u64;
                         rest = later;
                     }
                 }
-                bytes
+                image
             })
             .collect()
     }
 
     /// The files after a power cut that destroyed what was being written to the file at `place`, and wrote
     /// nothing else; `None` if nothing was being written to it.
-    pub fn power_cut_garbling(&self, place: usize) -> Option<Vec<Vec<u8>>> {
+    pub fn power_cut_garbling(&self, place: usize) -> Option<Vec<Image>> {
         let pending = &self.files.get(place)?.pending;
         if pending.is_empty() {
             return None;
         }
         let mut images = self.power_cut(|_| false);
-        let bytes = images.get_mut(place)?;
-        for write in pending {
-            write_bytes(bytes, &vec![0xdb; write.bytes.len()], write.offset_bytes);
+        let image = images.get_mut(place)?;
+        for write in &**pending {
+            image.fill(0xdb, write.offset_bytes, write.bytes.len() as u64);
         }
         Some(images)
     }
 
     /// Images of this point: all subsets when there are at most `most` of them, else `most` of them, the
     /// extremes first, then seeded samples of every density.
-    pub fn power_cuts(&self, most: u64, seed: u64) -> Vec<Vec<Vec<u8>>> {
+    pub fn power_cuts(&self, most: u64, seed: u64) -> Vec<Vec<Image>> {
         let sectors = self.pending_sectors();
         if sectors < 63 && 1 << sectors <= most {
             return (0..1_u64 << sectors)
@@ -241,23 +241,21 @@ struct CrashFile {
 
 impl BlockFile for CrashFile {
     fn len_bytes(&self) -> io::Result<u64> {
-        Ok(lock(&self.disk.state).files[self.place].current.len() as u64)
+        Ok(lock(&self.disk.state).files[self.place].current.len_bytes())
     }
 
     fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> io::Result<()> {
-        read_bytes(
-            &lock(&self.disk.state).files[self.place].current,
-            buffer,
-            offset_bytes,
-        );
+        lock(&self.disk.state).files[self.place]
+            .current
+            .read(buffer, offset_bytes);
         Ok(())
     }
 
     fn write_at(&self, data: &[u8], offset_bytes: u64) -> io::Result<()> {
         let mut state = lock(&self.disk.state);
         let file = &mut state.files[self.place];
-        write_bytes(Arc::make_mut(&mut file.current), data, offset_bytes);
-        file.pending.push(Pending {
+        Arc::make_mut(&mut file.current).write(data, offset_bytes);
+        Arc::make_mut(&mut file.pending).push(Pending {
             offset_bytes,
             bytes: data.into(),
         });
@@ -293,15 +291,11 @@ impl BlockFile for CrashFile {
             .take_if(|place| *place == self.place)
             .is_some();
         let file = &mut state.files[self.place];
-        for write in std::mem::take(&mut file.pending) {
+        for write in std::mem::take(&mut file.pending).iter() {
             // A failed sync leaves pages that are marked clean and are not on the disk: later syncs pass
             // them over, unless somebody writes them again.
             if !fails {
-                write_bytes(
-                    Arc::make_mut(&mut file.durable),
-                    &write.bytes,
-                    write.offset_bytes,
-                );
+                Arc::make_mut(&mut file.durable).write(&write.bytes, write.offset_bytes);
             }
         }
         state.record(Moment::AfterSync);

@@ -1,12 +1,19 @@
 //! Simulated files for tests of this crate and of others: feature `sim`.
 //!
-//! `memory_file` just holds bytes; `crash_file` records every write and sync and yields what a power cut
-//! may leave; `failing_file` fails the n-th operation.
+//! `memory_file` just holds bytes, as an `image`; `crash_file` records every write and sync and yields what a
+//! power cut may leave; `failing_file` fails the n-th operation; `places` numbers a volume's files.
 
 mod crash_file;
 mod failing_file;
+mod image;
 mod memory_file;
+mod places;
 
 pub use crash_file::{CrashDisk, CrashPoint, Moment};
 pub use failing_file::{FailingFile, Fault, FaultKind};
+pub use image::Image;
 pub use memory_file::MemoryFile;
+pub use places::{
+    BASE, FILE_NAMES, FILES, JOURNALS, LOG, Part, SUPERBLOCK, contents, each_file, memory_volume,
+    metadata, volume_files,
+};

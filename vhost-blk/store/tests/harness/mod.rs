@@ -7,15 +7,13 @@
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 #![allow(clippy::cast_possible_truncation, reason = "volumes of a few blocks")]
 
-use std::sync::Arc;
-
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use uuid::Uuid;
-use vhost_blk_store::sim::MemoryFile;
+use vhost_blk_store::sim::memory_volume;
 use vhost_blk_store::{
-    BlockFile, BootId, ByteRange, Maintenance, Method, NewSnapshot, OpenOptions, SnapshotId,
-    Source, StoreError, View, Volume, VolumeFiles, VolumeId, WriteKind,
+    BootId, ByteRange, Maintenance, Method, NewSnapshot, OpenOptions, SnapshotId, Source,
+    StoreError, View, Volume, VolumeFiles, VolumeId, WriteKind,
 };
 
 pub const SECTOR: u64 = 512;
@@ -172,14 +170,7 @@ pub fn small_options(boot: u8) -> OpenOptions {
 }
 
 pub fn memory_files(base: Vec<u8>) -> VolumeFiles {
-    let empty = || -> Arc<dyn BlockFile> { Arc::new(MemoryFile::default()) };
-    VolumeFiles {
-        base: Arc::new(MemoryFile::new(base)),
-        superblock: empty(),
-        log: empty(),
-        journal: [empty(), empty()],
-        index: [empty(), empty()],
-    }
+    memory_volume(vec![base.into()])
 }
 
 /// A volume and its model.
