@@ -32,7 +32,7 @@ impl UnverifiedPage<'_> {
         let (head, body) = bytes.split_at_checked(page::ENTRY_COUNT)?;
         let crc = Seal::Page(generation, number).crc(volume, body);
         let count = in_memory(u64::from(layout::u32_at(bytes, page::ENTRY_COUNT)));
-        if layout::u32_at(head, page::CRC) != crc
+        if !layout::checksum_holds(layout::u32_at(head, page::CRC), crc)
             || layout::u64_at(bytes, page::PAGE_NUMBER) != number
             || count == 0
             || count > ENTRIES_PER_PAGE
