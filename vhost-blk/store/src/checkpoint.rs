@@ -4,11 +4,13 @@
 //! Order (I7): freeze and switch journal; write the other index file; sync it; commit round; superblock;
 //! only then drop the old run, and free log blocks when older I/O is over (I6).
 
+use std::sync::Arc;
+
 use crate::error::{FileName, Result, StoreError};
 use crate::index::{Merge, MergeRule, Merged};
 use crate::journal::Entry;
 use crate::layout::{MAX_EPOCH, PAGE_BYTES, Seal};
-use crate::snapshot_table::SnapshotTable;
+use crate::snapshot_table::{SnapshotInfo, table_records};
 use crate::space::Bitmap;
 use crate::superblock::Superblock;
 use crate::units::{Epoch, Generation, Incarnation, Sequence};
@@ -19,7 +21,8 @@ use crate::volume::{Core, Maintenance, Shared};
 pub(crate) struct Checkpoint {
     merge: Merge,
     rule: MergeRule,
-    table: SnapshotTable,
+    /// The snapshots that the new index is for.
+    table: Vec<Arc<SnapshotInfo>>,
     epoch: Epoch,
     journal_generation: Generation,
     first_sequence: Sequence,
@@ -35,6 +38,10 @@ pub(crate) enum Turn {
     Keep,
     /// What the snapshot of this epoch sees becomes the live state.
     Revert(Epoch),
+}
+
+fn epochs(table: &[Arc<SnapshotInfo>]) -> Vec<u32> {
+    table.iter().map(|snapshot| snapshot.epoch.0).collect()
 }
 
 impl Shared {
@@ -57,24 +64,24 @@ impl Shared {
         for (_, dropped) in &core.dropped {
             mapped_before.remove(dropped);
         }
-        let (mut table, mut epoch) = (core.state.table.clone(), core.state.epoch);
+        let (mut table, mut epoch) = (core.state.table.shared(), core.state.epoch);
         let mut revert_to = None;
         match turn {
             Turn::Keep => {}
             Turn::Revert(target) => {
-                table.truncate(target);
+                table.retain(|snapshot| snapshot.epoch <= target);
                 epoch = Epoch((epoch.0 + 1).min(MAX_EPOCH));
                 revert_to = Some(target);
             }
         }
         let rule = MergeRule {
-            epochs: table.epochs(),
+            epochs: epochs(&table),
             revert_to,
         };
         core.reclaim = false;
         core.discarded_blocks = 0;
         let frozen = core.state.index.freeze();
-        let run = std::sync::Arc::clone(core.state.index.run());
+        let run = Arc::clone(core.state.index.run());
         maintenance.checkpoint = Some(Checkpoint {
             merge: Merge::new(rule.clone(), run, frozen),
             rule,
@@ -124,14 +131,13 @@ impl Shared {
         if let Some(checkpoint) = maintenance.checkpoint.as_mut() {
             let core = self.core();
             if checkpoint.rule.revert_to.take().is_some() {
-                checkpoint.table = core.state.table.clone();
+                checkpoint.table = core.state.table.shared();
                 checkpoint.epoch = core.state.epoch;
-                checkpoint.rule.epochs = checkpoint.table.epochs();
+                checkpoint.rule.epochs = epochs(&checkpoint.table);
             }
             if let Some(frozen) = core.state.index.frozen() {
-                let run = std::sync::Arc::clone(core.state.index.run());
-                checkpoint.merge =
-                    Merge::new(checkpoint.rule.clone(), run, std::sync::Arc::clone(frozen));
+                let run = Arc::clone(core.state.index.run());
+                checkpoint.merge = Merge::new(checkpoint.rule.clone(), run, Arc::clone(frozen));
             }
         }
         if let StoreError::Io { source, .. } = &error
@@ -145,7 +151,7 @@ impl Shared {
     /// The snapshot table goes behind the pages, as journal records.
     fn write_table(&self, checkpoint: &Checkpoint, merged: &Merged) -> Result<()> {
         let mut bytes = Vec::new();
-        for (place, record) in (1..).zip(checkpoint.table.to_records()) {
+        for (place, record) in (1..).zip(table_records(&checkpoint.table)) {
             let entry = Entry {
                 sequence: Sequence(place),
                 incarnation: Incarnation(0),
@@ -177,11 +183,8 @@ impl Shared {
         let mut core = self.core();
         let core = &mut *core;
         core.state.index.install(merged.run);
-        core.state.table = match checkpoint.rule.revert_to {
-            Some(_) => checkpoint.table,
-            None => std::mem::take(&mut core.state.table),
-        };
-        if checkpoint.rule.revert_to.is_some() {
+        if let Some(target) = checkpoint.rule.revert_to {
+            core.state.table.truncate(target);
             core.state.epoch = checkpoint.epoch;
         }
         let generation = core.pins.close();
@@ -210,7 +213,7 @@ impl Shared {
             index_generation: merged.run.generation,
             index_pages: merged.run.pages,
             index_records: merged.run.records,
-            table_records: checkpoint.table.to_records().len() as u64,
+            table_records: table_records(&checkpoint.table).len() as u64,
             journal_generation: checkpoint.journal_generation,
             first_sequence: checkpoint.first_sequence,
             applied_through: checkpoint.applied_through,

@@ -115,7 +115,7 @@ pub fn dump(files: &VolumeFiles) -> Result<Dump> {
             applied_through: superblock.applied_through.0,
         },
         epoch: loaded.state.epoch.0,
-        snapshots: loaded.state.table.all().to_vec(),
+        snapshots: loaded.state.table.all().cloned().collect(),
         index,
         journal: loaded
             .chain

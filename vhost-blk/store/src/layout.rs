@@ -33,7 +33,7 @@ pub(crate) const LIVE: u32 = u32::MAX;
 /// Largest epoch: the one below [`LIVE`] is never reached.
 pub(crate) const MAX_EPOCH: u32 = u32::MAX - 2;
 /// Most snapshots of one volume.
-pub const MAX_SNAPSHOTS: usize = 4096;
+pub const MAX_SNAPSHOTS: usize = 1 << 16;
 /// Most volumes of one set.
 pub const MAX_SET_MEMBERS: usize = 256;
 /// Largest volume, in bytes: 4 EiB.

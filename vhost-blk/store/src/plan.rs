@@ -89,6 +89,25 @@ impl Extents {
     }
 }
 
+/// Bytes of `block` at `location`.
+pub(crate) fn extent_at(
+    block: Block,
+    location: Location,
+    skip_bytes: u64,
+    length_bytes: u64,
+) -> Extent {
+    let (source, offset_bytes) = match location {
+        Location::Base => (Source::Base, block.offset_bytes() + skip_bytes),
+        Location::Log(at) => (Source::Log, at.offset_bytes() + skip_bytes),
+        Location::Zero => (Source::Zero, 0),
+    };
+    Extent {
+        source,
+        offset_bytes,
+        length_bytes,
+    }
+}
+
 /// Appends bytes at `location`, in one extent with the last where they follow it.
 pub(crate) fn push_extent(
     extents: &mut Vec<Extent>,
@@ -97,23 +116,16 @@ pub(crate) fn push_extent(
     skip_bytes: u64,
     length_bytes: u64,
 ) {
-    let (source, offset_bytes) = match location {
-        Location::Base => (Source::Base, block.offset_bytes() + skip_bytes),
-        Location::Log(at) => (Source::Log, at.offset_bytes() + skip_bytes),
-        Location::Zero => (Source::Zero, 0),
-    };
+    let extent = extent_at(block, location, skip_bytes, length_bytes);
     if let Some(last) = extents.last_mut()
-        && last.source == source
-        && (source == Source::Zero || last.offset_bytes + last.length_bytes == offset_bytes)
+        && last.source == extent.source
+        && (extent.source == Source::Zero
+            || last.offset_bytes + last.length_bytes == extent.offset_bytes)
     {
         last.length_bytes += length_bytes;
         return;
     }
-    extents.push(Extent {
-        source,
-        offset_bytes,
-        length_bytes,
-    });
+    extents.push(extent);
 }
 
 /// A planned read. Keep it until the data has been read.

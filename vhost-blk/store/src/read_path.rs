@@ -9,7 +9,9 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
-use crate::plan::{Extent, Extents, MAX_REQUEST_BYTES, ReadPlan, Source, View, push_extent};
+use crate::plan::{
+    Extent, Extents, MAX_REQUEST_BYTES, ReadPlan, Source, View, extent_at, push_extent,
+};
 use crate::units::{BLOCK_BYTES, ByteRange, SECTOR_BYTES, in_memory};
 use crate::volume::{Shared, Volume};
 
@@ -46,35 +48,46 @@ impl Shared {
             });
         }
         let mut core = self.core();
+        let core = &mut *core;
         let (first, last) = (range.first_block(), range.last_block());
-        let locations: Vec<Location> = match view {
-            View::Head => {
-                let states = core.state.index.states(first, last, None)?;
-                states.into_iter().map(|state| state.live).collect()
-            }
+        let epoch = match view {
+            View::Head => None,
             View::Snapshot(id) => {
-                let snapshot = core
-                    .state
-                    .table
-                    .get(id)
-                    .ok_or(StoreError::NoSuchSnapshot(id))?;
-                let epoch = snapshot.epoch;
-                core.state.index.view(first, last, epoch)?
+                let snapshot = core.state.table.get(id);
+                Some(snapshot.ok_or(StoreError::NoSuchSnapshot(id))?.epoch)
             }
         };
-        let mut extents = Vec::with_capacity(1);
-        let mut block = first;
-        for location in locations {
-            let from = range.offset_bytes.saturating_sub(block.offset_bytes());
-            let to = (range.end_bytes() - block.offset_bytes()).min(BLOCK_BYTES);
-            push_extent(&mut extents, block, location, from, to - from);
-            block = block.plus(1);
-        }
+        let index = &mut core.state.index;
+        let extents = if first == last {
+            let location = match epoch {
+                None => index.live(first)?,
+                Some(epoch) => index.seen(first, epoch)?,
+            };
+            let skip_bytes = range.offset_bytes - first.offset_bytes();
+            Extents::One(extent_at(first, location, skip_bytes, range.length_bytes))
+        } else {
+            let locations: Vec<Location> = match epoch {
+                None => {
+                    let states = index.states(first, last, None)?;
+                    states.into_iter().map(|state| state.live).collect()
+                }
+                Some(epoch) => index.view(first, last, epoch)?,
+            };
+            let mut extents = Vec::with_capacity(1);
+            let mut block = first;
+            for location in locations {
+                let from = range.offset_bytes.saturating_sub(block.offset_bytes());
+                let to = (range.end_bytes() - block.offset_bytes()).min(BLOCK_BYTES);
+                push_extent(&mut extents, block, location, from, to - from);
+                block = block.plus(1);
+            }
+            Extents::Many(extents)
+        };
         let pin = Some(core.pins.pin());
         Ok(ReadPlan {
             view,
             range,
-            extents: Extents::Many(extents),
+            extents,
             _pin: pin,
         })
     }

@@ -66,14 +66,11 @@ impl Volume {
         let _hold = Hold::begin(shared)?;
         let info = {
             let mut core = shared.core();
-            let all = core.state.table.all();
-            if all
-                .iter()
-                .any(|s| s.snapshot_id == new.snapshot_id || s.set_id == new.set_id)
-            {
+            let table = &core.state.table;
+            if table.get(new.snapshot_id).is_some() || table.of_set(new.set_id).is_some() {
                 return Err(StoreError::SnapshotExists(new.snapshot_id));
             }
-            if all.len() >= MAX_SNAPSHOTS {
+            if table.len() >= MAX_SNAPSHOTS {
                 return Err(StoreError::Limit("snapshots of one volume"));
             }
             if new.members.is_empty() || new.members.len() > MAX_SET_MEMBERS {
@@ -105,12 +102,8 @@ impl Volume {
     pub fn keep_set(&self, set_id: SetId) -> Result<()> {
         self.shared.check_writable()?;
         let _work = lock(&self.shared.maintenance);
-        let state = self
-            .snapshots()
-            .iter()
-            .find(|snapshot| snapshot.set_id == set_id)
-            .map(|snapshot| snapshot.state);
-        match state {
+        let snapshot = self.snapshot_of_set(set_id);
+        match snapshot.map(|snapshot| snapshot.state) {
             None => return Err(StoreError::NoSuchSet(set_id)),
             Some(SnapshotState::Kept) => return Ok(()),
             Some(SnapshotState::Provisional) => {}
@@ -124,13 +117,7 @@ impl Volume {
         let _work = lock(&self.shared.maintenance);
         {
             let mut core = self.shared.core();
-            if !core
-                .state
-                .table
-                .all()
-                .iter()
-                .any(|snapshot| snapshot.set_id == set_id)
-            {
+            if core.state.table.of_set(set_id).is_none() {
                 return Ok(());
             }
             core.reclaim = true;

@@ -4,6 +4,9 @@
 //! It knows no blocks. Invariant I5: epochs are strictly increasing and below the volume's epoch.
 #![deny(clippy::indexing_slicing)]
 
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::journal::Record;
@@ -65,37 +68,51 @@ pub struct SnapshotInfo {
     pub members: Vec<VolumeId>,
 }
 
-/// The snapshots that exist, oldest first.
+/// The snapshots that exist, in the order of their epochs.
+///
+/// Every step of taking one costs the same whether there are ten others or ten thousand.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SnapshotTable {
-    snapshots: Vec<SnapshotInfo>,
+    by_epoch: BTreeMap<Epoch, Arc<SnapshotInfo>>,
+    by_id: HashMap<SnapshotId, Epoch>,
+    /// A set has at most one snapshot of a volume.
+    by_set: HashMap<SetId, Epoch>,
 }
 
 impl SnapshotTable {
-    pub(crate) fn all(&self) -> &[SnapshotInfo] {
-        &self.snapshots
+    /// Oldest first.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &SnapshotInfo> {
+        self.by_epoch.values().map(|snapshot| &**snapshot)
+    }
+
+    /// The same, to be read without the lock that guards the table.
+    pub(crate) fn shared(&self) -> Vec<Arc<SnapshotInfo>> {
+        self.by_epoch.values().cloned().collect()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.by_epoch.len()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.snapshots.is_empty()
+        self.by_epoch.is_empty()
     }
 
     pub(crate) fn get(&self, id: SnapshotId) -> Option<&SnapshotInfo> {
-        self.snapshots
-            .iter()
-            .find(|snapshot| snapshot.snapshot_id == id)
+        self.at(*self.by_id.get(&id)?)
+    }
+
+    /// The snapshot of a set.
+    pub(crate) fn of_set(&self, set_id: SetId) -> Option<&SnapshotInfo> {
+        self.at(*self.by_set.get(&set_id)?)
+    }
+
+    fn at(&self, epoch: Epoch) -> Option<&SnapshotInfo> {
+        self.by_epoch.get(&epoch).map(|snapshot| &**snapshot)
     }
 
     pub(crate) fn newest(&self) -> Option<&SnapshotInfo> {
-        self.snapshots.last()
-    }
-
-    /// Epochs of all snapshots, ascending.
-    pub(crate) fn epochs(&self) -> Vec<u32> {
-        self.snapshots
-            .iter()
-            .map(|snapshot| snapshot.epoch.0)
-            .collect()
+        self.by_epoch.values().next_back().map(|newest| &**newest)
     }
 
     /// Adds the newest snapshot; `false` if it breaks I5.
@@ -103,45 +120,65 @@ impl SnapshotTable {
         let in_order = self
             .newest()
             .is_none_or(|newest| newest.epoch < snapshot.epoch);
-        if in_order && self.get(snapshot.snapshot_id).is_none() {
-            self.snapshots.push(snapshot);
-            return true;
+        let known = self.by_id.contains_key(&snapshot.snapshot_id)
+            || self.by_set.contains_key(&snapshot.set_id);
+        if !in_order || known {
+            return false;
         }
-        false
+        self.by_id.insert(snapshot.snapshot_id, snapshot.epoch);
+        self.by_set.insert(snapshot.set_id, snapshot.epoch);
+        self.by_epoch.insert(snapshot.epoch, Arc::new(snapshot));
+        true
     }
 
     pub(crate) fn keep_set(&mut self, set_id: SetId) {
-        for snapshot in self.snapshots.iter_mut().filter(|s| s.set_id == set_id) {
-            snapshot.state = SnapshotState::Kept;
+        let epoch = self.by_set.get(&set_id);
+        if let Some(snapshot) = epoch.and_then(|epoch| self.by_epoch.get_mut(epoch)) {
+            Arc::make_mut(snapshot).state = SnapshotState::Kept;
         }
     }
 
     pub(crate) fn remove_set(&mut self, set_id: SetId) {
-        self.snapshots.retain(|snapshot| snapshot.set_id != set_id);
+        if let Some(epoch) = self.by_set.get(&set_id).copied() {
+            self.remove_epoch(epoch);
+        }
     }
 
     pub(crate) fn remove(&mut self, id: SnapshotId) {
-        self.snapshots.retain(|snapshot| snapshot.snapshot_id != id);
+        if let Some(epoch) = self.by_id.get(&id).copied() {
+            self.remove_epoch(epoch);
+        }
+    }
+
+    fn remove_epoch(&mut self, epoch: Epoch) {
+        if let Some(gone) = self.by_epoch.remove(&epoch) {
+            self.by_id.remove(&gone.snapshot_id);
+            self.by_set.remove(&gone.set_id);
+        }
     }
 
     /// Drops every snapshot newer than `epoch`.
     pub(crate) fn truncate(&mut self, epoch: Epoch) {
-        self.snapshots.retain(|snapshot| snapshot.epoch <= epoch);
-    }
-
-    /// The records that rebuild this table from an empty one.
-    pub(crate) fn to_records(&self) -> Vec<Record> {
-        let mut records = Vec::new();
-        for snapshot in &self.snapshots {
-            records.extend(snap_records(snapshot));
-            if snapshot.state == SnapshotState::Kept {
-                records.push(Record::Keep {
-                    set_id: snapshot.set_id,
-                });
-            }
+        while let Some(newest) = self.newest().map(|newest| newest.epoch)
+            && newest > epoch
+        {
+            self.remove_epoch(newest);
         }
-        records
     }
+}
+
+/// The records that rebuild a table of `snapshots` from an empty one.
+pub(crate) fn table_records(snapshots: &[Arc<SnapshotInfo>]) -> Vec<Record> {
+    let mut records = Vec::new();
+    for snapshot in snapshots {
+        records.extend(snap_records(snapshot));
+        if snapshot.state == SnapshotState::Kept {
+            records.push(Record::Keep {
+                set_id: snapshot.set_id,
+            });
+        }
+    }
+    records
 }
 
 /// The records that take `snapshot`.

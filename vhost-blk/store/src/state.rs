@@ -213,7 +213,9 @@ impl State {
             if u32::try_from(parts.members.len()) != Ok(*members) {
                 return Err(broken("SNAP with other members than announced"));
             }
-            if self.table.get(parts.snapshot_id).is_some() {
+            if self.table.get(parts.snapshot_id).is_some()
+                || self.table.of_set(parts.set_id).is_some()
+            {
                 return Err(broken("SNAP of a snapshot that exists"));
             }
             if epoch.0 == 0 || epoch.0 >= MAX_EPOCH || self.floor().is_some_and(|f| f >= *epoch) {

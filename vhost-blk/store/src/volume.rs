@@ -328,7 +328,18 @@ impl Volume {
 
     /// Its snapshots, oldest first.
     pub fn snapshots(&self) -> Vec<SnapshotInfo> {
-        self.shared.core().state.table.all().to_vec()
+        let core = self.shared.core();
+        core.state.table.all().cloned().collect()
+    }
+
+    /// One of them.
+    pub fn snapshot(&self, id: SnapshotId) -> Option<SnapshotInfo> {
+        self.shared.core().state.table.get(id).cloned()
+    }
+
+    /// The one that belongs to a set.
+    pub fn snapshot_of_set(&self, set_id: SetId) -> Option<SnapshotInfo> {
+        self.shared.core().state.table.of_set(set_id).cloned()
     }
 
     /// Its figures.
@@ -338,7 +349,7 @@ impl Volume {
         let counters = &self.shared.counters;
         VolumeStatus {
             epoch: core.state.epoch,
-            snapshots: core.state.table.all().len(),
+            snapshots: core.state.table.len(),
             index_records: core.state.index.run().records
                 + core.state.index.memtable_records() as u64,
             log_used_bytes: core.space.used_blocks() * BLOCK_BYTES,

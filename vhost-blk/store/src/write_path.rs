@@ -98,8 +98,15 @@ impl Shared {
         }
         let floor = core.state.floor();
         let method = core.state.table.newest().map(|snapshot| snapshot.method);
-        let states = core.state.index.states(first, last, floor)?;
-        let outline = outline(kind, range, self.size_bytes, &states, method);
+        let (one, many);
+        let states = if first == last {
+            one = [core.state.index.state(first, floor)?];
+            &one[..]
+        } else {
+            many = core.state.index.states(first, last, floor)?;
+            &many[..]
+        };
+        let outline = outline(kind, range, self.size_bytes, states, method);
         let runs = match core.space.allocate(outline.log_blocks) {
             Some(runs) => runs,
             None => {

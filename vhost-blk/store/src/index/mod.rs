@@ -99,6 +99,92 @@ pub(crate) struct BlockState {
     pub(crate) touched: bool,
 }
 
+/// The newest of what is known of one block: its live version, and when it was last superseded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct EndOfHistory {
+    pub(crate) live: Option<Location>,
+    pub(crate) last_death: Option<u32>,
+}
+
+impl EndOfHistory {
+    /// Adds what an older layer knows; newer ones win, and their deaths are later.
+    fn add_older(&mut self, older: EndOfHistory) {
+        self.live = self.live.or(older.live);
+        self.last_death = self.last_death.max(older.last_death);
+    }
+
+    fn is_touched(&self, floor: Epoch) -> bool {
+        self.last_death.is_some_and(|death| death > floor.0)
+    }
+
+    /// Whether no older layer can add anything that matters.
+    fn decides(&self, floor: Epoch) -> bool {
+        self.live.is_some() && self.is_touched(floor)
+    }
+}
+
+fn table_end(table: &Memtable, block: Block) -> EndOfHistory {
+    let mut versions = table.range(Key::first_of(block)..=Key::live(block));
+    let mut end = EndOfHistory::default();
+    while end.last_death.is_none()
+        && let Some((key, location)) = versions.next_back()
+    {
+        if key.death == LIVE {
+            end.live = Some(*location);
+        } else {
+            end.last_death = Some(key.death);
+        }
+    }
+    end
+}
+
+/// What a walk over records does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Walk {
+    /// The next record.
+    On,
+    /// The first record at or behind this key.
+    To(Key),
+    /// No more.
+    End,
+}
+
+/// Leaps over versions that are too old to matter, when there are many of them.
+#[derive(Debug)]
+struct Skip {
+    death: u32,
+    block: Option<Block>,
+    old: u32,
+}
+
+impl Skip {
+    /// Old versions of a block that are walked over; a leap costs about as much.
+    const PATIENCE: u32 = 8;
+
+    fn new(death: u32) -> Skip {
+        Skip {
+            death,
+            block: None,
+            old: 0,
+        }
+    }
+
+    fn step(&mut self, key: Key) -> Walk {
+        if self.block != Some(key.block) {
+            self.block = Some(key.block);
+            self.old = 0;
+        }
+        self.old += u32::from(key.death < self.death);
+        if self.old < Self::PATIENCE || key.death >= self.death {
+            return Walk::On;
+        }
+        Walk::To(Key {
+            block: key.block,
+            death: self.death,
+        })
+    }
+}
+
 /// The layered map.
 #[derive(Debug)]
 pub(crate) struct Index {
@@ -137,31 +223,92 @@ impl Index {
         self.memtable.insert(key, location);
     }
 
-    /// Calls `found` with every record of blocks `first..=last`, older layers first.
+    fn file(&self) -> &Arc<dyn BlockFile> {
+        let [first, second] = &self.files;
+        if self.run.slot == 0 { first } else { second }
+    }
+
+    /// The layers in memory, newest first.
+    fn tables(&self) -> impl DoubleEndedIterator<Item = &Memtable> {
+        std::iter::once(&self.memtable).chain(self.frozen.as_deref())
+    }
+
+    /// Where the live version of `block` is. However many versions it has, only the end of its history is
+    /// looked at, and nothing is allocated.
+    pub(crate) fn live(&mut self, block: Block) -> Result<Location> {
+        let key = Key::live(block);
+        let in_memory = self.tables().find_map(|table| table.get(&key)).copied();
+        if let Some(location) = in_memory {
+            return Ok(location);
+        }
+        let file = Arc::clone(self.file());
+        let end = self.run.end_of(&*file, &mut self.cache, block)?;
+        Ok(end.live.unwrap_or(Location::Base))
+    }
+
+    /// The head's view of one block; `floor` is the epoch of the newest snapshot.
+    pub(crate) fn state(&mut self, block: Block, floor: Option<Epoch>) -> Result<BlockState> {
+        let Some(floor) = floor else {
+            let live = self.live(block)?;
+            return Ok(BlockState {
+                live,
+                touched: true,
+            });
+        };
+        let mut found = EndOfHistory::default();
+        for table in self.tables() {
+            found.add_older(table_end(table, block));
+        }
+        if !found.decides(floor) {
+            let file = Arc::clone(self.file());
+            found.add_older(self.run.end_of(&*file, &mut self.cache, block)?);
+        }
+        Ok(BlockState {
+            live: found.live.unwrap_or(Location::Base),
+            touched: found.is_touched(floor),
+        })
+    }
+
+    /// What the snapshot of `epoch` sees of one block.
+    pub(crate) fn seen(&mut self, block: Block, epoch: Epoch) -> Result<Location> {
+        let from = Key::history(block, Epoch(epoch.0.saturating_add(1)));
+        let file = Arc::clone(self.file());
+        let mut best = self
+            .run
+            .first_at_or_after(&*file, &mut self.cache, from)?
+            .filter(|(key, _)| key.block == block);
+        for table in self.tables().rev() {
+            let next = table.range(from..=Key::live(block)).next();
+            if let Some((key, location)) = next
+                && best.is_none_or(|(best, _)| *key <= best)
+            {
+                best = Some((*key, *location));
+            }
+        }
+        Ok(best.map_or(Location::Base, |(_, location)| location))
+    }
+
+    /// Calls `found` with the records of blocks `first..=last` that matter, older layers first: of each
+    /// block those that died in `death` or later.
     fn visit(
         &mut self,
         first: Block,
         last: Block,
+        death: u32,
         mut found: impl FnMut(Key, Location),
     ) -> Result<()> {
         let range = Key::first_of(first)..=Key::live(last);
-        let file = if self.run.slot == 0 {
-            &self.files[0]
-        } else {
-            &self.files[1]
-        };
+        let file = Arc::clone(self.file());
+        let mut skip = Skip::new(death);
         self.run
-            .visit(&**file, &mut self.cache, &range, &mut |key, location| {
-                found(key, location);
-                true
+            .visit(&*file, &mut self.cache, &range, &mut |key, location| {
+                if key.death >= death {
+                    found(key, location);
+                }
+                skip.step(key)
             })?;
-        for layer in self
-            .frozen
-            .iter()
-            .map(|frozen| &**frozen)
-            .chain([&self.memtable])
-        {
-            for (key, location) in layer.range(range.clone()) {
+        for table in self.tables().rev() {
+            for (key, location) in table.range(range.clone()) {
                 found(*key, *location);
             }
         }
@@ -181,8 +328,8 @@ impl Index {
             touched: floor.is_none(),
         };
         let mut states = vec![none; count];
-        let floor = floor.map_or(0, |epoch| epoch.0);
-        self.visit(first, last, |key, location| {
+        let floor = floor.map_or(LIVE - 1, |epoch| epoch.0);
+        self.visit(first, last, floor.saturating_add(1), |key, location| {
             if let Some(state) = states.get_mut(in_memory(key.block.0 - first.0)) {
                 if key.death == LIVE {
                     state.live = location;
@@ -203,7 +350,7 @@ impl Index {
     ) -> Result<Vec<Location>> {
         let count = in_memory(last.0.saturating_sub(first.0) + 1);
         let mut seen = vec![(LIVE, Location::Base); count];
-        self.visit(first, last, |key, location| {
+        self.visit(first, last, epoch.0.saturating_add(1), |key, location| {
             if let Some(best) = seen.get_mut(in_memory(key.block.0 - first.0))
                 && key.death > epoch.0
                 && key.death <= best.0
@@ -227,27 +374,18 @@ impl Index {
         let mut end: Option<Block> = None;
         let mut cut = |last: Block| end = Some(end.map_or(last, |end| end.min(last)));
         let mut taken = 0;
-        let file = if self.run.slot == 0 {
-            &self.files[0]
-        } else {
-            &self.files[1]
-        };
+        let file = Arc::clone(self.file());
         self.run
-            .visit(&**file, &mut self.cache, &range, &mut |key, location| {
+            .visit(&*file, &mut self.cache, &range, &mut |key, location| {
                 taken += 1;
                 if taken > limit {
                     cut(key.block);
-                    return false;
+                    return Walk::End;
                 }
                 overlaid.insert(key, location);
-                true
+                Walk::On
             })?;
-        for layer in self
-            .frozen
-            .iter()
-            .map(|frozen| &**frozen)
-            .chain([&self.memtable])
-        {
+        for layer in self.tables().rev() {
             let mut layer_range = layer.range(range.clone());
             for (key, location) in layer_range.by_ref().take(limit) {
                 overlaid.insert(*key, *location);
@@ -260,7 +398,7 @@ impl Index {
             // A block with more records than the limit would stand still: take it whole.
             if end == first {
                 overlaid.clear();
-                self.visit(first, first, |key, location| {
+                self.visit(first, first, 0, |key, location| {
                     overlaid.insert(key, location);
                 })?;
                 return Ok((overlaid, Some(first.plus(1))));

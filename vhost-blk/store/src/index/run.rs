@@ -8,10 +8,10 @@
 use std::ops::RangeInclusive;
 
 use super::page_cache::Page;
-use super::{Key, Location, PageCache};
+use super::{EndOfHistory, Key, Location, PageCache, Walk};
 use crate::error::{FileName, Result, StoreError};
 use crate::io::BlockFile;
-use crate::layout::{self, ENTRIES_PER_PAGE, ENTRY_BYTES, PAGE_BYTES, Seal, page, put};
+use crate::layout::{self, ENTRIES_PER_PAGE, ENTRY_BYTES, LIVE, PAGE_BYTES, Seal, page, put};
 use crate::units::{Block, Generation, VolumeId, in_memory};
 
 /// Most fence keys in memory: 1 MiB.
@@ -186,34 +186,104 @@ impl Run {
         Ok(page)
     }
 
-    /// Calls `found` with every record in `range`, in order, until it answers `false`.
-    pub(crate) fn visit(
-        &self,
-        file: &dyn BlockFile,
-        cache: &mut PageCache,
-        range: &RangeInclusive<Key>,
-        found: &mut dyn FnMut(Key, Location) -> bool,
-    ) -> Result<()> {
-        if self.pages == 0 {
-            return Ok(());
-        }
-        let (mut first, mut behind) = self.fences.span(*range.start());
+    /// The last page that begins at or before `key`; the first page if none does.
+    fn page_of(&self, file: &dyn BlockFile, cache: &mut PageCache, key: Key) -> Result<u64> {
+        let (mut first, mut behind) = self.fences.span(key);
         while behind - first > 1 {
             let middle = first + (behind - first) / 2;
             let page = self.page(file, cache, middle)?;
-            if page.first().is_some_and(|(key, _)| key <= range.start()) {
+            if page.first().is_some_and(|(start, _)| *start <= key) {
                 first = middle;
             } else {
                 behind = middle;
             }
         }
-        for number in first..self.pages {
+        Ok(first)
+    }
+
+    /// The live version of `block`, and the last one before it.
+    pub(crate) fn end_of(
+        &self,
+        file: &dyn BlockFile,
+        cache: &mut PageCache,
+        block: Block,
+    ) -> Result<EndOfHistory> {
+        let mut end = EndOfHistory::default();
+        if self.pages == 0 {
+            return Ok(end);
+        }
+        let mut number = self.page_of(file, cache, Key::live(block))?;
+        loop {
             let page = self.page(file, cache, number)?;
-            let start = page.partition_point(|(key, _)| key < range.start());
-            for (key, location) in page.iter().skip(start) {
-                if key > range.end() || !found(*key, *location) {
+            let behind = page.partition_point(|(key, _)| *key <= Key::live(block));
+            for (key, location) in page.iter().take(behind).rev() {
+                if key.block != block {
+                    return Ok(end);
+                }
+                if key.death != LIVE {
+                    end.last_death = Some(key.death);
+                    return Ok(end);
+                }
+                end.live = Some(*location);
+            }
+            if number == 0 {
+                return Ok(end);
+            }
+            number -= 1;
+        }
+    }
+
+    /// The first record at or behind `key`.
+    pub(crate) fn first_at_or_after(
+        &self,
+        file: &dyn BlockFile,
+        cache: &mut PageCache,
+        key: Key,
+    ) -> Result<Option<(Key, Location)>> {
+        let mut first = None;
+        let range = key..=Key::live(Block(u64::MAX));
+        self.visit(file, cache, &range, &mut |key, location| {
+            first = Some((key, location));
+            Walk::End
+        })?;
+        Ok(first)
+    }
+
+    /// Calls `found` with the records in `range`, in order, and goes where it says.
+    pub(crate) fn visit(
+        &self,
+        file: &dyn BlockFile,
+        cache: &mut PageCache,
+        range: &RangeInclusive<Key>,
+        found: &mut dyn FnMut(Key, Location) -> Walk,
+    ) -> Result<()> {
+        let mut from = *range.start();
+        if self.pages == 0 {
+            return Ok(());
+        }
+        let mut number = self.page_of(file, cache, from)?;
+        while number < self.pages {
+            let page = self.page(file, cache, number)?;
+            let mut place = page.partition_point(|(key, _)| *key < from);
+            while let Some((key, location)) = page.get(place) {
+                if key > range.end() {
                     return Ok(());
                 }
+                match found(*key, *location) {
+                    Walk::On => place += 1,
+                    Walk::To(target) => {
+                        from = target;
+                        place += page
+                            .get(place..)
+                            .map_or(0, |rest| rest.partition_point(|(key, _)| *key < target));
+                    }
+                    Walk::End => return Ok(()),
+                }
+            }
+            number += 1;
+            // A leap may go over many pages.
+            if page.last().is_some_and(|(last, _)| *last < from) {
+                number = number.max(self.page_of(file, cache, from)?);
             }
         }
         Ok(())

@@ -53,7 +53,7 @@ fn every_record_is_found_with_any_number_of_fences() {
                     let mut found = Vec::new();
                     run.visit(&file, &mut cache, &range, &mut |key, location| {
                         found.push((key.block.0, location));
-                        true
+                        Walk::On
                     })
                     .unwrap();
                     if block.is_multiple_of(3) {
