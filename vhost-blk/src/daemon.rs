@@ -278,18 +278,16 @@ impl MaintenanceThread {
 
 /// One background step of a volume; true if there is more to do.
 fn maintain(volume: &Arc<VolumeEngine>) -> bool {
-    if volume.is_quiet() {
+    let Some(step) = volume.maintain(MAINTENANCE_BLOCKS) else {
         return false;
-    }
-    let step = volume.store().maintain(MAINTENANCE_BLOCKS);
+    };
     if volume.lacks_room() {
         volume.try_room_again();
     }
     volume.tell_if_poisoned();
     match step {
         Ok(Maintenance::More) => true,
-        Ok(Maintenance::Idle) => false,
-        Err(StoreError::Poisoned) => false,
+        Ok(Maintenance::Idle) | Err(StoreError::Poisoned) => false,
         Err(error) => {
             tracing::warn!(volume = %volume.settings.name, %error, "a background step failed");
             false

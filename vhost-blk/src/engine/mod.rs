@@ -6,6 +6,7 @@
 mod barrier;
 mod blocking;
 mod buffers;
+mod crew;
 mod kick;
 mod request;
 mod ring;

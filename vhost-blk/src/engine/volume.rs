@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
-use vhost_blk_store::Volume;
+use vhost_blk_store::{Maintenance, StoreError, Volume};
 use vhost_blk_wire::event::Event as WireEvent;
 use vhost_blk_wire::types::{Method, VolumeInfo};
 
@@ -81,6 +81,8 @@ pub struct VolumeEngine {
     write_cache: AtomicBool,
     /// A set is between mark and commit: maintenance stays away until then at most.
     quiet_until: Arc<Mutex<Option<Instant>>>,
+    /// Held during a background step.
+    maintenance_step: Mutex<()>,
     /// The driver can flush; one that cannot expects every write to be durable.
     driver_flushes: AtomicBool,
     attached: Mutex<bool>,
@@ -102,8 +104,12 @@ pub(super) struct QuietWindow(Arc<Mutex<Option<Instant>>>);
 
 impl Drop for QuietWindow {
     fn drop(&mut self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&self.0) = None;
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A front end is connected as long as this lives.
@@ -146,6 +152,7 @@ impl VolumeEngine {
             chances_of_room: AtomicU64::new(0),
             write_cache: AtomicBool::new(true),
             quiet_until: Arc::new(Mutex::new(None)),
+            maintenance_step: Mutex::new(()),
             driver_flushes: AtomicBool::new(true),
             attached: Mutex::new(false),
             poisoned_told: AtomicBool::new(false),
@@ -223,23 +230,25 @@ impl VolumeEngine {
     }
 
     /// Keeps maintenance away while a set is marked, but no longer than a window may last: a coordinator that marks and never
-    /// commits must not stop it. One set at a time is open on a volume.
+    /// commits must not stop it. One set at a time is open on a volume. Returns when a step that is under way is over, so that a
+    /// commit never waits for one with writes held.
     pub(super) fn quiet_window(&self) -> QuietWindow {
         *self.lock_quiet() = Some(Instant::now() + QUIET_MAX);
+        drop(lock(&self.maintenance_step));
         QuietWindow(Arc::clone(&self.quiet_until))
     }
 
     fn lock_quiet(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.quiet_until
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.quiet_until)
     }
 
-    /// True while a set is between mark and commit on this volume.
-    #[must_use]
-    pub fn is_quiet(&self) -> bool {
-        self.lock_quiet()
-            .is_some_and(|until| Instant::now() < until)
+    /// One background step of the store; `None` while a set is between mark and commit on this volume.
+    pub fn maintain(&self, budget_blocks: u64) -> Option<Result<Maintenance, StoreError>> {
+        let _step = lock(&self.maintenance_step);
+        let is_quiet = self
+            .lock_quiet()
+            .is_some_and(|until| Instant::now() < until);
+        (!is_quiet).then(|| self.store.maintain(budget_blocks))
     }
 
     /// Tells once that the store has poisoned itself.

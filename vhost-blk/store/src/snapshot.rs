@@ -57,9 +57,17 @@ impl Volume {
         shared.flush()
     }
 
-    /// Takes a provisional snapshot of the volume as it is now. The caller has held all writes and none
-    /// is in flight; `Busy` otherwise. Blocking: one sync of the data, one of the journal.
+    /// Takes a provisional snapshot of the volume as it is now, durably: [`Volume::begin_snapshot`], then a flush.
     pub fn take_snapshot(&self, new: NewSnapshot) -> Result<SnapshotInfo> {
+        let info = self.begin_snapshot(new)?;
+        self.flush()?;
+        Ok(info)
+    }
+
+    /// Fixes a provisional snapshot's content: the volume as it is now. The caller has held all writes and none
+    /// is in flight; `Busy` otherwise. From its return on writes may go on; the snapshot is durable after the next
+    /// [`Volume::flush`], and not to be told of before. No sync.
+    pub fn begin_snapshot(&self, new: NewSnapshot) -> Result<SnapshotInfo> {
         let shared = &self.shared;
         shared.check_writable()?;
         let _work = lock(&shared.maintenance);
@@ -92,8 +100,6 @@ impl Volume {
             shared.note_plain(&core);
             info
         };
-        // The round syncs the data first and commits SNAP after it (I5).
-        shared.flush()?;
         Ok(info)
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Called by `control` on threads that may block. Knows nothing of connections but an [`OwnerId`], and nothing of QMP.
 
+use super::super::crew::Crew;
 use super::super::snapshot_state::{Effect, Event, Reason, State};
 use super::super::volume::VolumeEngine;
 use super::error::{SetError, store_error};
@@ -23,6 +24,7 @@ const VOLUMES_MAX: usize = 64;
 pub struct SnapshotSets {
     pub(super) volumes: Vec<Arc<VolumeEngine>>,
     sets: Mutex<HashMap<Uuid, Arc<Set>>>,
+    pub(super) crew: Arc<Crew>,
     /// Undone sets of which a disk error has left a provisional snapshot behind. Nothing may keep them; the next start
     /// discards them.
     undone: Mutex<HashSet<Uuid>>,
@@ -35,6 +37,7 @@ impl SnapshotSets {
         Arc::new(Self {
             volumes,
             sets: Mutex::new(HashMap::new()),
+            crew: Arc::new(Crew::default()),
             undone: Mutex::new(HashSet::new()),
         })
     }
@@ -97,6 +100,7 @@ impl SnapshotSets {
             }),
             volumes,
             method,
+            crew: Arc::clone(&self.crew),
             changed: Condvar::new(),
         });
         {
@@ -296,19 +300,13 @@ impl SnapshotSets {
     /// Ends a set that is held by command when its hold has lasted too long.
     fn expire_at(self: &Arc<Self>, set: &Arc<Set>, deadline: Instant) {
         let (sets, set) = (Arc::clone(self), Arc::clone(set));
-        let watch = move || {
+        self.crew.start(move || {
             if set.held_until(deadline)
                 && let Err(error) = sets.feed(&set, Event::HoldExpired)
             {
                 tracing::debug!(set = %set.id, %error, "a hold expired too late to matter");
             }
-        };
-        let started = std::thread::Builder::new()
-            .name("hold limit".to_owned())
-            .spawn(watch);
-        if let Err(error) = started {
-            tracing::error!(%error, "cannot start the thread that ends a hold");
-        }
+        });
     }
 
     pub(super) fn find(&self, id: Uuid) -> Result<Arc<Set>, SetError> {
@@ -357,7 +355,8 @@ impl SnapshotSets {
                 set.release_writes();
             }
             Effect::KeepSnapshots => {
-                let kept = set.on_all(|volume, _| volume.store().keep_set(set.id.into()));
+                let id = set.id;
+                let kept = set.on_all(move |volume, _| volume.store().keep_set(id.into()));
                 return Some(match kept {
                     Ok(_) => Event::Kept,
                     Err(error) => {

@@ -1,11 +1,14 @@
 //! One open set: its volumes, its state, and the window in which its snapshots are taken.
 //!
-//! Driven by `sets`. The window, on all volumes of the set: hold writes, drain those in flight, one durable record each, look
-//! at the clock and at the holds, read the witnesses, release. The look comes after the last record is durable and before
-//! the first write may pass, so "in time" speaks of what is on disk. Deadlines count from the mark on `CLOCK_MONOTONIC`: a
-//! daemon that was stopped meanwhile finds its hold broken.
+//! Driven by `sets`. The window, on all volumes of the set: hold writes, drain those in flight, append one record each (from
+//! then on the content is fixed), look at the clock and at the holds, read the witnesses, release; then make the records
+//! durable on all volumes at once, with the guest writing again, and answer.
+//! The first look comes after the last record and before the first write may pass, so "at one instant" speaks of what the
+//! snapshots hold; a second look comes after the last sync, so "in time" speaks of what is on disk. Deadlines count from the
+//! mark on `CLOCK_MONOTONIC`: a daemon that was stopped meanwhile finds its hold broken.
 
 use super::super::barrier::HoldId;
+use super::super::crew::Crew;
 use super::super::snapshot_state::{Effect, Event, Reason, Refusal, State, step};
 use super::super::volume::{QuietWindow, VolumeEngine};
 use super::super::witness::{MarkId, Watched};
@@ -28,7 +31,7 @@ pub struct Committed {
     pub volumes: Vec<(SnapshotInfo, WriteCount)>,
     /// From holding until nothing was in flight.
     pub drain: Duration,
-    /// The durable records.
+    /// The records, and their syncs.
     pub record: Duration,
     /// From holding to releasing.
     pub hold: Duration,
@@ -44,6 +47,7 @@ pub(super) struct Set {
     pub(super) owner: OwnerId,
     pub(super) volumes: Vec<Arc<VolumeEngine>>,
     pub(super) method: Option<Method>,
+    pub(super) crew: Arc<Crew>,
     pub(super) inner: Mutex<Inner>,
     pub(super) changed: Condvar,
 }
@@ -109,33 +113,24 @@ impl Set {
     }
 
     /// Does something on all volumes at once.
-    pub(super) fn on_all<T: Send>(
+    pub(super) fn on_all<T: Send + 'static>(
         &self,
-        work: impl Fn(&VolumeEngine, usize) -> Result<T, StoreError> + Sync,
+        work: impl Fn(&VolumeEngine, usize) -> Result<T, StoreError> + Send + Sync + 'static,
     ) -> Result<Vec<T>, SetError> {
-        let run = |volume: &VolumeEngine, place| {
-            work(volume, place).map_err(|error| store_error(volume, error))
-        };
-        if let [only] = self.volumes.as_slice() {
-            return Ok(vec![run(only, 0)?]);
-        }
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = self
-                .volumes
-                .iter()
-                .enumerate()
-                .map(|(place, volume)| scope.spawn(move || run(volume, place)))
-                .collect();
-            let mut results = Vec::new();
-            for (thread, volume) in threads.into_iter().zip(&self.volumes) {
-                results.push(
-                    thread
-                        .join()
-                        .unwrap_or_else(|_| Err(SetError::Poisoned(volume.settings.name.clone()))),
-                );
-            }
-            results.into_iter().collect()
-        })
+        let volumes = self.volumes.clone();
+        let results = self.crew.on_all(volumes.len(), move |place| {
+            volumes
+                .get(place)
+                .map(|volume| work(volume, place).map_err(|error| store_error(volume, error)))
+        });
+        results
+            .into_iter()
+            .zip(&self.volumes)
+            .map(|(result, volume)| {
+                let panicked = || Err(SetError::Poisoned(volume.settings.name.clone()));
+                result.flatten().unwrap_or_else(panicked)
+            })
+            .collect()
     }
 
     pub(super) fn start_counting(&self) {
@@ -162,7 +157,7 @@ impl Set {
     /// Holds writes on all volumes; false (and nothing held) if one is held already, or if the set was undone or released
     /// by another connection meanwhile: nobody would let them go.
     pub(super) fn hold_writes(self: &Arc<Self>, deadline: Instant) -> bool {
-        let mut holds = Vec::new();
+        let mut holds = Vec::with_capacity(self.volumes.len());
         for volume in &self.volumes {
             if let Some(hold) = volume.barrier.hold(deadline) {
                 holds.push(hold);
@@ -200,22 +195,15 @@ impl Set {
     }
 
     /// Wakes parked writes at the deadline, even if the thread of the commit hangs in a disk.
-    pub(super) fn wake_at(self: &Arc<Self>, deadline: Instant) {
+    fn wake_at(self: &Arc<Self>, deadline: Instant) {
         let set = Arc::clone(self);
-        let watch = move || {
+        self.crew.start(move || {
             if set.held_until(deadline) {
                 for volume in &set.volumes {
                     volume.wake_queues();
                 }
             }
-        };
-        let started = std::thread::Builder::new()
-            .name("hold deadline".to_owned())
-            .spawn(watch);
-        if let Err(error) = started {
-            // The barrier itself still ends the hold with the first new write.
-            tracing::error!(%error, "cannot start the thread that watches a hold");
-        }
+        });
     }
 
     /// Waits; true if writes are still held at the deadline.
@@ -235,7 +223,7 @@ impl Set {
         false
     }
 
-    /// Holds, drains, records, looks, releases.
+    /// Holds, drains, records, looks, releases, syncs.
     pub(super) fn take_snapshots(self: &Arc<Self>, limit: Duration) -> Result<Committed, SetError> {
         let (marked_at, held) = {
             let inner = self.lock();
@@ -254,7 +242,7 @@ impl Set {
         if !held && !self.hold_writes(deadline) {
             return Err(SetError::HoldBroken("writes are held already"));
         }
-        let taken = self.take_while_held(start, deadline);
+        let begun = self.begin_while_held(deadline);
         let late = Instant::now() >= deadline;
         let counts = self.counts();
         // The holds are asked at the very moment that ends them: nothing can have passed unseen.
@@ -263,8 +251,8 @@ impl Set {
         } else {
             self.release_writes()
         };
-        let end = Instant::now();
-        let (drained, recorded, snapshots) = taken?;
+        let released = Instant::now();
+        let (drained, snapshots) = begun?;
         if late {
             return Err(SetError::HoldBroken(
                 "the commit took longer than its limit",
@@ -273,20 +261,30 @@ impl Set {
         if !intact {
             return Err(SetError::HoldBroken("the hold has ended by itself"));
         }
+        // Whatever is written from here on goes beside what the snapshots hold, or behind its preserved copy.
+        self.on_all(|volume, _| volume.store().flush())?;
+        let end = Instant::now();
+        if end >= deadline || (held && !self.holds_intact()) {
+            return Err(SetError::HoldBroken(
+                "the commit was durable after its limit",
+            ));
+        }
+        tracing::debug!(set = %self.id, drain_us = (drained - start).as_micros(),
+            hold_us = (released - start).as_micros(), sync_us = (end - released).as_micros(), "committed");
         Ok(Committed {
             volumes: snapshots.into_iter().zip(counts).collect(),
             drain: drained - start,
-            record: recorded - drained,
-            hold: end - start,
+            record: end - drained,
+            hold: if held { end } else { released } - start,
             since_mark: end - marked_at,
         })
     }
 
-    pub(super) fn take_while_held(
+    /// Fixes what the snapshots hold. No sync: nothing here waits for a disk but for the writes in flight.
+    fn begin_while_held(
         &self,
-        start: Instant,
         deadline: Instant,
-    ) -> Result<(Instant, Instant, Vec<SnapshotInfo>), SetError> {
+    ) -> Result<(Instant, Vec<SnapshotInfo>), SetError> {
         let holds = self.lock().holds.clone();
         for (volume, hold) in self.volumes.iter().zip(holds) {
             if !volume.barrier.drain(hold) {
@@ -299,7 +297,6 @@ impl Set {
                 "the time was over when no write was in flight",
             ));
         }
-        tracing::debug!(set = %self.id, drain_us = (drained - start).as_micros(), "drained");
         let members: Vec<_> = self
             .volumes
             .iter()
@@ -308,17 +305,19 @@ impl Set {
         let created_unix_ms = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
-        let snapshots = self.on_all(|volume, _| {
-            let info = volume.store().take_snapshot(NewSnapshot {
+        let mut snapshots = Vec::with_capacity(self.volumes.len());
+        for volume in &self.volumes {
+            let info = volume.store().begin_snapshot(NewSnapshot {
                 snapshot_id: Uuid::new_v4().into(),
                 set_id: self.id.into(),
                 members: members.clone(),
                 method: store_method(self.method.unwrap_or(volume.settings.method)),
                 created_unix_ms,
-            })?;
-            Ok(wire_info(volume, &info))
-        })?;
-        Ok((drained, Instant::now(), snapshots))
+            });
+            let info = info.map_err(|error| store_error(volume, error))?;
+            snapshots.push(wire_info(volume, &info));
+        }
+        Ok((drained, snapshots))
     }
 
     pub(super) fn holds_intact(&self) -> bool {
@@ -342,20 +341,13 @@ impl Set {
 
     /// Drops what was taken; false if something of it is left.
     pub(super) fn drop_snapshots(&self) -> bool {
-        let mut all = true;
-        for volume in &self.volumes {
-            let stored = volume.store().snapshots();
-            if !stored.iter().any(|info| Uuid::from(info.set_id) == self.id) {
-                continue;
-            }
-            if let Err(error) = volume.store().discard_set(self.id.into()) {
-                // It stays provisional, and the next start discards it, since nobody has kept it.
-                tracing::error!(set = %self.id, volume = %volume.settings.name, %error,
-                    "a provisional snapshot could not be dropped");
-                all = false;
-            }
+        let id = self.id;
+        let dropped = self.on_all(move |volume, _| volume.store().discard_set(id.into()));
+        if let Err(error) = &dropped {
+            // It stays provisional, and the next start discards it, since nobody has kept it.
+            tracing::error!(set = %id, %error, "a provisional snapshot could not be dropped");
         }
-        all
+        dropped.is_ok()
     }
 }
 
