@@ -134,6 +134,7 @@ pub(crate) fn format(files: &VolumeFiles, size_bytes: u64, options: &OpenOptions
         committed: first,
         synced: first,
         end_bytes: 0,
+        last_snap: None,
         unsynced: [false; 2],
     };
     journal.append(

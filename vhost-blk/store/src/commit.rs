@@ -73,16 +73,18 @@ impl Shared {
 
     fn round(&self, syncs_base: bool) -> Result<()> {
         self.check_writable()?;
-        let through = {
+        let (through, snap) = {
             let core = self.core();
             let due = core.journal.pending_records() > 0 || core.journal.superblock_unnamed;
-            due.then(|| core.journal.last())
+            // A snapshot holds what was written to the base in place, too.
+            let snap = core.journal.snap_pending();
+            (due.then(|| core.journal.last()), snap)
         };
         // Taken after the records were counted: data of a counted record set its flag before.
         if self.gate.log_dirty.swap(false, Ordering::SeqCst) {
             self.sync(&*self.files.log, FileName::Log)?;
         }
-        if syncs_base && self.gate.base_dirty.swap(false, Ordering::SeqCst) {
+        if (syncs_base || snap) && self.gate.base_dirty.swap(false, Ordering::SeqCst) {
             self.sync(&*self.files.base, FileName::Base)?;
         }
         let Some(through) = through else {

@@ -57,7 +57,9 @@ pub use error::{FileName, Result, StoreError};
 pub use io::{Access, AlignedBuffer, BlockFile, DiskFile};
 pub use maintain::Maintenance;
 pub use open::RecoveryReport;
-pub use plan::{Extent, MAX_REQUEST_BYTES, ReadPlan, Source, View, WriteKind, WritePlan};
+pub use plan::{
+    BlockCopy, Extent, MAX_REQUEST_BYTES, ReadPlan, SealPart, Source, View, WriteKind, WritePlan,
+};
 pub use sets::{SetOutcome, SetResolution, resolve_sets};
 pub use snapshot_table::{Method, SnapshotInfo, SnapshotState};
 pub use superblock::ModifiedTime;

@@ -105,6 +105,7 @@ fn finish_recovery(
         committed: loaded.last.next(),
         synced: loaded.last,
         end_bytes: loaded.end_bytes,
+        last_snap: None,
         unsynced: [false; 2],
     };
     if loaded.tail_records + loaded.dropped_records > 0 || !loaded.superblock.clean {
@@ -230,6 +231,7 @@ impl Volume {
                 committed: loaded.last.next(),
                 synced: loaded.last,
                 end_bytes: loaded.end_bytes,
+                last_snap: None,
                 unsynced: [false; 2],
             }
         } else {

@@ -16,6 +16,8 @@ use crate::volume::Shared;
 
 /// Longest request of any kind, in bytes. The device advertises limits no larger.
 pub const MAX_REQUEST_BYTES: u64 = 64 << 20;
+/// Most blocks under one checksum.
+pub(crate) const MAX_SEALED_BLOCKS: u64 = 16;
 
 // One more where it is not aligned to blocks.
 const _: () = assert!(MAX_REQUEST_BYTES / BLOCK_BYTES < crate::layout::MAX_RECORD_BLOCKS as u64);
@@ -144,6 +146,27 @@ impl ReadPlan {
     }
 }
 
+/// Old bytes that have to be in the log before the plan may go on: preserved blocks, and what lies in a
+/// redirected block beside the part that the request covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BlockCopy {
+    /// Where they are, and how many. [`Source::Zero`]: zeroes have to be written.
+    pub from: Extent,
+    /// Where in the log they go, in bytes.
+    pub to_offset_bytes: u64,
+    /// Whether [`WritePlan::seal_copy`] is of use for it.
+    pub wants_seal: bool,
+}
+
+/// A part of a request whose checksum the store can use: whole blocks that go to one place in the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SealPart {
+    /// Where it begins in the request, in bytes.
+    pub offset_bytes: u64,
+    /// Its length in bytes.
+    pub length_bytes: u64,
+}
+
 /// Neighbouring blocks that get a new live location.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MapRun {
@@ -151,6 +174,10 @@ pub(crate) struct MapRun {
     pub(crate) count: u64,
     pub(crate) location: Location,
     pub(crate) history: bool,
+    /// Whether the request holds all its bytes, so that a checksum can be made of them.
+    pub(crate) whole: bool,
+    /// CRC32C of the bytes that were written to the log.
+    pub(crate) crc: Option<u32>,
 }
 
 /// Neighbouring blocks whose old data is copied first.
@@ -158,20 +185,11 @@ pub(crate) struct MapRun {
 pub(crate) struct PreserveRun {
     pub(crate) block: Block,
     pub(crate) count: u64,
-    pub(crate) old: Location,
     pub(crate) copy: LogBlock,
-}
-
-/// A redirected block of which the request covers a part: the rest comes from the old version.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Edge {
-    pub(crate) block: Block,
-    pub(crate) old: Location,
-    pub(crate) new: LogBlock,
-    /// First byte of the block that the request covers.
-    pub(crate) from: u64,
-    /// First byte behind what it covers.
-    pub(crate) to: u64,
+    /// Its place among the copies.
+    pub(crate) place: usize,
+    /// CRC32C of the copied bytes.
+    pub(crate) crc: Option<u32>,
 }
 
 /// What a plan has to do besides moving data.
@@ -179,7 +197,12 @@ pub(crate) struct Edge {
 pub(crate) struct Work {
     pub(crate) maps: Vec<MapRun>,
     pub(crate) preserves: Vec<PreserveRun>,
-    pub(crate) edges: Vec<Edge>,
+    pub(crate) copies: Vec<BlockCopy>,
+    /// Parts of the request, and the run in `maps` that each of them is.
+    pub(crate) seals: Vec<SealPart>,
+    pub(crate) sealed_maps: Vec<usize>,
+    /// All of `copies` have landed.
+    pub(crate) copied: bool,
     /// Log segments without space of their own.
     pub(crate) bare_segments: Vec<u64>,
     /// The journal or the memtable is over its bound: a checkpoint comes first.
@@ -193,11 +216,15 @@ pub(crate) struct Work {
 
 impl Work {
     pub(crate) fn needs_prepare(&self) -> bool {
-        !self.prepared
-            && (self.pressure
-                || !self.preserves.is_empty()
-                || !self.edges.is_empty()
-                || !self.bare_segments.is_empty())
+        !self.prepared && (self.needs_room() || self.needs_copies() || !self.preserves.is_empty())
+    }
+
+    fn needs_room(&self) -> bool {
+        self.pressure || !self.bare_segments.is_empty()
+    }
+
+    fn needs_copies(&self) -> bool {
+        !self.copied && !self.copies.is_empty()
     }
 }
 
@@ -208,6 +235,8 @@ pub struct WritePlan {
     pub(crate) kind: WriteKind,
     pub(crate) extents: Extents,
     pub(crate) work: Option<Box<Work>>,
+    /// Its blocks were given back before it could be completed.
+    pub(crate) abandoned: bool,
     pub(crate) _pin: Option<Pin>,
 }
 
@@ -215,6 +244,68 @@ impl WritePlan {
     /// Whether [`crate::Volume::prepare_writes`] has to come before the data.
     pub fn needs_prepare(&self) -> bool {
         self.work.as_ref().is_some_and(|work| work.needs_prepare())
+    }
+
+    /// Whether the log or the journal needs room first, which only [`crate::Volume::prepare_writes`] can make.
+    pub fn needs_room(&self) -> bool {
+        self.work
+            .as_ref()
+            .is_some_and(|work| !work.prepared && work.needs_room())
+    }
+
+    /// Whether old data has to be durable before the new may move: after the copies comes
+    /// [`crate::Volume::preserve`].
+    pub fn needs_preserve(&self) -> bool {
+        self.work
+            .as_ref()
+            .is_some_and(|work| !work.prepared && !work.preserves.is_empty())
+    }
+
+    /// What has to be copied into the log before [`crate::Volume::preserve`] or, where nothing is to be
+    /// preserved, before the plan is completed. [`crate::Volume::prepare_writes`] does it; a caller that
+    /// can do better moves the bytes itself and says so with [`WritePlan::copies_landed`]. No two copies
+    /// overlap each other or the plan's own extents in the log.
+    pub fn copies(&self) -> &[BlockCopy] {
+        match &self.work {
+            Some(work) if work.needs_copies() => &work.copies,
+            Some(_) | None => &[],
+        }
+    }
+
+    /// The checksum (CRC32C) of the bytes that copy number `place` wrote to the log.
+    pub fn seal_copy(&mut self, place: usize, crc: u32) {
+        if let Some(work) = self.work.as_mut()
+            && let Some(run) = work.preserves.iter_mut().find(|run| run.place == place)
+        {
+            run.crc = Some(crc);
+        }
+    }
+
+    /// The caller has written everything that [`WritePlan::copies`] named.
+    pub fn copies_landed(&mut self) {
+        if let Some(work) = self.work.as_mut() {
+            work.copied = true;
+            self.shared
+                .gate
+                .log_dirty
+                .store(true, std::sync::atomic::Ordering::SeqCst);
+        }
+    }
+
+    /// Parts of the request whose checksum makes its next flush cheaper. The bytes that are summed must be
+    /// the very bytes that are written: guest memory may change meanwhile, so they are a private copy.
+    pub fn seals(&self) -> &[SealPart] {
+        self.work.as_ref().map_or(&[], |work| &work.seals)
+    }
+
+    /// The checksum (CRC32C) of part number `place` of [`WritePlan::seals`], before the plan is completed.
+    pub fn seal(&mut self, place: usize, crc: u32) {
+        if let Some(work) = self.work.as_mut()
+            && let Some(run) = work.sealed_maps.get(place)
+            && let Some(run) = work.maps.get_mut(*run)
+        {
+            run.crc = Some(crc);
+        }
     }
 
     /// Where the guest's bytes go, in order. For `WriteZeroes` and `Discard`: what to zero in place,
@@ -292,6 +383,7 @@ impl Outline {
     /// Gives the steps their places in the log. `runs` hold exactly the blocks asked for.
     pub(crate) fn place(
         &self,
+        kind: WriteKind,
         range: ByteRange,
         size_bytes: u64,
         runs: &[LogRun],
@@ -312,35 +404,45 @@ impl Outline {
                 Step::Redirect { history } => {
                     let Some(new) = fresh.next() else { continue };
                     push_extent(&mut extents, *block, Location::Log(new), from, to - from);
-                    push_map(&mut work.maps, *block, Location::Log(new), *history);
-                    if from != 0 || to != (size_bytes - block.offset_bytes()).min(BLOCK_BYTES) {
-                        work.edges.push(Edge {
-                            block: *block,
-                            old: *live,
-                            new,
-                            from,
-                            to,
-                        });
+                    let end = (size_bytes - block.offset_bytes()).min(BLOCK_BYTES);
+                    let whole = from == 0 && to == end;
+                    push_map(&mut work.maps, *block, Location::Log(new), *history, whole);
+                    for (from, to) in [(0, from), (to, end)] {
+                        push_copy(&mut work.copies, *block, *live, new, from, to);
                     }
                 }
                 Step::Preserve(old) => {
                     let Some(copy) = fresh.next() else { continue };
                     push_extent(&mut extents, *block, *old, from, to - from);
-                    push_preserve(&mut work.preserves, *block, *old, copy);
+                    let length = (size_bytes - block.offset_bytes()).min(BLOCK_BYTES);
+                    push_preserve(&mut work, *block, *old, copy, length);
                 }
                 Step::ToZero { history } => {
-                    push_map(&mut work.maps, *block, Location::Zero, *history);
+                    push_map(&mut work.maps, *block, Location::Zero, *history, false);
                 }
                 Step::Nothing => {}
+            }
+        }
+        for (number, run) in work.maps.iter().enumerate() {
+            if kind == WriteKind::Write && run.whole {
+                let start = run.block.offset_bytes();
+                let end = run.block.plus(run.count).offset_bytes().min(size_bytes);
+                work.seals.push(SealPart {
+                    offset_bytes: start - range.offset_bytes,
+                    length_bytes: end - start,
+                });
+                work.sealed_maps.push(number);
             }
         }
         (extents, work)
     }
 }
 
-fn push_map(maps: &mut Vec<MapRun>, block: Block, location: Location, history: bool) {
+fn push_map(maps: &mut Vec<MapRun>, block: Block, location: Location, history: bool, whole: bool) {
     if let Some(last) = maps.last_mut()
         && last.history == history
+        && last.whole == whole
+        && (!whole || last.count < MAX_SEALED_BLOCKS)
         && last.block.plus(last.count) == block
         && last.location.plus(last.count) == location
     {
@@ -352,22 +454,54 @@ fn push_map(maps: &mut Vec<MapRun>, block: Block, location: Location, history: b
         count: 1,
         location,
         history,
+        whole,
+        crc: None,
     });
 }
 
-fn push_preserve(runs: &mut Vec<PreserveRun>, block: Block, old: Location, copy: LogBlock) {
-    if let Some(last) = runs.last_mut()
+/// Bytes `from..to` of a redirected block come from its old version.
+fn push_copy(
+    copies: &mut Vec<BlockCopy>,
+    block: Block,
+    old: Location,
+    new: LogBlock,
+    from: u64,
+    to: u64,
+) {
+    if from < to {
+        copies.push(BlockCopy {
+            from: extent_at(block, old, from, to - from),
+            to_offset_bytes: new.offset_bytes() + from,
+            wants_seal: false,
+        });
+    }
+}
+
+/// `length` bytes of an old block are preserved: one copy and one record for up to 16 neighbours.
+fn push_preserve(work: &mut Work, block: Block, old: Location, copy: LogBlock, length: u64) {
+    let from = extent_at(block, old, 0, length);
+    if let Some(last) = work.preserves.last_mut()
+        && let Some(bytes) = work.copies.get_mut(last.place)
+        && last.count < MAX_SEALED_BLOCKS
         && last.block.plus(last.count) == block
         && last.copy.plus(last.count) == copy
-        && last.old.plus(last.count) == old
+        && bytes.from.source == from.source
+        && bytes.from.offset_bytes + bytes.from.length_bytes == from.offset_bytes
     {
         last.count += 1;
+        bytes.from.length_bytes += length;
         return;
     }
-    runs.push(PreserveRun {
+    work.preserves.push(PreserveRun {
         block,
         count: 1,
-        old,
         copy,
+        place: work.copies.len(),
+        crc: None,
+    });
+    work.copies.push(BlockCopy {
+        from,
+        to_offset_bytes: copy.offset_bytes(),
+        wants_seal: true,
     });
 }

@@ -10,40 +10,82 @@ use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
 use crate::io::AlignedBuffer;
 use crate::journal::Record;
-use crate::plan::{Edge, PreserveRun, Work, WritePlan, push_extent};
+use crate::plan::{Work, WritePlan, push_extent};
 use crate::units::{BLOCK_BYTES, LogBlock, in_memory};
 use crate::volume::Shared;
 
-/// Blocks copied at a time when old data is preserved.
-const COPY_BLOCKS: u64 = 64;
-
 impl Shared {
+    /// Room, copies, PRESERVE: all that the plans need. After an error their blocks are free already.
     pub(crate) fn prepare_writes(&self, plans: &mut [WritePlan]) -> Result<()> {
+        let result = self
+            .make_room(plans)
+            .and_then(|()| self.copy_old(plans))
+            .and_then(|()| self.preserve_copied(plans));
+        if result.is_err() {
+            plans.iter_mut().for_each(WritePlan::abandon);
+        }
+        result
+    }
+
+    /// Appends PRESERVE for plans whose copies have landed, and makes them durable in one round.
+    pub(crate) fn preserve(&self, plans: &mut [WritePlan]) -> Result<()> {
+        let result = self.preserve_copied(plans);
+        if result.is_err() {
+            plans.iter_mut().for_each(WritePlan::abandon);
+        }
+        result
+    }
+
+    fn make_room(&self, plans: &mut [WritePlan]) -> Result<()> {
         self.check_writable()?;
-        let mut preserves = Vec::new();
-        for plan in plans.iter_mut() {
-            let Some(work) = plan.work.as_mut().filter(|work| work.needs_prepare()) else {
-                continue;
-            };
+        for work in plans.iter_mut().filter_map(|plan| plan.work.as_mut()) {
             for segment in std::mem::take(&mut work.bare_segments) {
                 self.back_segment(segment)?;
-            }
-            for edge in &work.edges {
-                self.fill_edge(edge)?;
-            }
-            for run in &work.preserves {
-                self.copy_old(run)?;
             }
             if std::mem::take(&mut work.pressure) {
                 self.relieve()?;
             }
-            preserves.extend(work.preserves.iter().copied());
         }
-        if !preserves.is_empty() {
+        Ok(())
+    }
+
+    fn copy_old(&self, plans: &mut [WritePlan]) -> Result<()> {
+        for plan in plans.iter_mut() {
+            let longest = plan
+                .copies()
+                .iter()
+                .map(|copy| copy.from.length_bytes)
+                .max();
+            let Some(longest) = longest else { continue };
+            let mut buffer = AlignedBuffer::new(in_memory(longest));
+            for place in 0..plan.copies().len() {
+                let copy = plan.copies()[place];
+                let bytes = &mut buffer[..in_memory(copy.from.length_bytes)];
+                self.read_extent(&copy.from, bytes)?;
+                self.write_log(bytes, copy.to_offset_bytes)?;
+                if copy.wants_seal {
+                    plan.seal_copy(place, crc32c::crc32c(bytes));
+                }
+            }
+            plan.copies_landed();
+        }
+        Ok(())
+    }
+
+    fn preserve_copied(&self, plans: &mut [WritePlan]) -> Result<()> {
+        self.check_writable()?;
+        let ready = |plan: &WritePlan| !plan.needs_room() && plan.copies().is_empty();
+        if !plans.iter().all(ready) {
+            return Err(StoreError::NotPrepared);
+        }
+        if plans.iter().any(WritePlan::needs_preserve) {
             let mut core = self.core();
             let epoch = core.state.epoch;
-            let records: Vec<Record> = preserves
+            let records: Vec<Record> = plans
                 .iter()
+                .filter(|plan| plan.needs_preserve())
+                .filter_map(|plan| plan.work.as_ref())
+                .flat_map(|work| &work.preserves)
                 .map(|run| Record::Preserve {
                     block: run.block,
                     count: u32::try_from(run.count).unwrap_or(u32::MAX),
@@ -62,10 +104,8 @@ impl Shared {
             // Nothing is overwritten before the copies and their records are durable (I3).
             self.commit_records()?;
         }
-        for plan in plans {
-            if let Some(work) = plan.work.as_mut() {
-                work.prepared = true;
-            }
+        for work in plans.iter_mut().filter_map(|plan| plan.work.as_mut()) {
+            work.prepared = true;
         }
         Ok(())
     }
@@ -118,34 +158,6 @@ impl Shared {
         push_extent(&mut extents, block, old, 0, length_bytes);
         for extent in &extents {
             self.read_extent(extent, data)?;
-        }
-        Ok(())
-    }
-
-    /// Brings the bytes beside a partial first write along.
-    fn fill_edge(&self, edge: &Edge) -> Result<()> {
-        let mut buffer = AlignedBuffer::new(in_memory(BLOCK_BYTES));
-        self.read_old(edge.block, edge.old, 1, &mut buffer)?;
-        let (from, to) = (in_memory(edge.from), in_memory(edge.to));
-        let start = edge.new.offset_bytes();
-        if from > 0 {
-            self.write_log(&buffer[..from], start)?;
-        }
-        if to < buffer.len() {
-            self.write_log(&buffer[to..], start + edge.to)?;
-        }
-        Ok(())
-    }
-
-    fn copy_old(&self, run: &PreserveRun) -> Result<()> {
-        let mut buffer = AlignedBuffer::new(in_memory(COPY_BLOCKS.min(run.count) * BLOCK_BYTES));
-        let mut done = 0;
-        while done < run.count {
-            let part = COPY_BLOCKS.min(run.count - done);
-            let window = &mut buffer[..in_memory(part * BLOCK_BYTES)];
-            self.read_old(run.block.plus(done), run.old.plus(done), part, window)?;
-            self.write_log(window, run.copy.plus(done).offset_bytes())?;
-            done += part;
         }
         Ok(())
     }

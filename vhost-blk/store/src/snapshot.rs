@@ -18,9 +18,11 @@ use crate::volume::{NewSnapshot, Shared, Volume, lock};
 pub(crate) struct Hold<'a>(&'a Shared);
 
 impl<'a> Hold<'a> {
-    /// Refuses new writes; `Busy` if one is in flight.
+    /// Refuses new writes; `Busy` if one is in flight, or if somebody else holds them.
     pub(crate) fn begin(shared: &'a Shared) -> Result<Hold<'a>> {
-        shared.gate.held.store(true, Ordering::SeqCst);
+        if shared.gate.held.swap(true, Ordering::SeqCst) {
+            return Err(StoreError::Busy);
+        }
         let hold = Hold(shared);
         if shared.gate.writes_in_flight.load(Ordering::SeqCst) != 0 {
             return Err(StoreError::Busy);
@@ -57,20 +59,23 @@ impl Volume {
         shared.flush()
     }
 
-    /// Takes a provisional snapshot of the volume as it is now, durably: [`Volume::begin_snapshot`], then a flush.
+    /// Takes a provisional snapshot of the volume as it is now, durably: [`Volume::begin_snapshot`] and
+    /// [`Volume::flush`]. Blocking: one sync of the data, one of the journal.
     pub fn take_snapshot(&self, new: NewSnapshot) -> Result<SnapshotInfo> {
         let info = self.begin_snapshot(new)?;
-        self.flush()?;
+        // The round syncs the data first and commits SNAP after it (I5).
+        self.shared.flush()?;
         Ok(info)
     }
 
-    /// Fixes a provisional snapshot's content: the volume as it is now. The caller has held all writes and none
-    /// is in flight; `Busy` otherwise. From its return on writes may go on; the snapshot is durable after the next
-    /// [`Volume::flush`], and not to be told of before. No sync.
+    /// Fixes the contents of a provisional snapshot. The caller has held all writes and none is in flight;
+    /// `Busy` otherwise. When this returns, writes may go on: they do not change what the snapshot sees. It
+    /// is durable only when a [`Volume::flush`] that was called afterwards has returned; a set is kept
+    /// only after that, on all its members. No I/O but an append to the page cache; waits for no
+    /// maintenance.
     pub fn begin_snapshot(&self, new: NewSnapshot) -> Result<SnapshotInfo> {
         let shared = &self.shared;
         shared.check_writable()?;
-        let _work = lock(&shared.maintenance);
         let _hold = Hold::begin(shared)?;
         let info = {
             let mut core = shared.core();
@@ -113,6 +118,11 @@ impl Volume {
             None => return Err(StoreError::NoSuchSet(set_id)),
             Some(SnapshotState::Kept) => return Ok(()),
             Some(SnapshotState::Provisional) => {}
+        }
+        // Whoever asks has made all members' snapshots durable; this one is at hand to be sure of.
+        let snap_pending = self.shared.core().journal.snap_pending();
+        if snap_pending {
+            self.shared.flush()?;
         }
         self.shared.change_table(&[Record::Keep { set_id }])
     }

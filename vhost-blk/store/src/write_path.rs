@@ -11,10 +11,10 @@ use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
 use crate::journal::Record;
 use crate::plan::{
-    Extent, Extents, MAX_REQUEST_BYTES, MapRun, Source, WriteKind, WritePlan, outline,
+    Extent, Extents, MAX_REQUEST_BYTES, MapRun, Source, Work, WriteKind, WritePlan, outline,
 };
 use crate::units::{ByteRange, in_memory};
-use crate::volume::{Shared, Volume};
+use crate::volume::{Core, Shared, Volume};
 
 impl WritePlan {
     /// A plan that counts as a write in flight from here to its drop.
@@ -25,6 +25,7 @@ impl WritePlan {
             kind,
             extents,
             work: None,
+            abandoned: false,
             _pin: None,
         };
         // After the count: whoever holds writes either sees this one or is seen here.
@@ -48,6 +49,27 @@ impl WritePlan {
         }
         // Edges and zero-fills go to the log as well, but so does the data beside them.
     }
+
+    /// Gives back everything: its blocks stand in nobody's way any more. It cannot be completed.
+    pub(crate) fn abandon(&mut self) {
+        if let Some(work) = self.work.take() {
+            self.abandoned = true;
+            let mut core = self.shared.core();
+            work.give_back(&mut core);
+        }
+    }
+}
+
+impl Work {
+    fn give_back(&self, core: &mut Core) {
+        for (first, _) in &self.busy {
+            core.busy.remove(first);
+        }
+        for run in &self.reserved {
+            core.reserved.remove(&run.start.0);
+            core.space.free(*run);
+        }
+    }
 }
 
 impl Drop for WritePlan {
@@ -55,14 +77,8 @@ impl Drop for WritePlan {
         // A write that failed may have landed in part.
         self.mark_dirty();
         if let Some(work) = self.work.take() {
-            let mut core = self.shared.core();
-            for (first, _) in &work.busy {
-                core.busy.remove(first);
-            }
-            for run in &work.reserved {
-                core.reserved.remove(&run.start.0);
-                core.space.free(*run);
-            }
+            let shared = Arc::clone(&self.shared);
+            work.give_back(&mut shared.core());
         }
         self.shared
             .gate
@@ -71,13 +87,32 @@ impl Drop for WritePlan {
     }
 }
 
-fn map_record(run: &MapRun, epoch: crate::units::Epoch) -> Record {
-    Record::Map {
-        block: run.block,
-        count: u32::try_from(run.count).unwrap_or(u32::MAX),
-        location: run.location,
-        epoch,
-        history: run.history,
+/// Appends the records of a plan's runs; neighbours without a checksum share one.
+fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: crate::units::Epoch) {
+    for run in runs {
+        let blocks = u32::try_from(run.count).unwrap_or(u32::MAX);
+        if let Some(Record::Map {
+            block,
+            count,
+            location,
+            epoch: _,
+            history,
+        }) = records.last_mut()
+            && *history == run.history
+            && block.plus(u64::from(*count)) == run.block
+            && location.plus(u64::from(*count)) == run.location
+            && *count + blocks <= crate::layout::MAX_RECORD_BLOCKS
+        {
+            *count += blocks;
+            continue;
+        }
+        records.push(Record::Map {
+            block: run.block,
+            count: blocks,
+            location: run.location,
+            epoch,
+            history: run.history,
+        });
     }
 }
 
@@ -115,7 +150,7 @@ impl Shared {
                 return Err(StoreError::NoSpace);
             }
         };
-        let (extents, mut work) = outline.place(range, self.size_bytes, &runs);
+        let (extents, mut work) = outline.place(kind, range, self.size_bytes, &runs);
         for run in &runs {
             core.reserved.insert(run.start.0, run.count);
             work.bare_segments.extend(core.space.bare_segments(*run));
@@ -137,31 +172,46 @@ impl Shared {
         Ok(plan)
     }
 
-    fn complete_write(&self, mut plan: WritePlan) -> Result<()> {
-        if plan.needs_prepare() {
+    fn complete_writes(&self, plans: Vec<WritePlan>) -> Result<()> {
+        if plans
+            .iter()
+            .any(|plan| plan.abandoned || plan.needs_prepare())
+        {
             return Err(StoreError::NotPrepared);
         }
-        plan.mark_dirty();
-        let Some(work) = plan.work.as_mut() else {
-            return Ok(());
-        };
-        if work.maps.is_empty() {
+        plans.iter().for_each(WritePlan::mark_dirty);
+        let maps = |plan: &WritePlan| plan.work.as_ref().is_some_and(|w| !w.maps.is_empty());
+        if !plans.iter().any(maps) {
             return Ok(());
         }
         self.check_writable()?;
+        // Taken apart under one lock, dropped behind it: plans lock by themselves when they go.
+        let mut works: Vec<Box<Work>> = Vec::with_capacity(plans.len());
+        let mut plans = plans;
+        works.extend(plans.iter_mut().filter_map(|plan| plan.work.take()));
         let mut core = self.core();
         let epoch = core.state.epoch;
-        let records: Vec<Record> = work.maps.iter().map(|run| map_record(run, epoch)).collect();
-        core.record(self, &records)?;
-        for run in &work.maps {
-            if run.location == Location::Zero && !run.history {
-                core.discarded_blocks += run.count;
+        let mut records = Vec::with_capacity(works.len());
+        for work in &works {
+            push_map_records(&mut records, &work.maps, epoch);
+        }
+        let result = core.record(self, &records);
+        for mut work in works {
+            if result.is_ok() {
+                for run in &work.maps {
+                    if run.location == Location::Zero && !run.history {
+                        core.discarded_blocks += run.count;
+                    }
+                }
+                // Records name them from now on.
+                for run in std::mem::take(&mut work.reserved) {
+                    core.reserved.remove(&run.start.0);
+                }
             }
+            work.give_back(&mut core);
         }
-        for run in std::mem::take(&mut work.reserved) {
-            core.reserved.remove(&run.start.0);
-        }
-        Ok(())
+        drop(core);
+        result
     }
 
     /// Moves a driver's bytes: `data` for a write, zeroes in place otherwise.
@@ -221,14 +271,29 @@ impl Volume {
     }
 
     /// Does what the plans need before their data may move, in one round for all of them. Blocking.
-    /// On an error drop the plans: none of them may go on.
+    /// On an error none of them may go on: their blocks have been given back already, so requests that
+    /// were refused with `Overlaps` because of them may be tried again, and the plans are to be dropped.
     pub fn prepare_writes(&self, plans: &mut [WritePlan]) -> Result<()> {
         self.shared.prepare_writes(plans)
     }
 
+    /// Makes old data durable for plans whose copies the caller has moved itself: appends their PRESERVE
+    /// records and runs one round, shared with whoever else needs one. Blocking. Plans that have nothing to
+    /// preserve pass through. Errors as [`Volume::prepare_writes`]; `NotPrepared` if a plan still needs room or
+    /// its copies have not landed.
+    pub fn preserve(&self, plans: &mut [WritePlan]) -> Result<()> {
+        self.shared.preserve(plans)
+    }
+
     /// Makes a write whose data landed part of the volume. Acknowledge it after `Ok`.
     pub fn complete_write(&self, plan: WritePlan) -> Result<()> {
-        self.shared.complete_write(plan)
+        self.shared.complete_writes(vec![plan])
+    }
+
+    /// The same for several writes, with one append for all their records: all of them, or after an error
+    /// none.
+    pub fn complete_writes(&self, plans: Vec<WritePlan>) -> Result<()> {
+        self.shared.complete_writes(plans)
     }
 
     fn drive(&self, range: ByteRange, kind: WriteKind, data: Option<&[u8]>) -> Result<()> {
@@ -241,8 +306,16 @@ impl Volume {
             if plans.iter().any(WritePlan::needs_prepare) {
                 self.prepare_writes(&mut plans)?;
             }
-            let [plan] = plans;
+            let [mut plan] = plans;
             let data = data.map(|data| &data[in_memory(done)..in_memory(done + part)]);
+            if let Some(data) = data {
+                for place in 0..plan.seals().len() {
+                    let part = plan.seals()[place];
+                    let start = in_memory(part.offset_bytes);
+                    let bytes = &data[start..start + in_memory(part.length_bytes)];
+                    plan.seal(place, crc32c::crc32c(bytes));
+                }
+            }
             self.shared.move_data(&plan, data)?;
             self.complete_write(plan)?;
             done += part;

@@ -106,6 +106,8 @@ pub(crate) struct Journal {
     pub(crate) synced: Sequence,
     /// Where the next record goes, in bytes.
     pub(crate) end_bytes: u64,
+    /// The last SNAP appended.
+    pub(crate) last_snap: Option<Sequence>,
     /// Which of the two files hold bytes that no sync has covered.
     pub(crate) unsynced: [bool; 2],
 }
@@ -121,6 +123,11 @@ impl Journal {
         self.next.0.wrapping_sub(self.committed.0)
     }
 
+    /// Whether a snapshot waits for the round that makes it durable.
+    pub(crate) fn snap_pending(&self) -> bool {
+        self.last_snap.is_some_and(|last| last >= self.committed)
+    }
+
     /// Appends `records` with one write. They are in the page cache when it returns: a killed daemon
     /// keeps them, a power cut may not.
     pub(crate) fn append(
@@ -129,7 +136,7 @@ impl Journal {
         records: &[Record],
     ) -> Result<()> {
         let mut bytes = Vec::with_capacity(records.len() * RECORD_BYTES);
-        let mut sequence = self.next;
+        let (mut sequence, mut last_snap) = (self.next, self.last_snap);
         for record in records {
             let entry = Entry {
                 sequence,
@@ -137,6 +144,9 @@ impl Journal {
                 record: record.clone(),
             };
             bytes.extend_from_slice(&entry.encode(self.volume_id, Seal::Journal(self.generation)));
+            if let Record::Snap { .. } = record {
+                last_snap = Some(sequence);
+            }
             sequence = sequence.next();
         }
         let [first, second] = files;
@@ -155,7 +165,7 @@ impl Journal {
         if let Some(unsynced) = self.unsynced.get_mut(self.generation.slot()) {
             *unsynced = true;
         }
-        self.next = sequence;
+        (self.next, self.last_snap) = (sequence, last_snap);
         self.end_bytes += bytes.len() as u64;
         Ok(())
     }
