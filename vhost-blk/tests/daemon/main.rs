@@ -12,6 +12,7 @@ mod control_socket;
 mod data_integrity;
 mod harness;
 mod hostile_guest;
+mod kills;
 mod lifecycle;
 mod ring_positions;
 mod snapshot_sets;

@@ -1,10 +1,11 @@
 //! A client of the control socket, over the wire crate's own types.
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{IoSlice, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -12,7 +13,7 @@ use std::path::Path;
 use std::time::Duration;
 use uuid::Uuid;
 use vhost_blk_wire::command::{
-    Command, Getfd, QmpCapabilities, SnapshotRead, SnapshotSetAbort, SnapshotSetCommit,
+    Command, Empty, Getfd, QmpCapabilities, SnapshotRead, SnapshotSetAbort, SnapshotSetCommit,
     SnapshotSetCommitted, SnapshotSetKeep, SnapshotSetMark, SnapshotSetPrepare,
 };
 use vhost_blk_wire::frame::JsonStream;
@@ -31,6 +32,61 @@ impl Control {
         let mut control = Self::greeted(socket);
         control.run(&QmpCapabilities::default()).unwrap();
         control
+    }
+
+    /// A connection to a daemon that may be killed at any moment: `None` if it was.
+    pub(crate) fn try_connect(socket: &Path) -> Option<Self> {
+        let stream = UnixStream::connect(socket).ok()?;
+        let mut control = Self {
+            stream,
+            frames: JsonStream::new(),
+            events: VecDeque::new(),
+        };
+        control.try_value().ok()?;
+        control.attempt(&QmpCapabilities::default())?.unwrap();
+        Some(control)
+    }
+
+    /// Runs a command of a daemon that may be killed at any moment: `None` if it was.
+    pub(crate) fn attempt<C: Command>(
+        &mut self,
+        command: &C,
+    ) -> Option<Result<C::Return, QmpError>> {
+        let arguments = serde_json::to_value(command).unwrap();
+        let text = json!({ "execute": C::NAME, "arguments": arguments, "id": 7 }).to_string();
+        self.stream.write_all(text.as_bytes()).ok()?;
+        self.try_answer().ok()
+    }
+
+    fn try_answer<T: DeserializeOwned>(&mut self) -> io::Result<Result<T, QmpError>> {
+        loop {
+            let value = self.try_value()?;
+            match serde_json::from_value(value).unwrap() {
+                ServerMessage::Return { value, .. } => {
+                    return Ok(Ok(serde_json::from_value(value).unwrap()));
+                }
+                ServerMessage::Error { error, .. } => return Ok(Err(error)),
+                ServerMessage::Event { .. } => {}
+            }
+        }
+    }
+
+    /// A snapshot's content, from a daemon that may be killed at any moment: `None` if it was.
+    pub(crate) fn attempt_read(&mut self, snapshot: Uuid) -> Option<Result<Vec<u8>, QmpError>> {
+        let mut file: File = tempfile::tempfile().unwrap();
+        self.send_fd("out", &file).ok()?;
+        self.try_answer::<Empty>().ok()?.unwrap();
+        let command = SnapshotRead {
+            snapshot,
+            fdname: "out".to_owned(),
+            range: None,
+        };
+        Some(self.attempt(&command)?.map(|done| {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).unwrap();
+            assert_eq!(bytes.len() as u64, done.length_bytes);
+            bytes
+        }))
     }
 
     /// A connection that has only read the greeting.
@@ -119,13 +175,20 @@ impl Control {
     }
 
     pub(crate) fn value(&mut self) -> Value {
+        self.try_value().unwrap()
+    }
+
+    fn try_value(&mut self) -> io::Result<Value> {
         loop {
             if let Some(value) = self.frames.next_value().unwrap() {
-                return value;
+                return Ok(value);
             }
             let mut bytes = [0; 4096];
-            let length = self.stream.read(&mut bytes).unwrap();
-            assert!(length > 0, "the daemon has closed the connection");
+            let length = self.stream.read(&mut bytes)?;
+            if length == 0 {
+                // The daemon has closed the connection.
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             self.frames.push(&bytes[..length]).unwrap();
         }
     }
@@ -184,6 +247,11 @@ impl Control {
 
     /// Sends a descriptor with `getfd`.
     pub(crate) fn getfd(&mut self, name: &str, descriptor: impl AsFd) -> Result<(), QmpError> {
+        self.send_fd(name, descriptor).unwrap();
+        self.answer().map(drop)
+    }
+
+    fn send_fd(&mut self, name: &str, descriptor: impl AsFd) -> io::Result<()> {
         let text = json!({
             "execute": Getfd::NAME, "arguments": { "fdname": name }, "id": 7,
         })
@@ -193,9 +261,9 @@ impl Control {
         let descriptors = [descriptor.as_fd()];
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
         let bytes = [IoSlice::new(text.as_bytes())];
-        let sent = sendmsg(&self.stream, &bytes, &mut ancillary, SendFlags::empty()).unwrap();
+        let sent = sendmsg(&self.stream, &bytes, &mut ancillary, SendFlags::NOSIGNAL)?;
         assert_eq!(sent, text.len());
-        self.answer().map(drop)
+        Ok(())
     }
 
     /// A snapshot's content.

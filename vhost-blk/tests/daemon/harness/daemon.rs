@@ -69,6 +69,11 @@ impl Daemon {
                 std::fs::rename(&socket, socket.with_extension("stale")).unwrap();
             }
         }
+        Self::launch(arguments)
+    }
+
+    /// Starts it without waiting for anything.
+    pub(crate) fn launch(arguments: Vec<String>) -> Self {
         let child = Command::new(env!("CARGO_BIN_EXE_vhost-blk"))
             .arg("serve")
             .args(&arguments)
@@ -123,7 +128,7 @@ impl Daemon {
         self.wait()
     }
 
-    fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let mut status = None;
         wait_until("the daemon's end", || {
             status = self.child.try_wait().unwrap();
