@@ -7,7 +7,7 @@ use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
 use crate::layout::LIVE;
 use crate::recover::{Loaded, load};
-use crate::space::Bitmap;
+use crate::space::BlockSet;
 use crate::units::{BLOCK_BYTES, Block, BootId, in_memory};
 use crate::volume::VolumeFiles;
 
@@ -144,7 +144,7 @@ fn check_records(
     let log_blocks = files.log.len_bytes().map_err(io)?.div_ceil(BLOCK_BYTES);
     let volume_blocks = loaded.superblock.size_bytes.div_ceil(BLOCK_BYTES);
     let epoch = loaded.state.epoch.0;
-    let mut used = Bitmap::default();
+    let mut used = BlockSet::new(WALK_RECORDS);
     let mut next = Some(Block(0));
     while let Some(first) = next {
         let (records, after) = loaded
@@ -174,10 +174,9 @@ fn check_records(
                 if at.0 >= log_blocks {
                     damage(format!("log block {} is behind the log's end (I2)", at.0));
                 }
-                if used.get(at.0) {
+                if !used.insert(at.0) {
                     damage(format!("log block {} serves two versions (I2)", at.0));
                 }
-                used.set(at.0);
             }
         }
         next = after;

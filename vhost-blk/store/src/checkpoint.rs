@@ -11,10 +11,9 @@ use crate::index::{Merge, MergeRule, Merged};
 use crate::journal::Entry;
 use crate::layout::{MAX_EPOCH, PAGE_BYTES, Seal};
 use crate::snapshot_table::{SnapshotInfo, table_records};
-use crate::space::Bitmap;
 use crate::superblock::Superblock;
-use crate::units::{Epoch, Generation, Incarnation, Sequence};
-use crate::volume::{Core, Maintenance, Shared};
+use crate::units::{Epoch, Generation, Incarnation, LogBlock, Sequence};
+use crate::volume::{Core, Maintenance, Shared, Sweep};
 
 /// A checkpoint under way.
 #[derive(Debug)]
@@ -27,8 +26,8 @@ pub(crate) struct Checkpoint {
     journal_generation: Generation,
     first_sequence: Sequence,
     applied_through: Sequence,
-    /// Log blocks that records named when the memtable was frozen.
-    mapped_before: Bitmap,
+    /// It frees what it drops.
+    sweeps: bool,
 }
 
 /// What a checkpoint shall do besides merging.
@@ -57,12 +56,18 @@ impl Shared {
             self.poison();
             return Err(error);
         }
-        let mut mapped_before = core.space.allocated().clone();
-        for (start, count) in &core.reserved {
-            (*start..start + count).for_each(|block| mapped_before.clear(block));
-        }
-        for (_, dropped) in &core.dropped {
-            mapped_before.remove(dropped);
+        // One sweep at a time: what this checkpoint drops is found by the next one otherwise.
+        let sweeps = core.sweep == Sweep::Idle && !core.space.is_scanning();
+        if sweeps {
+            core.sweep = Sweep::Marking;
+            core.space.begin_sweep();
+            for (start, count) in &core.reserved {
+                for block in *start..start + count {
+                    core.space.note_named(LogBlock(block));
+                }
+            }
+            core.reclaim = false;
+            core.discarded_blocks = 0;
         }
         let (mut table, mut epoch) = (core.state.table.shared(), core.state.epoch);
         let mut revert_to = None;
@@ -78,8 +83,6 @@ impl Shared {
             epochs: epochs(&table),
             revert_to,
         };
-        core.reclaim = false;
-        core.discarded_blocks = 0;
         let frozen = core.state.index.freeze();
         let run = Arc::clone(core.state.index.run());
         maintenance.checkpoint = Some(Checkpoint {
@@ -90,7 +93,7 @@ impl Shared {
             journal_generation: core.journal.generation,
             first_sequence: core.journal.first,
             applied_through: core.journal.last(),
-            mapped_before,
+            sweeps,
         });
         Ok(())
     }
@@ -104,7 +107,15 @@ impl Shared {
         let Some(checkpoint) = maintenance.checkpoint.as_mut() else {
             return Ok(true);
         };
-        match checkpoint.merge.step(&self.files.index, budget_pages) {
+        let stepped = checkpoint.merge.step(&self.files.index, budget_pages);
+        let named = checkpoint.merge.take_named();
+        if checkpoint.sweeps {
+            for part in named.chunks(1024) {
+                let mut core = self.core();
+                part.iter().for_each(|block| core.space.note_named(*block));
+            }
+        }
+        match stepped {
             Ok(None) => Ok(false),
             Ok(Some(merged)) => {
                 let result = self.write_table(checkpoint, &merged);
@@ -188,9 +199,8 @@ impl Shared {
             core.state.epoch = checkpoint.epoch;
         }
         let generation = core.pins.close();
-        let dropped = checkpoint.mapped_before.minus(&merged.mapped);
-        if !dropped.is_empty() {
-            core.dropped.push((generation, dropped));
+        if checkpoint.sweeps {
+            core.sweep = Sweep::Waiting(generation);
         }
         self.note_plain(core);
         maintenance.settle.note_checkpoint();

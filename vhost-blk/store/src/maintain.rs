@@ -6,7 +6,7 @@
 use crate::checkpoint::Turn;
 use crate::error::{FileName, Result, StoreError};
 use crate::settle::SettleStep;
-use crate::volume::{Maintenance as Work, Shared, Volume, lock};
+use crate::volume::{Maintenance as Work, Shared, Sweep, Volume, lock};
 
 /// What a step came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,9 +42,9 @@ impl Shared {
         let (due, segment) = {
             let mut core = self.core();
             let discarded = core.discarded_blocks * crate::units::BLOCK_BYTES;
-            let due = core.is_over_bounds(&self.options, 1)
-                || core.reclaim
-                || discarded > self.options.segment_bytes / 4;
+            let garbage = core.reclaim || discarded > self.options.segment_bytes / 4;
+            let due =
+                core.is_over_bounds(&self.options, 1) || (garbage && core.sweep == Sweep::Idle);
             let needs_log = !core.state.table.is_empty();
             (
                 due,
@@ -78,15 +78,20 @@ impl Shared {
         let segment = {
             let mut core = self.core();
             let core = &mut *core;
-            let mut waiting = Vec::new();
-            for (generation, bits) in std::mem::take(&mut core.dropped) {
-                if core.pins.is_over(generation) {
-                    core.space.free_all(&bits);
-                } else {
-                    waiting.push((generation, bits));
+            match core.sweep {
+                Sweep::Idle | Sweep::Marking => {}
+                Sweep::Waiting(generation) => {
+                    if core.pins.is_over(generation) {
+                        core.sweep = Sweep::Freeing(0);
+                    }
+                }
+                Sweep::Freeing(cursor) => {
+                    core.sweep = core.space.sweep(cursor).map_or(Sweep::Idle, Sweep::Freeing);
                 }
             }
-            core.dropped = waiting;
+            if matches!(core.sweep, Sweep::Freeing(_)) {
+                return Ok(true);
+            }
             let spare = usize::from(!core.state.table.is_empty());
             core.space.take_idle_segment(spare)
         };

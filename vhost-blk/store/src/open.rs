@@ -22,7 +22,7 @@ use crate::space::Space;
 use crate::superblock::Superblock;
 use crate::units::{BLOCK_BYTES, BootId, in_memory};
 use crate::volume::{
-    Core, Counters, Gate, Maintenance, OpenOptions, Shared, Volume, VolumeFiles, lock,
+    Core, Counters, Gate, Maintenance, OpenOptions, Shared, Sweep, Volume, VolumeFiles, lock,
 };
 
 /// What opening a volume found and did.
@@ -250,8 +250,14 @@ impl Volume {
         size_bytes: u64,
         journal: Journal,
     ) -> Volume {
-        let mut space = Space::new(options.segment_bytes, options.log_limit_bytes);
-        space.load(loaded.mapped);
+        let mut space = Space::new(options.segment_bytes, options.log_limit_bytes, 0);
+        let high_water = loaded.named.iter().map(|named| named.0 + 1).max();
+        space.begin_scan(high_water.unwrap_or(0));
+        loaded
+            .named
+            .iter()
+            .for_each(|named| space.note_named(*named));
+        space.end_scan();
         let mut settle = Settle::default();
         settle.note_checkpoint();
         let superblock = loaded.superblock;
@@ -263,7 +269,7 @@ impl Volume {
             busy: Default::default(),
             settling: Default::default(),
             reserved: Default::default(),
-            dropped: Vec::new(),
+            sweep: Sweep::Idle,
             // Records may have been superseded before the last close; one checkpoint finds out.
             reclaim: loaded.replayed_records > 0,
             discarded_blocks: 0,

@@ -9,10 +9,9 @@ use crate::error::{FileName, Result, StoreError};
 use crate::index::{Fences, Index, Location, Run};
 use crate::journal::{Entry, Record, Scan, UnverifiedRecord, scan};
 use crate::layout::{self, LIVE, PAGE_BYTES, RECORD_BYTES, Seal};
-use crate::space::Bitmap;
 use crate::state::State;
 use crate::superblock::{self, SlotsFound, Superblock};
-use crate::units::{BLOCK_BYTES, BootId, Generation, Incarnation, Sequence};
+use crate::units::{BLOCK_BYTES, BootId, Generation, Incarnation, LogBlock, Sequence};
 use crate::volume::VolumeFiles;
 
 /// A volume as its files describe it.
@@ -22,7 +21,7 @@ pub(crate) struct Loaded {
     pub(crate) other_slot_damaged: bool,
     pub(crate) state: State,
     /// Log blocks that the run or a kept record names, superseded or not: none may be reused yet.
-    pub(crate) mapped: Bitmap,
+    pub(crate) named: Vec<LogBlock>,
     /// Generation that appends go to, and where.
     pub(crate) generation: Generation,
     pub(crate) first: Sequence,
@@ -63,7 +62,7 @@ pub(crate) fn load(
         } => (current, other_damaged),
     };
     let volume_blocks = superblock.size_bytes.div_ceil(BLOCK_BYTES);
-    let (run, mut mapped) = load_run(files, &superblock, volume_blocks)?;
+    let (run, mut named) = load_run(files, &superblock, volume_blocks)?;
     let index = Index::new(files.index.clone(), run, cache_pages);
     let mut state = State::new(index, superblock.epoch, volume_blocks);
     load_table(files, &superblock, &mut state)?;
@@ -88,7 +87,7 @@ pub(crate) fn load(
         let puts = state.puts(&entry.record)?;
         for (_, location) in &puts {
             if let Location::Log(at) = location {
-                mapped.set(at.0);
+                named.push(*at);
             }
         }
         state.apply(&entry.record, puts);
@@ -106,7 +105,7 @@ pub(crate) fn load(
         superblock,
         other_slot_damaged,
         state,
-        mapped,
+        named,
         generation,
         first,
         end_bytes,
@@ -126,7 +125,7 @@ fn load_run(
     files: &VolumeFiles,
     superblock: &Superblock,
     volume_blocks: u64,
-) -> Result<(Run, Bitmap)> {
+) -> Result<(Run, Vec<LogBlock>)> {
     let [first_file, second_file] = &files.index;
     let file = if superblock.index_slot == 0 {
         first_file
@@ -141,7 +140,7 @@ fn load_run(
         records: superblock.index_records,
         fences: Fences::default(),
     };
-    let mut mapped = Bitmap::default();
+    let mut named = Vec::new();
     let (mut previous, mut records) = (None, 0);
     for number in 0..run.pages {
         let page = run.read_page(&**file, number)?;
@@ -161,7 +160,7 @@ fn load_run(
                 return Err(broken("a version died in an epoch that has not been (I5)"));
             }
             if let Location::Log(at) = location {
-                mapped.set(at.0);
+                named.push(*at);
             }
             previous = Some(*key);
             records += 1;
@@ -174,7 +173,7 @@ fn load_run(
             "another number of records than announced",
         ));
     }
-    Ok((run, mapped))
+    Ok((run, named))
 }
 
 /// Rebuilds the snapshot table from the records behind the pages.

@@ -14,7 +14,7 @@ use crate::journal::Record;
 use crate::layout::{LIVE, MAX_RECORD_BLOCKS};
 use crate::pins::PinGeneration;
 use crate::units::{BLOCK_BYTES, Block, in_memory};
-use crate::volume::{Core, Shared};
+use crate::volume::{Core, Shared, Sweep};
 
 #[derive(Debug)]
 struct Batch {
@@ -84,7 +84,7 @@ impl Shared {
         }
         let mut core = self.core();
         // A dropped version may still be read until older I/O is over.
-        if !core.dropped.is_empty() || core.state.index.is_empty() {
+        if core.sweep != Sweep::Idle || core.state.index.is_empty() {
             return Ok(SettleStep::Idle);
         }
         let changed = core.state.table.is_empty() && core.changes != settle.seen_changes;

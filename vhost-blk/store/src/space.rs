@@ -1,94 +1,22 @@
 //! Which blocks of the log are free.
 //!
-//! `plan` allocates, `checkpoint` frees, `open` rebuilds it. The log is an endless row of segments,
-//! each backed by preallocated space or not; allocation in a segment that is not backed makes the
-//! write prepare it first. It does no I/O.
+//! `plan` allocates; `open` says how far the log reaches, `scan` which of it is in use; `reclaim` sweeps. The
+//! log is an endless row of segments, each backed by preallocated space or not; allocation in a segment that is not
+//! backed makes the write prepare it first. It does no I/O.
+//!
+//! After opening nobody knows which blocks below the high-water mark are free: all count as allocated, and the log only
+//! grows, until the scan has gone through the index. A sweep begins with every block as a candidate; what is
+//! allocated, freed or found in use meanwhile leaves it; what is left was dropped, and is freed once.
 //! Invariant I6: a freed block is allocated again only after the checkpoint that dropped it is durable
 //! and every I/O planned before is over.
 
+mod block_set;
+
 use std::collections::BTreeSet;
 
+pub(crate) use block_set::BlockSet;
+
 use crate::units::{BLOCK_BYTES, LogBlock, in_memory};
-
-/// A growing set of bits.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Bitmap {
-    words: Vec<u64>,
-}
-
-impl Bitmap {
-    pub(crate) fn get(&self, bit: u64) -> bool {
-        self.words
-            .get(in_memory(bit / 64))
-            .is_some_and(|word| word >> (bit % 64) & 1 == 1)
-    }
-
-    pub(crate) fn set(&mut self, bit: u64) {
-        let place = in_memory(bit / 64);
-        if place >= self.words.len() {
-            self.words.resize(place + 1, 0);
-        }
-        if let Some(word) = self.words.get_mut(place) {
-            *word |= 1 << (bit % 64);
-        }
-    }
-
-    pub(crate) fn clear(&mut self, bit: u64) {
-        if let Some(word) = self.words.get_mut(in_memory(bit / 64)) {
-            *word &= !(1 << (bit % 64));
-        }
-    }
-
-    /// Clears every bit that is set in `other`.
-    pub(crate) fn remove(&mut self, other: &Bitmap) {
-        for (word, gone) in self.words.iter_mut().zip(&other.words) {
-            *word &= !gone;
-        }
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.words.iter().all(|word| *word == 0)
-    }
-
-    /// Bits that are set here and not in `other`.
-    pub(crate) fn minus(&self, other: &Bitmap) -> Bitmap {
-        let words = self
-            .words
-            .iter()
-            .enumerate()
-            .map(|(place, word)| word & !other.words.get(place).copied().unwrap_or(0))
-            .collect();
-        Bitmap { words }
-    }
-
-    pub(crate) fn ones(&self) -> impl Iterator<Item = u64> + '_ {
-        self.words.iter().enumerate().flat_map(|(place, word)| {
-            let mut rest = *word;
-            std::iter::from_fn(move || {
-                (rest != 0).then(|| {
-                    let bit = u64::from(rest.trailing_zeros());
-                    rest &= rest - 1;
-                    place as u64 * 64 + bit
-                })
-            })
-        })
-    }
-
-    /// First clear bit in `from..end`.
-    fn first_clear(&self, from: u64, end: u64) -> Option<u64> {
-        let mut bit = from;
-        while bit < end {
-            let word = self.words.get(in_memory(bit / 64)).copied().unwrap_or(0);
-            let free = !word >> (bit % 64);
-            if free != 0 {
-                let found = bit + u64::from(free.trailing_zeros());
-                return (found < end).then_some(found);
-            }
-            bit = (bit / 64 + 1) * 64;
-        }
-        None
-    }
-}
 
 /// Neighbouring blocks of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,37 +27,161 @@ pub(crate) struct LogRun {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Segment {
-    used_blocks: u64,
     backed: bool,
+    /// Its hole is being punched: nothing may be allocated in it.
+    closed: bool,
+}
+
+/// What is not known yet after opening.
+#[derive(Debug)]
+struct Unknown {
+    /// Blocks below this one.
+    below: u64,
+    /// Those of them that were found in use.
+    named: BlockSet,
 }
 
 /// The allocator.
 #[derive(Debug)]
 pub(crate) struct Space {
     segment_blocks: u64,
+    /// Blocks below this one are not for data.
+    first_block: u64,
     limit_blocks: u64,
-    allocated: Bitmap,
+    allocated: BlockSet,
     used_blocks: u64,
     segments: Vec<Segment>,
     /// Segments with free blocks, by whether they are backed: backed ones are used first.
     open_backed: BTreeSet<u64>,
     open_bare: BTreeSet<u64>,
+    unknown: Option<Unknown>,
+    /// Blocks that the sweep under way will free, unless they turn out to be in use.
+    candidates: Option<BlockSet>,
 }
 
 impl Space {
-    /// An empty log. `limit_bytes` bounds its length.
-    pub(crate) fn new(segment_bytes: u64, limit_bytes: u64) -> Space {
+    /// An empty log, of which the blocks from `first_block` on are for data. `limit_bytes` bounds its length.
+    pub(crate) fn new(segment_bytes: u64, limit_bytes: u64, first_block: u64) -> Space {
         let segment_blocks = (segment_bytes / BLOCK_BYTES).max(1);
         let limit_blocks = (limit_bytes / BLOCK_BYTES).min(crate::layout::MAX_LOG_BLOCKS);
-        Space {
+        let mut space = Space {
             segment_blocks,
+            first_block,
             limit_blocks,
-            allocated: Bitmap::default(),
+            allocated: BlockSet::new(segment_blocks),
             used_blocks: 0,
             segments: Vec::new(),
             open_backed: BTreeSet::new(),
             open_bare: BTreeSet::new(),
+            unknown: None,
+            candidates: None,
+        };
+        space.fill_below(first_block);
+        space
+    }
+
+    /// All blocks below `end` are allocated.
+    fn fill_below(&mut self, end: u64) {
+        let whole = end / self.segment_blocks;
+        self.allocated = BlockSet::full(self.segment_blocks, in_memory(whole));
+        (whole * self.segment_blocks..end).for_each(|block| {
+            self.allocated.insert(block);
+        });
+        if end > 0 {
+            self.reach((end - 1) / self.segment_blocks);
         }
+        for number in 0..self.segments.len() as u64 {
+            if let Some(segment) = self.segments.get_mut(in_memory(number)) {
+                segment.backed = true;
+            }
+            self.note(number);
+        }
+    }
+
+    /// A volume was opened whose log reaches up to `high_water`. Until [`Space::end_scan`] it only grows.
+    pub(crate) fn begin_scan(&mut self, high_water: u64) {
+        let below = high_water.max(self.first_block);
+        self.fill_below(below);
+        self.used_blocks = below - self.first_block;
+        self.unknown = Some(Unknown {
+            below,
+            named: BlockSet::new(self.segment_blocks),
+        });
+    }
+
+    /// Whether it is not known yet which blocks are free.
+    pub(crate) fn is_scanning(&self) -> bool {
+        self.unknown.is_some()
+    }
+
+    /// The index names `block`: the scan found it, or it leaves the sweep.
+    pub(crate) fn note_named(&mut self, block: LogBlock) {
+        if let Some(unknown) = &mut self.unknown
+            && block.0 < unknown.below
+        {
+            unknown.named.insert(block.0);
+        }
+        if let Some(candidates) = &mut self.candidates {
+            candidates.remove(block.0);
+        }
+    }
+
+    /// All that was in use at opening has been noted: the rest is free.
+    pub(crate) fn end_scan(&mut self) {
+        let Some(mut unknown) = self.unknown.take() else {
+            return;
+        };
+        (0..self.first_block).for_each(|block| {
+            unknown.named.insert(block);
+        });
+        let whole = unknown.below / self.segment_blocks;
+        for number in 0..whole {
+            self.used_blocks -= self.allocated.replace_part(&mut unknown.named, number);
+        }
+        for block in (whole * self.segment_blocks)..unknown.below {
+            if !unknown.named.contains(block) && self.allocated.remove(block) {
+                self.used_blocks -= 1;
+            }
+        }
+        for number in 0..self.segments.len() as u64 {
+            // An empty one may have space of its own or not; asking for it again costs little.
+            if self.allocated.count_in(number) == 0
+                && let Some(segment) = self.segments.get_mut(in_memory(number))
+            {
+                segment.backed = false;
+            }
+            self.note(number);
+        }
+    }
+
+    /// Begins a sweep: every block is a candidate. None is under way, and no scan.
+    pub(crate) fn begin_sweep(&mut self) {
+        debug_assert!(self.candidates.is_none() && self.unknown.is_none());
+        let parts = in_memory(self.allocated.parts());
+        let mut candidates = BlockSet::full(self.segment_blocks, parts);
+        (0..self.first_block).for_each(|block| {
+            candidates.remove(block);
+        });
+        self.candidates = Some(candidates);
+    }
+
+    /// Frees what is left of the sweep in the next segment behind `cursor` (I6 is the caller's); where to go on.
+    pub(crate) fn sweep(&mut self, cursor: u64) -> Option<u64> {
+        let candidates = self.candidates.take()?;
+        let mut number = cursor;
+        while number < candidates.parts() && candidates.count_in(number) == 0 {
+            number += 1;
+        }
+        if number >= candidates.parts() {
+            return None;
+        }
+        for block in candidates.common_in(&self.allocated, number) {
+            self.allocated.remove(block);
+            self.used_blocks -= 1;
+        }
+        self.note(number);
+        self.candidates = Some(candidates);
+        Some(number + 1)
     }
 
     pub(crate) fn used_blocks(&self) -> u64 {
@@ -143,10 +195,6 @@ impl Space {
             .filter(|segment| segment.backed)
             .count() as u64;
         backed * self.segment_blocks
-    }
-
-    pub(crate) fn allocated(&self) -> &Bitmap {
-        &self.allocated
     }
 
     fn capacity_of(&self, number: u64) -> u64 {
@@ -171,40 +219,13 @@ impl Space {
         };
         self.open_backed.remove(&number);
         self.open_bare.remove(&number);
-        if segment.used_blocks < self.capacity_of(number) {
+        if !segment.closed && self.allocated.count_in(number) < self.capacity_of(number) {
             if segment.backed {
                 self.open_backed.insert(number);
             } else {
                 self.open_bare.insert(number);
             }
         }
-    }
-
-    /// Takes over the blocks found in use at open; their segments count as backed.
-    pub(crate) fn load(&mut self, mapped: Bitmap) {
-        for (number, count) in self.by_segment(mapped.ones()) {
-            self.reach(number);
-            self.used_blocks += count;
-            if let Some(segment) = self.segments.get_mut(in_memory(number)) {
-                segment.used_blocks += count;
-                segment.backed = true;
-            }
-            self.note(number);
-        }
-        self.allocated = mapped;
-    }
-
-    /// How many of the ascending blocks fall into each segment.
-    fn by_segment(&self, blocks: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
-        let mut counts: Vec<(u64, u64)> = Vec::new();
-        for block in blocks {
-            let number = block / self.segment_blocks;
-            match counts.last_mut() {
-                Some((last, count)) if *last == number => *count += 1,
-                Some(_) | None => counts.push((number, 1)),
-            }
-        }
-        counts
     }
 
     /// Allocates `count` blocks in as few runs as are at hand; `None` when there is no room.
@@ -241,17 +262,18 @@ impl Space {
         };
         let first = number * self.segment_blocks;
         let end = first + self.capacity_of(number);
-        let start = self.allocated.first_clear(first, end)?;
+        let start = self.allocated.first_absent(first, end)?;
         let mut count = 0;
-        while count < most && start + count < end && !self.allocated.get(start + count) {
-            self.allocated.set(start + count);
+        while count < most && start + count < end && self.allocated.insert(start + count) {
+            if let Some(candidates) = &mut self.candidates {
+                candidates.remove(start + count);
+            }
             count += 1;
         }
         self.used_blocks += count;
-        if let Some(segment) = self.segments.get_mut(in_memory(number)) {
-            segment.used_blocks += count;
+        if self.allocated.count_in(number) >= self.capacity_of(number) {
+            self.note(number);
         }
-        self.note(number);
         Some(LogRun {
             start: LogBlock(start),
             count,
@@ -260,26 +282,23 @@ impl Space {
 
     /// Frees a run that no record names.
     pub(crate) fn free(&mut self, run: LogRun) {
-        let blocks = run.start.0..run.start.0 + run.count;
-        let counts = self.by_segment(blocks.clone().filter(|block| self.allocated.get(*block)));
-        blocks.for_each(|block| self.allocated.clear(block));
-        self.give_back(&counts);
-    }
-
-    /// Frees many blocks at once (I6 is the caller's).
-    pub(crate) fn free_all(&mut self, bits: &Bitmap) {
-        let counts = self.by_segment(bits.ones().filter(|block| self.allocated.get(*block)));
-        self.allocated.remove(bits);
-        self.give_back(&counts);
-    }
-
-    fn give_back(&mut self, counts: &[(u64, u64)]) {
-        for (number, count) in counts {
-            self.used_blocks -= count;
-            if let Some(segment) = self.segments.get_mut(in_memory(*number)) {
-                segment.used_blocks -= count;
+        let mut numbers = BTreeSet::new();
+        for block in run.start.0..run.start.0 + run.count {
+            if let Some(candidates) = &mut self.candidates {
+                candidates.remove(block);
             }
-            self.note(*number);
+            // What was allocated before opening stays until a sweep: the scan may have seen it.
+            let is_old = self
+                .unknown
+                .as_ref()
+                .is_some_and(|unknown| block < unknown.below);
+            if !is_old && self.allocated.remove(block) {
+                self.used_blocks -= 1;
+                numbers.insert(block / self.segment_blocks);
+            }
+        }
+        for number in numbers {
+            self.note(number);
         }
     }
 
@@ -321,10 +340,7 @@ impl Space {
         let free: u64 = self
             .open_backed
             .iter()
-            .filter_map(|number| {
-                let segment = self.segments.get(in_memory(*number))?;
-                Some(self.capacity_of(*number) - segment.used_blocks)
-            })
+            .map(|number| self.capacity_of(*number) - self.allocated.count_in(*number))
             .sum();
         if free > self.segment_blocks / 2 {
             return None;
@@ -343,17 +359,12 @@ impl Space {
             .open_backed
             .iter()
             .copied()
-            .filter(|number| {
-                self.segments
-                    .get(in_memory(*number))
-                    .is_some_and(|s| s.used_blocks == 0)
-            })
+            .filter(|number| self.allocated.count_in(*number) == 0)
             .collect();
         let number = *idle.get(spare..)?.last()?;
         if let Some(segment) = self.segments.get_mut(in_memory(number)) {
             segment.backed = false;
-            // Closed while its hole is punched: nothing may be allocated in it meanwhile.
-            segment.used_blocks = self.segment_blocks;
+            segment.closed = true;
         }
         self.note(number);
         Some(number)
@@ -362,7 +373,7 @@ impl Space {
     /// Ends what [`Space::take_idle_segment`] began.
     pub(crate) fn released(&mut self, number: u64) {
         if let Some(segment) = self.segments.get_mut(in_memory(number)) {
-            segment.used_blocks = 0;
+            segment.closed = false;
         }
         self.note(number);
     }

@@ -18,7 +18,7 @@ use crate::journal::{Journal, Record};
 use crate::pins::{PinGeneration, Pins};
 use crate::settle::Settle;
 use crate::snapshot_table::SnapshotInfo;
-use crate::space::{Bitmap, Space};
+use crate::space::Space;
 use crate::state::State;
 use crate::superblock::Superblock;
 use crate::units::{BLOCK_BYTES, BootId, Epoch, SetId, SnapshotId, VolumeId};
@@ -151,6 +151,20 @@ pub(crate) struct Gate {
     pub(crate) log_dirty: AtomicBool,
 }
 
+/// How far the sweep of the log is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Sweep {
+    /// None is under way.
+    #[default]
+    Idle,
+    /// A checkpoint is noting what is in use.
+    Marking,
+    /// That checkpoint is durable; I/O planned before it must end first (I6).
+    Waiting(PinGeneration),
+    /// What is left is freed, from this segment on.
+    Freeing(u64),
+}
+
 /// What is behind the lock that requests take.
 #[derive(Debug)]
 pub(crate) struct Core {
@@ -164,8 +178,8 @@ pub(crate) struct Core {
     pub(crate) settling: BTreeSet<u64>,
     /// Log blocks allocated by plans that no record names yet.
     pub(crate) reserved: BTreeMap<u64, u64>,
-    /// Log blocks that a durable checkpoint dropped, waiting for older I/O to end (I6).
-    pub(crate) dropped: Vec<(PinGeneration, Bitmap)>,
+    /// The sweep that frees what checkpoints dropped.
+    pub(crate) sweep: Sweep,
     /// Something was dropped that only a checkpoint gives back.
     pub(crate) reclaim: bool,
     /// Blocks whose log space a discard gave up since the last checkpoint.

@@ -11,8 +11,7 @@ use super::{Fences, Key, Location, Memtable, Run, encode_page};
 use crate::error::{FileName, Result, StoreError};
 use crate::io::BlockFile;
 use crate::layout::{ENTRIES_PER_PAGE, LIVE, PAGE_BYTES};
-use crate::space::Bitmap;
-use crate::units::{Block, Epoch, Generation};
+use crate::units::{Block, Epoch, Generation, LogBlock};
 
 /// What a merge keeps.
 #[derive(Clone, Debug)]
@@ -58,8 +57,6 @@ impl MergeRule {
 #[derive(Debug)]
 pub(crate) struct Merged {
     pub(crate) run: Run,
-    /// Log blocks the new run names.
-    pub(crate) mapped: Bitmap,
 }
 
 /// A merge under way.
@@ -78,7 +75,8 @@ pub(crate) struct Merge {
     versions: Vec<(u32, Location)>,
     page: Vec<(Key, Location)>,
     output: Run,
-    mapped: Bitmap,
+    /// Log blocks that the output names, since they were asked for last.
+    named: Vec<LogBlock>,
 }
 
 impl Merge {
@@ -102,8 +100,13 @@ impl Merge {
             versions: Vec::new(),
             page: Vec::with_capacity(ENTRIES_PER_PAGE),
             output,
-            mapped: Bitmap::default(),
+            named: Vec::new(),
         }
+    }
+
+    /// Log blocks that were written into the output since the last call: they are in use.
+    pub(crate) fn take_named(&mut self) -> Vec<LogBlock> {
+        std::mem::take(&mut self.named)
     }
 
     /// Goes on for about `budget_pages` of output; the result when all is written (not yet synced).
@@ -136,10 +139,7 @@ impl Merge {
                         fences: Fences::default(),
                     },
                 );
-                return Ok(Some(Merged {
-                    run: done,
-                    mapped: std::mem::take(&mut self.mapped),
-                }));
+                return Ok(Some(Merged { run: done }));
             };
             self.block = Some(key.block);
             self.versions.push((key.death, location));
@@ -193,7 +193,7 @@ impl Merge {
         });
         for (key, location) in kept {
             if let Location::Log(at) = location {
-                self.mapped.set(at.0);
+                self.named.push(at);
             }
             self.page.push((key, location));
             if self.page.len() == ENTRIES_PER_PAGE {
