@@ -13,7 +13,7 @@ mod harness;
 use std::sync::Arc;
 
 use harness::{
-    Methods, Model, Op, Taken, Verdict, World, expect, history, read_all, small_options,
+    Methods, Model, Op, Taken, Tale, Verdict, World, expect, history, read_all, small_options,
 };
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -126,7 +126,9 @@ fn all_in(found: &[Option<u64>], candidates: impl Fn(usize, u64) -> bool) -> Res
 
 /// What a model allows in a sector after a power cut.
 fn possible(model: &Model, sector: usize, value: u64) -> bool {
-    model.head[sector] == value || model.possible[sector].contains(&value)
+    model.head[sector] == value
+        || model.possible[sector].contains(&value)
+        || model.flies(sector, value)
 }
 
 /// The head is one the crash may leave.
@@ -146,7 +148,7 @@ fn check_head(step: &Step<'_>, power_cut: bool, found: &[Option<u64>], ids: &[Sn
                     if power_cut {
                         possible(before, sector, value)
                     } else {
-                        before.head[sector] == value
+                        before.head[sector] == value || before.flies(sector, value)
                     }
                 })
             }
@@ -158,10 +160,14 @@ fn check_head(step: &Step<'_>, power_cut: bool, found: &[Option<u64>], ids: &[Sn
         Some(_) => all_in(found, |sector, value| {
             before.head[sector] == value
                 || after.head[sector] == value
+                || before.flies(sector, value)
+                || after.flies(sector, value)
                 || (before.head[sector] != after.head[sector] && possible(after, sector, value))
         }),
         None if power_cut => all_in(found, |sector, value| possible(after, sector, value)),
-        None => all_in(found, |sector, value| after.head[sector] == value),
+        None => all_in(found, |sector, value| {
+            after.head[sector] == value || after.flies(sector, value)
+        }),
     };
     if let Err(what) = result {
         panic!("head: {what}");
@@ -187,9 +193,11 @@ fn check_snapshots(step: &Step<'_>, volume: &Volume) -> Vec<Taken> {
             .snapshots
             .iter()
             .chain(&step.after.snapshots)
+            .chain(&step.after.last_taken)
             .find(|t| t.id == id);
-        // One that the operation was taking and would have discarded: the head at that moment.
-        let sectors = known.map_or(&step.before.head, |taken| &taken.sectors);
+        let sectors = &known
+            .unwrap_or_else(|| panic!("nobody took snapshot {id}"))
+            .sectors;
         let seen = read_all(volume, View::Snapshot(id));
         expect(sectors, &seen, &format!("snapshot {id}"));
         found.push(Taken {
@@ -258,6 +266,7 @@ fn go_on(
         files,
         options,
         volume: Some(volume),
+        open_plans: Vec::new(),
         model,
         members,
     };
@@ -306,17 +315,6 @@ fn try_image_again(step: &Step<'_>, images: Vec<Image>, boot: u8, power_cut: boo
     let snapshots = check_snapshots(step, &volume);
     let ids: Vec<SnapshotId> = snapshots.iter().map(|taken| taken.id).collect();
     check_head(step, power_cut, &read_all(&volume, View::Head), &ids);
-}
-
-/// Tells which image failed, so that it can be tried again.
-struct Tale(String);
-
-impl Drop for Tale {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("{}", self.0);
-        }
-    }
 }
 
 fn crash_everywhere(methods: Methods, seed: u64, images: u64) {

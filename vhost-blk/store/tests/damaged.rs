@@ -19,6 +19,7 @@ fn worn(seed: u64) -> (Vec<Image>, Model) {
     for op in history(seed, Methods::Mixed, 60, SECTORS) {
         world.apply(&op);
     }
+    world.finish_all().unwrap();
     world.volume().flush().unwrap();
     (contents(&world.files).unwrap(), world.model)
 }
@@ -149,6 +150,7 @@ fn files_of_another_volume_are_refused() {
         for op in history(4, Methods::Mixed, 60, SECTORS) {
             world.apply(&op);
         }
+        world.finish_all().unwrap();
         world.volume().flush().unwrap();
         contents(&world.files).unwrap()
     };

@@ -77,6 +77,7 @@ fn histories_hold_on_real_files_direct_and_buffered() {
             world.apply(&op);
             world.compare();
         }
+        world.finish_all().unwrap();
         while !world.model.snapshots.is_empty() {
             world.apply(&Op::Delete { which: 0 });
         }

@@ -218,6 +218,7 @@ fn golden_volume_reads_as_it_was() {
         files,
         options,
         volume: Some(volume),
+        open_plans: Vec::new(),
         model: expected,
         members,
     };

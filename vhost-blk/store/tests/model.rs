@@ -15,6 +15,7 @@ fn run(ops: &[Op], sectors: u64) {
         world.apply(op);
         world.compare();
     }
+    world.finish_all().unwrap();
     // Without snapshots everything finds its way home, and the base alone is the disk.
     while !world.model.snapshots.is_empty() {
         world.apply(&Op::Delete { which: 0 });
@@ -128,6 +129,8 @@ fn full_log_refuses_writes_and_changes_nothing() {
             }
             world.compare();
         }
+        world.finish(0, false).unwrap();
+        world.finish_all().unwrap();
         while !world.model.snapshots.is_empty() {
             world.apply(&Op::Delete { which: 0 });
         }

@@ -11,8 +11,10 @@ use crate::io::BlockFile;
 pub enum FaultKind {
     /// Reads: EIO.
     Read,
-    /// Writes, zeroing and allocation: EIO.
+    /// Writes, zeroing and allocation: EIO, and nothing landed.
     Write,
+    /// The same: EIO, and a part landed.
+    ShortWrite,
     /// The same: ENOSPC.
     WriteNoSpace,
     /// Syncs: EIO.
@@ -25,6 +27,7 @@ pub struct Fault {
     kind: FaultKind,
     left: AtomicU64,
     struck: AtomicBool,
+    counted: AtomicU64,
 }
 
 impl Fault {
@@ -34,7 +37,13 @@ impl Fault {
             kind,
             left: AtomicU64::new(after + 1),
             struck: AtomicBool::new(false),
+            counted: AtomicU64::new(0),
         })
+    }
+
+    /// Operations of its kind so far.
+    pub fn counted(&self) -> u64 {
+        self.counted.load(Ordering::SeqCst)
     }
 
     /// Whether it struck.
@@ -46,6 +55,7 @@ impl Fault {
         if !kinds.contains(&self.kind) {
             return Ok(());
         }
+        self.counted.fetch_add(1, Ordering::SeqCst);
         let before = self
             .left
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
@@ -56,13 +66,19 @@ impl Fault {
         }
         self.struck.store(true, Ordering::SeqCst);
         Err(match self.kind {
-            FaultKind::Read | FaultKind::Write | FaultKind::Sync => io::Error::from_raw_os_error(5),
+            FaultKind::Read | FaultKind::Write | FaultKind::ShortWrite | FaultKind::Sync => {
+                io::Error::from_raw_os_error(5)
+            }
             FaultKind::WriteNoSpace => io::Error::from_raw_os_error(28),
         })
     }
 }
 
-const WRITES: [FaultKind; 2] = [FaultKind::Write, FaultKind::WriteNoSpace];
+const WRITES: [FaultKind; 3] = [
+    FaultKind::Write,
+    FaultKind::ShortWrite,
+    FaultKind::WriteNoSpace,
+];
 
 /// A file that passes everything on until its fault strikes.
 #[derive(Debug)]
@@ -90,9 +106,10 @@ impl BlockFile for FailingFile {
 
     fn write_at(&self, bytes: &[u8], offset_bytes: u64) -> io::Result<()> {
         if let Err(error) = self.fault.strike(&WRITES) {
-            // A failed write may have landed in part.
-            let part = bytes.len() / 1024 * 512;
-            self.file.write_at(bytes.split_at(part).0, offset_bytes)?;
+            if self.fault.kind != FaultKind::Write {
+                let part = bytes.len() / 1024 * 512;
+                self.file.write_at(bytes.split_at(part).0, offset_bytes)?;
+            }
             return Err(error);
         }
         self.file.write_at(bytes, offset_bytes)

@@ -7,13 +7,17 @@
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 #![allow(clippy::cast_possible_truncation, reason = "volumes of a few blocks")]
 
+mod in_flight;
+
+use in_flight::move_extents;
+pub use in_flight::{Flight, OpenPlan, Stage};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use uuid::Uuid;
 use vhost_blk_store::sim::memory_volume;
 use vhost_blk_store::{
-    BootId, ByteRange, Maintenance, Method, NewSnapshot, OpenOptions, SnapshotId, Source,
-    StoreError, View, Volume, VolumeFiles, VolumeId, WriteKind,
+    BootId, ByteRange, Maintenance, Method, NewSnapshot, OpenOptions, SnapshotId, StoreError, View,
+    Volume, VolumeFiles, VolumeId, WriteKind,
 };
 
 pub const SECTOR: u64 = 512;
@@ -50,6 +54,20 @@ pub enum Op {
         steps: u64,
         budget: u64,
     },
+    /// A write that is left in flight; `zero` says whether it zeroes, and may unmap.
+    Begin {
+        sector: u64,
+        count: u64,
+        zero: Option<bool>,
+        stage: Stage,
+    },
+    /// All writes in flight are prepared together.
+    Prepare,
+    /// One write in flight is completed, or given up.
+    Finish {
+        which: u64,
+        complete: bool,
+    },
     CloseReopen,
     KillReopen,
 }
@@ -74,7 +92,11 @@ pub struct Model {
     pub head: Vec<u64>,
     /// What each sector may hold besides `head` after a power cut: the flushed value and all written since.
     pub possible: Vec<Vec<u64>>,
+    /// Writes in flight: their sectors may hold the new value already.
+    pub in_flight: Vec<Flight>,
     pub snapshots: Vec<Taken>,
+    /// What the last snapshot saw, kept or not.
+    pub last_taken: Option<Taken>,
     pub next_value: u64,
     pub next_id: u128,
 }
@@ -85,7 +107,9 @@ impl Model {
         Model {
             possible: vec![Vec::new(); head.len()],
             head,
+            in_flight: Vec::new(),
             snapshots: Vec::new(),
+            last_taken: None,
             next_value: 1,
             next_id: 1,
         }
@@ -178,6 +202,8 @@ pub struct World {
     pub files: VolumeFiles,
     pub options: OpenOptions,
     pub volume: Option<Volume>,
+    /// As `model.in_flight`.
+    pub open_plans: Vec<OpenPlan>,
     pub model: Model,
     pub members: Vec<VolumeId>,
 }
@@ -191,6 +217,7 @@ impl World {
             files,
             options,
             volume: Some(volume),
+            open_plans: Vec::new(),
             model,
             members,
         }
@@ -209,6 +236,60 @@ impl World {
     }
 
     pub fn try_apply(&mut self, op: &Op) -> Result<(), StoreError> {
+        if matches!(
+            op,
+            Op::Snapshot { .. } | Op::Revert { .. } | Op::CloseReopen
+        ) {
+            if !self.open_plans.is_empty() && !matches!(op, Op::CloseReopen) {
+                let id = self.model.fresh_id();
+                let refused = self.volume().take_snapshot(NewSnapshot {
+                    snapshot_id: id.into(),
+                    set_id: id.into(),
+                    members: self.members.clone(),
+                    method: Method::RedirectOnWrite,
+                    created_unix_ms: 0,
+                });
+                assert!(
+                    matches!(refused, Err(StoreError::Busy | StoreError::Poisoned)),
+                    "{refused:?}"
+                );
+            }
+            self.finish_all()?;
+        }
+        let touched = match op {
+            Op::Write { sector, count }
+            | Op::Zero { sector, count, .. }
+            | Op::Discard { sector, count } => Some(self.model.clip(*sector, *count)),
+            Op::Batch(_)
+            | Op::Flush
+            | Op::Snapshot { .. }
+            | Op::Delete { .. }
+            | Op::Revert { .. }
+            | Op::Maintain { .. }
+            | Op::Begin { .. }
+            | Op::Prepare
+            | Op::Finish { .. }
+            | Op::CloseReopen
+            | Op::KillReopen => None,
+        };
+        let Some((sector, count)) = touched else {
+            return self.try_operation(op);
+        };
+        if !self.model.is_free(sector, count) {
+            return Ok(());
+        }
+        // Another part of a block that is on the move: not now.
+        let before = (!self.model.in_flight.is_empty()).then(|| self.model.clone());
+        match (self.try_operation(op), before) {
+            (Err(StoreError::Overlaps), Some(before)) => {
+                self.model = before;
+                Ok(())
+            }
+            (result, _) => result,
+        }
+    }
+
+    fn try_operation(&mut self, op: &Op) -> Result<(), StoreError> {
         let Some(volume) = self.volume.as_ref() else {
             panic!("no volume")
         };
@@ -262,11 +343,12 @@ impl World {
                     created_unix_ms: 7,
                 })?;
                 self.model.flushed();
-                let sectors = self.model.head.clone();
-                self.model.snapshots.push(Taken {
+                let taken = Taken {
                     id: id.into(),
-                    sectors,
-                });
+                    sectors: self.model.head.clone(),
+                };
+                self.model.last_taken = Some(taken.clone());
+                self.model.snapshots.push(taken);
                 match verdict {
                     Verdict::Keep => volume.keep_set(set_id.into())?,
                     Verdict::Leave => {}
@@ -297,6 +379,14 @@ impl World {
                     }
                 }
             }
+            Op::Begin {
+                sector,
+                count,
+                zero,
+                stage,
+            } => self.begin(*sector, *count, *zero, *stage)?,
+            Op::Prepare => self.prepare_all()?,
+            Op::Finish { which, complete } => self.finish(*which, *complete)?,
             Op::CloseReopen => {
                 self.volume.take().unwrap().close()?;
                 self.model.flushed();
@@ -318,13 +408,23 @@ impl World {
             "nothing may be dropped without a power cut"
         );
         self.volume = Some(volume);
-        Ok(())
+        self.forget_flights()
     }
 
     /// The volume is exactly the model.
     pub fn compare(&self) {
         let volume = self.volume();
-        expect(&self.model.head, &read_all(volume, View::Head), "head");
+        let head: Vec<u64> = read_all(volume, View::Head)
+            .into_iter()
+            .zip(&self.model.head)
+            .enumerate()
+            .map(|(sector, (found, expected))| {
+                let found = found.unwrap_or_else(|| panic!("head: sector {sector} is torn"));
+                let flies = found != *expected && self.model.flies(sector, found);
+                if flies { *expected } else { found }
+            })
+            .collect();
+        assert_eq!(self.model.head, head, "head");
         let ids: Vec<SnapshotId> = volume.snapshots().iter().map(|s| s.snapshot_id).collect();
         let expected: Vec<SnapshotId> = self.model.snapshots.iter().map(|s| s.id).collect();
         assert_eq!(ids, expected);
@@ -366,6 +466,9 @@ fn batch(volume: &Volume, model: &mut Model, writes: &[(u64, u64)]) -> Result<()
     let (mut plans, mut data) = (Vec::new(), Vec::new());
     for (sector, count) in writes {
         let (sector, count) = model.clip(*sector, *count);
+        if !model.is_free(sector, count) {
+            continue;
+        }
         let range = ByteRange::new(sector * SECTOR, count * SECTOR);
         match volume.plan_write(range, WriteKind::Write) {
             Ok(plan) => {
@@ -378,26 +481,7 @@ fn batch(volume: &Volume, model: &mut Model, writes: &[(u64, u64)]) -> Result<()
     }
     volume.prepare_writes(&mut plans)?;
     for (plan, data) in plans.iter().zip(&data) {
-        let mut rest = &data[..];
-        for extent in plan.extents() {
-            let (now, later) = rest.split_at(extent.length_bytes as usize);
-            let which = match extent.source {
-                Source::Base => vhost_blk_store::DataFile::Base,
-                Source::Log => vhost_blk_store::DataFile::Log,
-                Source::Zero => panic!("a write has no zero extent"),
-            };
-            volume
-                .data_file(which)
-                .write_at(now, extent.offset_bytes)
-                .map_err(|source| StoreError::Io {
-                    op: "write",
-                    file: vhost_blk_store::FileName::Log,
-                    offset_bytes: extent.offset_bytes,
-                    source,
-                })?;
-            rest = later;
-        }
-        assert!(rest.is_empty());
+        move_extents(volume, plan, data, 0..plan.extents().len())?;
     }
     while let Some(plan) = plans.pop() {
         volume.complete_write(plan)?;
@@ -436,8 +520,24 @@ fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
         sector
     };
     match random.random_range(0..100) {
-        0..34 => Op::Write { sector, count },
-        34..40 => {
+        0..26 => Op::Write { sector, count },
+        26..31 => Op::Begin {
+            sector,
+            count,
+            zero: random.random_bool(0.2).then(|| random.random()),
+            stage: match random.random_range(0..4) {
+                0 => Stage::Planned,
+                1 => Stage::Prepared,
+                2 => Stage::HalfMoved,
+                _ => Stage::Moved,
+            },
+        },
+        31..35 => Op::Finish {
+            which: random.random_range(0..4),
+            complete: random.random_bool(0.8),
+        },
+        35..36 => Op::Prepare,
+        36..40 => {
             let writes = random.random_range(2..5);
             Op::Batch(
                 (0..writes)
@@ -477,5 +577,16 @@ fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
         },
         95..97 => Op::CloseReopen,
         _ => Op::KillReopen,
+    }
+}
+
+/// Tells which case failed, so that it can be tried again.
+pub struct Tale(pub String);
+
+impl Drop for Tale {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.0);
+        }
     }
 }
