@@ -143,13 +143,19 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
             read_only: false,
             force_base: config.force_base,
             log_limit_bytes: config.shadow_limit_bytes,
+            // The loop below waits, and tells.
+            lock_wait: Duration::ZERO,
             ..OpenOptions::default()
         };
-        let deadline = Instant::now() + FENCE_MAX;
+        let begin = Instant::now();
+        let mut is_told = false;
         let (volume, report) = loop {
             match Volume::adopt(&disk.path, &disk.shadow_storage, &options) {
                 // A killed predecessor may have I/O in flight: its locks are free when the last of it has landed.
-                Err(StoreError::InUse) if Instant::now() < deadline => {
+                Err(StoreError::InUse) if begin.elapsed() < FENCE_MAX => {
+                    if !std::mem::replace(&mut is_told, true) {
+                        tracing::info!(volume = %disk.name, "in use: waiting for the last I/O of a predecessor");
+                    }
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 opened => {

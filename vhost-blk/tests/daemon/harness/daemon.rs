@@ -74,13 +74,28 @@ impl Daemon {
 
     /// Starts it without waiting for anything.
     pub(crate) fn launch(arguments: Vec<String>) -> Self {
+        Self::launch_with(arguments, Stdio::inherit())
+    }
+
+    /// The same; what it tells goes to a file.
+    pub(crate) fn launch_telling(arguments: Vec<String>, told: &Path) -> Self {
+        let told = std::fs::File::create(told).unwrap();
+        Self::launch_with(arguments, told.into())
+    }
+
+    fn launch_with(arguments: Vec<String>, stderr: Stdio) -> Self {
         let child = Command::new(env!("CARGO_BIN_EXE_vhost-blk"))
             .arg("serve")
             .args(&arguments)
             .stdin(Stdio::null())
+            .stderr(stderr)
             .spawn()
             .unwrap();
         Self { child, arguments }
+    }
+
+    pub(crate) fn assert_running(&mut self) {
+        assert_eq!(self.child.try_wait().unwrap(), None);
     }
 
     /// Runs to the end; for command lines that are refused. Answers exit code and what was told.

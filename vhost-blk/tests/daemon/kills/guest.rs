@@ -267,7 +267,7 @@ impl Guest {
     }
 
     fn draw(&self, random: &mut SmallRng, mix: Mix) -> (Request, u32, usize, usize) {
-        let whole_blocks = random.random_bool(0.6);
+        let whole_blocks = mix == Mix::Blocks || random.random_bool(0.6);
         let mut count = match random.random_range(0..10) {
             0..4 => 8,
             4..6 => random.random_range(1..8),
@@ -289,7 +289,7 @@ impl Guest {
             )
         };
         match (mix, random.random_range(0..100)) {
-            (Mix::Writes, 0..90) | (Mix::All, 0..55) => change(Kind::Write, 1),
+            (Mix::Blocks, _) | (Mix::Writes, 0..90) | (Mix::All, 0..55) => change(Kind::Write, 1),
             (Mix::All, 55..60) => change(Kind::Discard, 11),
             (Mix::All, 60..65) => change(Kind::Zero, 13),
             (Mix::Writes, 97..) | (Mix::All, 95..) => (Request::Flush, 4, 0, 0),
@@ -483,4 +483,6 @@ pub(super) enum Mix {
     All,
     /// Mostly writes: first writes behind a snapshot.
     Writes,
+    /// Nothing but writes of whole blocks, which go straight to the device.
+    Blocks,
 }

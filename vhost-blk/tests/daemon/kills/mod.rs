@@ -4,8 +4,10 @@
 //! both methods, and a daemon that lives for some milliseconds at a time. `VMSHADOW_KILLS=N` sets the number of kills.
 
 mod guest;
+mod late_io;
 mod oracle;
 mod requester;
+mod slow_device;
 mod victim;
 
 use crate::harness::{Daemon, Scratch};
@@ -14,7 +16,7 @@ use oracle::{Oracle, SECTOR_BYTES};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use requester::Requester;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use victim::Victim;
@@ -41,16 +43,22 @@ struct Campaign {
     guest: Guest,
     requester: Requester,
     random: SmallRng,
-    _scratch: Scratch,
+    scratch: Scratch,
 }
 
 impl Campaign {
     fn new(seed: u64) -> Self {
         let scratch = Scratch::new();
         let disk = scratch.disk("disk.raw", (SECTORS * SECTOR_BYTES) as u64);
+        Self::on(seed, scratch, &disk)
+    }
+
+    /// On a disk of zeroes that is there.
+    fn on(seed: u64, scratch: Scratch, disk: &Path) -> Self {
         let (socket, control) = (scratch.path("socket"), scratch.path("control"));
         let arguments = [
-            ("--disk", &disk),
+            ("--name", Path::new("disk")),
+            ("--disk", disk),
             ("--socket", &socket),
             ("--control", &control),
         ]
@@ -66,7 +74,7 @@ impl Campaign {
             requester: Requester::new(Arc::clone(&oracle), seed + 1),
             oracle,
             random: SmallRng::seed_from_u64(seed),
-            _scratch: scratch,
+            scratch,
         }
     }
 
@@ -142,7 +150,7 @@ fn guest_ends(guest: &mut Guest) {
 }
 
 /// Connects as soon as the daemon listens; false if it was killed before.
-fn connect(guest: &mut Guest, socket: &std::path::Path, victim: &Victim) -> bool {
+fn connect(guest: &mut Guest, socket: &Path, victim: &Victim) -> bool {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         match guest.connect(socket) {
