@@ -21,6 +21,7 @@
 //! * I9: a set is kept on all its members or on none.
 
 mod adopt;
+mod ahead;
 mod check;
 mod checkpoint;
 mod commit;

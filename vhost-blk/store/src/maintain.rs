@@ -1,11 +1,12 @@
 //! Background work, one bounded step per call.
 //!
 //! The daemon's background thread calls it. It decides only what comes next; the work is in
-//! `checkpoint`, `settle` and `space`.
+//! `ahead`, `checkpoint`, `settle` and `space`.
 
 use crate::checkpoint::Turn;
 use crate::error::{FileName, Result, StoreError};
 use crate::settle::SettleStep;
+use crate::units::in_memory;
 use crate::volume::{Maintenance as Work, Shared, Sweep, Volume, lock};
 
 /// What a step came to.
@@ -31,46 +32,48 @@ impl Volume {
 }
 
 impl Shared {
+    /// Two things at most, half the budget each: room ahead, which writes may run out of while the other goes on for long; and the
+    /// first of the rest that is due.
     fn maintain(&self, work: &mut Work, budget_blocks: u64) -> Result<Maintenance> {
         if self.free_dropped()? {
             return Ok(Maintenance::More);
         }
+        let budget_blocks = (budget_blocks / 2).max(1);
+        let ahead = self.step_ahead(&mut work.ahead, budget_blocks)?;
+        let rest = self.maintain_index(work, budget_blocks)?;
+        Ok(if ahead { Maintenance::More } else { rest })
+    }
+
+    fn maintain_index(&self, work: &mut Work, budget_blocks: u64) -> Result<Maintenance> {
         if work.checkpoint.is_some() {
             self.step_checkpoint(work, budget_blocks)?;
             return Ok(Maintenance::More);
         }
-        let (due, segment) = {
-            let mut core = self.core();
+        let due = {
+            let core = self.core();
             let discarded = core.discarded_blocks * crate::units::BLOCK_BYTES;
             let garbage = core.reclaim || discarded > self.options.segment_bytes / 4;
-            let due =
-                core.is_over_bounds(&self.options, 1) || (garbage && core.sweep == Sweep::Idle);
-            let needs_log = !core.state.table.is_empty();
-            (
-                due,
-                if needs_log {
-                    core.space.segment_to_back()
-                } else {
-                    None
-                },
-            )
+            core.is_over_bounds(&self.options, 1) || (garbage && core.sweep == Sweep::Idle)
         };
         if due {
             self.begin_checkpoint(work, Turn::Keep)?;
             return Ok(Maintenance::More);
         }
-        if let Some(number) = segment {
-            match self.back_segment(number) {
-                Ok(()) => return Ok(Maintenance::More),
-                // Not an error yet: writes will be held when they really find no room.
-                Err(StoreError::NoSpace) => {}
-                Err(error) => return Err(error),
-            }
-        }
         Ok(match self.step_settle(&mut work.settle, budget_blocks)? {
             SettleStep::Idle => Maintenance::Idle,
             SettleStep::More => Maintenance::More,
         })
+    }
+
+    /// What would otherwise be due soon after a snapshot, done before it: room for the first writes, and a checkpoint if the memtable
+    /// or the journal is half full, so that no write of the window has to wait for one.
+    pub(crate) fn make_ready(&self, work: &mut Work) -> Result<()> {
+        if self.core().is_over_bounds(&self.options, 2) {
+            self.run_checkpoint(work)?;
+            self.begin_checkpoint(work, Turn::Keep)?;
+            self.run_checkpoint(work)?;
+        }
+        self.make_room_ahead(&mut work.ahead)
     }
 
     /// Frees what a durable checkpoint dropped and no older I/O reads (I6); gives idle segments back.
@@ -92,7 +95,12 @@ impl Shared {
             if matches!(core.sweep, Sweep::Freeing(_)) {
                 return Ok(true);
             }
-            let spare = usize::from(!core.state.table.is_empty());
+            // While there are snapshots, what came free is used again, being written already; twice what is kept ready, so
+            // that deleting one snapshot for each one taken neither gives back nor writes anything.
+            let spare = match core.state.table.is_empty() {
+                true => 0,
+                false => in_memory(2 * self.options.segments_ahead.max(1)),
+            };
             core.space.take_idle_segment(spare)
         };
         let Some(number) = segment else {

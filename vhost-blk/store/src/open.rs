@@ -286,6 +286,7 @@ impl Volume {
                 superblock,
                 checkpoint: None,
                 settle,
+                ahead: Default::default(),
             }),
             files,
             core: Mutex::new(core),

@@ -51,11 +51,7 @@ impl Volume {
     pub fn prepare_snapshot(&self) -> Result<()> {
         let shared = &self.shared;
         shared.check_writable()?;
-        let _work = lock(&shared.maintenance);
-        let segment = shared.core().space.segment_to_back();
-        if let Some(number) = segment {
-            shared.back_segment(number)?;
-        }
+        shared.make_ready(&mut lock(&shared.maintenance))?;
         shared.flush()
     }
 

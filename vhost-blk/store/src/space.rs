@@ -28,7 +28,7 @@ pub(crate) struct LogRun {
 #[derive(Clone, Copy, Debug, Default)]
 struct Segment {
     backed: bool,
-    /// Its hole is being punched: nothing may be allocated in it.
+    /// Its hole is being punched, or it is being made ready: nothing may be allocated in it.
     closed: bool,
 }
 
@@ -335,21 +335,39 @@ impl Space {
         self.note(number);
     }
 
-    /// A segment to set space aside for, when fewer than half a segment's blocks are free and backed.
-    pub(crate) fn segment_to_back(&mut self) -> Option<u64> {
+    /// Takes a segment to make ready, when fewer than `ahead` segments' worth of blocks are free and backed, less a half.
+    /// Nothing is allocated in it until [`Space::ready`] or [`Space::released`].
+    pub(crate) fn take_bare_segment(&mut self, ahead: u64) -> Option<u64> {
         let free: u64 = self
             .open_backed
             .iter()
             .map(|number| self.capacity_of(*number) - self.allocated.count_in(*number))
             .sum();
-        if free > self.segment_blocks / 2 {
+        if free + self.segment_blocks / 2 >= ahead.max(1) * self.segment_blocks {
             return None;
         }
-        if let Some(number) = self.open_bare.first() {
-            return Some(*number);
+        let mut bare = self.open_bare.iter();
+        let number = match bare.find(|number| self.allocated.count_in(**number) == 0) {
+            Some(number) => *number,
+            None => self.segments.len() as u64,
+        };
+        if self.capacity_of(number) == 0 {
+            return None;
         }
-        let fresh = self.segments.len() as u64;
-        (self.capacity_of(fresh) > 0).then_some(fresh)
+        self.reach(number);
+        if let Some(segment) = self.segments.get_mut(in_memory(number)) {
+            segment.closed = true;
+        }
+        self.note(number);
+        Some(number)
+    }
+
+    /// Ends what [`Space::take_bare_segment`] began: the segment has its space.
+    pub(crate) fn ready(&mut self, number: u64) {
+        if let Some(segment) = self.segments.get_mut(in_memory(number)) {
+            segment.backed = true;
+        }
+        self.released(number);
     }
 
     /// A backed segment without a used block, when another one is left: its space can go back. It counts
@@ -370,7 +388,7 @@ impl Space {
         Some(number)
     }
 
-    /// Ends what [`Space::take_idle_segment`] began.
+    /// Ends what [`Space::take_idle_segment`] began, or gives up what [`Space::take_bare_segment`] did.
     pub(crate) fn released(&mut self, number: u64) {
         if let Some(segment) = self.segments.get_mut(in_memory(number)) {
             segment.closed = false;

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::ahead::Ahead;
 use crate::checkpoint::Checkpoint;
 use crate::commit::Rounds;
 use crate::error::{FileName, Result, StoreError};
@@ -64,6 +65,9 @@ pub struct OpenOptions {
     pub boot_id: Option<BootId>,
     /// Bytes of the log that are set aside, and given back, at a time.
     pub segment_bytes: u64,
+    /// Segments of free blocks that are kept ready: written with zeroes in the background, before anything is redirected
+    /// or preserved there. 0: one, and only set aside.
+    pub segments_ahead: u64,
     /// Most bytes the log may grow to.
     pub log_limit_bytes: u64,
     /// Records in memory after which a checkpoint is due; at four times as many, writes wait for it.
@@ -85,7 +89,8 @@ impl Default for OpenOptions {
             lock_wait: Duration::from_secs(5),
             volume_id: None,
             boot_id: None,
-            segment_bytes: 64 << 20,
+            segment_bytes: 16 << 20,
+            segments_ahead: 4,
             log_limit_bytes: u64::MAX,
             memtable_records: 128 << 10,
             journal_bytes: 4 << 20,
@@ -108,6 +113,8 @@ pub struct VolumeStatus {
     pub log_used_bytes: u64,
     /// Bytes of the log set aside.
     pub log_backed_bytes: u64,
+    /// Zeroes written to the log ahead of its use since the volume was opened, in bytes.
+    pub log_ahead_bytes: u64,
     /// Journal records that no commit covers.
     pub pending_records: u64,
     /// Whether a failed sync made the volume refuse writes.
@@ -134,6 +141,7 @@ pub(crate) struct Counters {
     pub(crate) base_syncs: AtomicU64,
     pub(crate) log_syncs: AtomicU64,
     pub(crate) journal_syncs: AtomicU64,
+    pub(crate) ahead_bytes: AtomicU64,
 }
 
 /// The flags that a request looks at before it takes any lock.
@@ -194,6 +202,7 @@ pub(crate) struct Maintenance {
     pub(crate) superblock: Superblock,
     pub(crate) checkpoint: Option<Checkpoint>,
     pub(crate) settle: Settle,
+    pub(crate) ahead: Ahead,
 }
 
 /// Everything behind a volume.
@@ -368,6 +377,7 @@ impl Volume {
                 + core.state.index.memtable_records() as u64,
             log_used_bytes: core.space.used_blocks() * BLOCK_BYTES,
             log_backed_bytes: core.space.backed_blocks() * BLOCK_BYTES,
+            log_ahead_bytes: read(&counters.ahead_bytes),
             pending_records: core.journal.pending_records(),
             poisoned: self.shared.gate.poisoned.load(Ordering::SeqCst),
             plain: core.is_plain(),

@@ -141,8 +141,8 @@ pub struct SnapshotSetHold {
 }
 command!("snapshot-set-hold", SnapshotSetHold, Empty);
 
-/// Takes the snapshots at one instant: holds new writes (unless held), waits for those in flight, makes one durable
-/// record per volume, releases (unless `snapshot-set-hold` holds). The snapshots are provisional until `keep`.
+/// Takes the snapshots at one instant: holds new writes (unless held), waits for those in flight, appends one record per volume, releases
+/// (unless `snapshot-set-hold` holds), makes the records durable, and answers. The snapshots are provisional until `keep`.
 ///
 /// Fails with `HoldBroken` (and undoes the set) if that took longer than `limit-ms` by the daemon's monotonic clock,
 /// counted from the mark.
@@ -168,7 +168,7 @@ pub struct SnapshotSetCommitted {
     pub volumes: Vec<VolumeCommitted>,
     /// From holding new writes until none was in flight.
     pub drain_us: u64,
-    /// The durable records.
+    /// From then until the records were durable on all volumes.
     pub record_us: u64,
     /// From holding to releasing.
     pub hold_us: u64,

@@ -153,3 +153,22 @@ fn sweep_frees_what_was_there_and_is_named_no_more_and_nothing_else() {
     assert_eq!(freed, [20, 21, 22, 23, 24, 26, 27, 28, 29]);
     assert_eq!(during.start, LogBlock(30));
 }
+
+#[test]
+fn segment_that_is_made_ready_is_closed_meanwhile_and_used_first_afterwards() {
+    let mut space = space(32);
+    assert_eq!(space.take_bare_segment(2), Some(0));
+    let early = space.allocate(1).unwrap()[0];
+    assert_eq!(early.start, LogBlock(8), "segment 0 is being written");
+    space.ready(0);
+    assert_eq!(space.allocate(1).unwrap()[0].start, LogBlock(0));
+    assert_eq!(
+        space.take_bare_segment(2),
+        Some(2),
+        "not segment 1, which has data in it"
+    );
+    space.released(2);
+    assert_eq!(space.take_bare_segment(1), None, "more than half is left");
+    space.allocate(7).unwrap();
+    assert_eq!(space.take_bare_segment(1), Some(2));
+}
