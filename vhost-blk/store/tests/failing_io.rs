@@ -146,7 +146,8 @@ fn accept(world: &mut World, before: &Model, op: &Op) {
     if ids.len() > before.snapshots.len() && known.iter().all(|taken| ids.last() != Some(&taken.id))
     {
         // The snapshot the operation was taking: of everything that was in flight before.
-        assert!(matches!(op, Op::Snapshot { .. }) && ids.len() == before.snapshots.len() + 1);
+        assert!(matches!(op, Op::Snapshot { .. } | Op::BeginSnapshot { .. }));
+        assert_eq!(ids.len(), before.snapshots.len() + 1);
         known.push(harness::Taken {
             id: ids[ids.len() - 1],
             sectors: after.head.clone(),

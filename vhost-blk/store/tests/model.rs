@@ -43,7 +43,8 @@ fn op(sectors: u64) -> impl Strategy<Value = Op> {
     ];
     prop_oneof![
         8 => range.clone().prop_map(|(sector, count)| Op::Write { sector, count }),
-        2 => proptest::collection::vec((0..sectors, 1..20u64), 2..5).prop_map(Op::Batch),
+        2 => (proptest::collection::vec((0..sectors, 1..20u64), 2..5), any::<bool>())
+            .prop_map(|(writes, seals)| Op::Batch { writes, seals }),
         2 => (range.clone(), any::<bool>()).prop_map(|((sector, count), may_unmap)| Op::Zero {
             sector,
             count,
@@ -94,7 +95,10 @@ fn settling_goes_on_after_a_checkpoint_freed_more_in_the_middle_of_a_pass() {
     let snapshot = |method, verdict| Op::Snapshot { method, verdict };
     let ops = [
         snapshot(Method::CopyOnWrite, Verdict::Keep),
-        Op::Batch(vec![(32, 1), (41, 8), (128, 5), (18, 10)]),
+        Op::Batch {
+            writes: vec![(32, 1), (41, 8), (128, 5), (18, 10)],
+            seals: false,
+        },
         Op::Maintain {
             steps: 6,
             budget: 1,

@@ -12,6 +12,8 @@ use super::{Model, SECTOR, World, pick, sector_bytes, try_read_all};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     Planned,
+    /// Room was made and the copies were moved, by the caller; what they preserve is not durable.
+    Copied,
     Prepared,
     /// Some of its extents were written.
     HalfMoved,
@@ -38,6 +40,8 @@ pub struct OpenPlan {
     plan: WritePlan,
     stage: Stage,
     moved_extents: usize,
+    /// Whether the caller makes checksums.
+    seals: bool,
 }
 
 impl Model {
@@ -99,6 +103,36 @@ pub fn move_extents(
     Ok(())
 }
 
+/// Moves a plan's copies as an engine with a ring does, with checksums or without.
+fn copy_old(volume: &Volume, plan: &mut WritePlan, seals: bool) -> Result<(), StoreError> {
+    for (place, copy) in plan.copies().to_vec().iter().enumerate() {
+        let mut bytes = vec![0; copy.from.length_bytes as usize];
+        if copy.from.source != Source::Zero {
+            file(volume, &copy.from)
+                .read_at(&mut bytes, copy.from.offset_bytes)
+                .map_err(|source| io_error(&copy.from, source))?;
+        }
+        volume
+            .data_file(DataFile::Log)
+            .write_at(&bytes, copy.to_offset_bytes)
+            .map_err(|source| io_error(&copy.from, source))?;
+        if copy.wants_seal && seals {
+            plan.seal_copy(place, crc32c::crc32c(&bytes));
+        }
+    }
+    plan.copies_landed();
+    Ok(())
+}
+
+/// Gives a plan the checksums it asks for. `data` are the bytes that were written.
+pub fn seal(plan: &mut WritePlan, data: &[u8]) {
+    for (place, part) in plan.seals().to_vec().iter().enumerate() {
+        let start = part.offset_bytes as usize;
+        let end = start + part.length_bytes as usize;
+        plan.seal(place, crc32c::crc32c(&data[start..end]));
+    }
+}
+
 impl World {
     /// Plans a write and takes it to `stage`.
     pub fn begin(
@@ -107,6 +141,7 @@ impl World {
         count: u64,
         zero: Option<bool>,
         stage: Stage,
+        seals: bool,
     ) -> Result<(), StoreError> {
         let (sector, count) = self.model.clip(sector, count);
         if self.open_plans.len() >= 4 || !self.model.is_free(sector, count) {
@@ -136,6 +171,7 @@ impl World {
             plan,
             stage: Stage::Planned,
             moved_extents: 0,
+            seals,
         });
         let place = self.open_plans.len() - 1;
         let result = self.advance(place, stage);
@@ -148,13 +184,22 @@ impl World {
     fn advance(&mut self, place: usize, stage: Stage) -> Result<(), StoreError> {
         let volume = self.volume.as_ref().unwrap();
         let open = &mut self.open_plans[place];
+        if open.stage < Stage::Copied && stage >= Stage::Copied && !open.plan.needs_room() {
+            copy_old(volume, &mut open.plan, open.seals)?;
+            open.stage = Stage::Copied;
+        }
         if open.stage < Stage::Prepared && stage >= Stage::Prepared {
-            volume.prepare_writes(std::slice::from_mut(&mut open.plan))?;
+            let plans = std::slice::from_mut(&mut open.plan);
+            if open.stage == Stage::Copied {
+                volume.preserve(plans)?;
+            } else {
+                volume.prepare_writes(plans)?;
+            }
             open.stage = Stage::Prepared;
         }
         let extents = open.plan.extents().len();
         let end = match stage {
-            Stage::Planned | Stage::Prepared => 0,
+            Stage::Planned | Stage::Copied | Stage::Prepared => 0,
             Stage::HalfMoved => extents.div_ceil(2),
             Stage::Moved => extents,
         };
@@ -167,40 +212,51 @@ impl World {
             move_extents(volume, &open.plan, &data, open.moved_extents..end)?;
             open.moved_extents = end;
         }
-        open.stage = open.stage.max(stage);
+        if stage != Stage::Copied {
+            open.stage = open.stage.max(stage);
+        }
         Ok(())
     }
 
     /// Prepares all writes in flight together, as an engine does.
     pub fn prepare_all(&mut self) -> Result<(), StoreError> {
         let volume = self.volume.as_ref().unwrap();
-        let (mut plans, mut places) = (Vec::new(), Vec::new());
-        let mut rest = Vec::new();
-        for (place, open) in self.open_plans.drain(..).enumerate() {
-            if open.stage == Stage::Planned {
-                plans.push(open.plan);
-                places.push(place);
+        let (mut plans, mut waiting) = (Vec::new(), Vec::new());
+        let mut opened: Vec<Option<OpenPlan>> = Vec::new();
+        let copied = self
+            .open_plans
+            .iter()
+            .any(|open| open.stage == Stage::Copied);
+        for mut open in self.open_plans.drain(..) {
+            // Copied ones go together, and so do those for which the store has to copy.
+            let due = if copied {
+                Stage::Copied
             } else {
-                rest.push((place, open));
+                Stage::Planned
+            };
+            if open.stage == due {
+                open.stage = Stage::Prepared;
+                waiting.push((opened.len(), open.seals));
+                plans.push(open.plan);
+                opened.push(None);
+            } else {
+                opened.push(Some(open));
             }
         }
-        let result = volume.prepare_writes(&mut plans);
-        let stage = if result.is_ok() {
-            Stage::Prepared
+        let result = if copied {
+            volume.preserve(&mut plans)
         } else {
-            Stage::Planned
+            volume.prepare_writes(&mut plans)
         };
-        rest.extend(places.into_iter().zip(plans).map(|(place, plan)| {
-            let moved_extents = 0;
-            let open = OpenPlan {
+        for ((place, seals), plan) in waiting.into_iter().zip(plans) {
+            opened[place] = Some(OpenPlan {
                 plan,
-                stage,
-                moved_extents,
-            };
-            (place, open)
-        }));
-        rest.sort_by_key(|(place, _)| *place);
-        self.open_plans = rest.into_iter().map(|(_, open)| open).collect();
+                stage: Stage::Prepared,
+                moved_extents: 0,
+                seals,
+            });
+        }
+        self.open_plans = opened.into_iter().flatten().collect();
         if result.is_err() {
             // None of them may go on.
             while !self.open_plans.is_empty() {
@@ -222,10 +278,24 @@ impl World {
             self.give_up(place)?;
             return Err(error);
         }
-        let open = self.open_plans.remove(place);
-        let flight = self.model.in_flight.remove(place);
-        let result = self.volume().complete_write(open.plan);
-        for (sector, value) in flight.sectors() {
+        // With it all others whose data landed: one append for all of them.
+        let landed: Vec<usize> = (0..self.open_plans.len())
+            .rev()
+            .filter(|at| *at == place || (which > 1 && self.open_plans[*at].stage == Stage::Moved))
+            .collect();
+        let (mut plans, mut flights) = (Vec::new(), Vec::new());
+        for at in landed {
+            let mut open = self.open_plans.remove(at);
+            let flight = self.model.in_flight.remove(at);
+            if open.seals {
+                let bytes = flight.values.iter().flat_map(|value| sector_bytes(*value));
+                seal(&mut open.plan, &bytes.collect::<Vec<u8>>());
+            }
+            plans.push(open.plan);
+            flights.push(flight);
+        }
+        let result = self.volume().complete_writes(plans);
+        for (sector, value) in flights.iter().flat_map(Flight::sectors) {
             if result.is_ok() {
                 self.model.set(sector, value);
             } else {

@@ -28,8 +28,15 @@ pub enum Op {
         sector: u64,
         count: u64,
     },
-    /// Several writes planned, prepared and completed together.
-    Batch(Vec<(u64, u64)>),
+    /// Several writes planned, prepared and completed together; with checksums or without.
+    Batch {
+        writes: Vec<(u64, u64)>,
+        seals: bool,
+    },
+    /// A snapshot whose contents are fixed, and which is made durable by a later flush.
+    BeginSnapshot {
+        method: Method,
+    },
     Zero {
         sector: u64,
         count: u64,
@@ -60,6 +67,8 @@ pub enum Op {
         count: u64,
         zero: Option<bool>,
         stage: Stage,
+        /// Whether the caller makes checksums of what it moves.
+        seals: bool,
     },
     /// All writes in flight are prepared together.
     Prepare,
@@ -95,6 +104,8 @@ pub struct Model {
     /// Writes in flight: their sectors may hold the new value already.
     pub in_flight: Vec<Flight>,
     pub snapshots: Vec<Taken>,
+    /// Snapshots that no flush has made durable yet: a power cut may take the last ones of them.
+    pub begun: Vec<SnapshotId>,
     /// What the last snapshot saw, kept or not.
     pub last_taken: Option<Taken>,
     pub next_value: u64,
@@ -109,6 +120,7 @@ impl Model {
             head,
             in_flight: Vec::new(),
             snapshots: Vec::new(),
+            begun: Vec::new(),
             last_taken: None,
             next_value: 1,
             next_id: 1,
@@ -137,6 +149,7 @@ impl Model {
 
     pub fn flushed(&mut self) {
         self.possible.iter_mut().for_each(Vec::clear);
+        self.begun.clear();
     }
 
     pub fn fresh_id(&mut self) -> Uuid {
@@ -238,7 +251,7 @@ impl World {
     pub fn try_apply(&mut self, op: &Op) -> Result<(), StoreError> {
         if matches!(
             op,
-            Op::Snapshot { .. } | Op::Revert { .. } | Op::CloseReopen
+            Op::Snapshot { .. } | Op::BeginSnapshot { .. } | Op::Revert { .. } | Op::CloseReopen
         ) {
             if !self.open_plans.is_empty() && !matches!(op, Op::CloseReopen) {
                 let id = self.model.fresh_id();
@@ -260,7 +273,8 @@ impl World {
             Op::Write { sector, count }
             | Op::Zero { sector, count, .. }
             | Op::Discard { sector, count } => Some(self.model.clip(*sector, *count)),
-            Op::Batch(_)
+            Op::Batch { .. }
+            | Op::BeginSnapshot { .. }
             | Op::Flush
             | Op::Snapshot { .. }
             | Op::Delete { .. }
@@ -299,7 +313,7 @@ impl World {
                 let data = note_write(&mut self.model, sector, count);
                 volume.write_at(sector * SECTOR, &data)?;
             }
-            Op::Batch(writes) => batch(volume, &mut self.model, writes)?,
+            Op::Batch { writes, seals } => batch(volume, &mut self.model, writes, *seals)?,
             Op::Zero {
                 sector,
                 count,
@@ -358,10 +372,28 @@ impl World {
                     }
                 }
             }
+            Op::BeginSnapshot { method } => {
+                let (id, set_id) = (self.model.fresh_id(), self.model.fresh_id());
+                volume.begin_snapshot(NewSnapshot {
+                    snapshot_id: id.into(),
+                    set_id: set_id.into(),
+                    members: self.members.clone(),
+                    method: *method,
+                    created_unix_ms: 7,
+                })?;
+                let taken = Taken {
+                    id: id.into(),
+                    sectors: self.model.head.clone(),
+                };
+                self.model.last_taken = Some(taken.clone());
+                self.model.begun.push(taken.id);
+                self.model.snapshots.push(taken);
+            }
             Op::Delete { which } => {
                 if let Some(place) = pick(*which, self.model.snapshots.len()) {
                     volume.delete_snapshot(self.model.snapshots[place].id)?;
-                    self.model.snapshots.remove(place);
+                    let gone = self.model.snapshots.remove(place);
+                    self.model.begun.retain(|id| *id != gone.id);
                 }
             }
             Op::Revert { which } => {
@@ -384,7 +416,8 @@ impl World {
                 count,
                 zero,
                 stage,
-            } => self.begin(*sector, *count, *zero, *stage)?,
+                seals,
+            } => self.begin(*sector, *count, *zero, *stage, *seals)?,
             Op::Prepare => self.prepare_all()?,
             Op::Finish { which, complete } => self.finish(*which, *complete)?,
             Op::CloseReopen => {
@@ -462,7 +495,12 @@ fn note_write(model: &mut Model, sector: u64, count: u64) -> Vec<u8> {
 }
 
 /// What an engine does with many requests at once: plan all, prepare all, move all, complete all.
-fn batch(volume: &Volume, model: &mut Model, writes: &[(u64, u64)]) -> Result<(), StoreError> {
+fn batch(
+    volume: &Volume,
+    model: &mut Model,
+    writes: &[(u64, u64)],
+    seals: bool,
+) -> Result<(), StoreError> {
     let (mut plans, mut data) = (Vec::new(), Vec::new());
     for (sector, count) in writes {
         let (sector, count) = model.clip(*sector, *count);
@@ -480,13 +518,14 @@ fn batch(volume: &Volume, model: &mut Model, writes: &[(u64, u64)]) -> Result<()
         }
     }
     volume.prepare_writes(&mut plans)?;
-    for (plan, data) in plans.iter().zip(&data) {
+    for (plan, data) in plans.iter_mut().zip(&data) {
         move_extents(volume, plan, data, 0..plan.extents().len())?;
+        if seals {
+            in_flight::seal(plan, data);
+        }
     }
-    while let Some(plan) = plans.pop() {
-        volume.complete_write(plan)?;
-    }
-    Ok(())
+    plans.reverse();
+    volume.complete_writes(plans)
 }
 
 /// Which methods a history takes snapshots with.
@@ -503,6 +542,15 @@ pub fn history(seed: u64, methods: Methods, length: usize, sectors: u64) -> Vec<
     (0..length)
         .map(|_| random_op(&mut random, methods, sectors))
         .collect()
+}
+
+fn random_method(random: &mut SmallRng, methods: Methods) -> Method {
+    match methods {
+        Methods::Redirect => Method::RedirectOnWrite,
+        Methods::Copy => Method::CopyOnWrite,
+        Methods::Mixed if random.random() => Method::RedirectOnWrite,
+        Methods::Mixed => Method::CopyOnWrite,
+    }
 }
 
 fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
@@ -525,12 +573,14 @@ fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
             sector,
             count,
             zero: random.random_bool(0.2).then(|| random.random()),
-            stage: match random.random_range(0..4) {
+            stage: match random.random_range(0..6) {
                 0 => Stage::Planned,
-                1 => Stage::Prepared,
-                2 => Stage::HalfMoved,
+                1 => Stage::Copied,
+                2 => Stage::Prepared,
+                3 => Stage::HalfMoved,
                 _ => Stage::Moved,
             },
+            seals: random.random_bool(0.7),
         },
         31..35 => Op::Finish {
             which: random.random_range(0..4),
@@ -539,11 +589,12 @@ fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
         35..36 => Op::Prepare,
         36..40 => {
             let writes = random.random_range(2..5);
-            Op::Batch(
-                (0..writes)
+            Op::Batch {
+                writes: (0..writes)
                     .map(|_| (random.random_range(0..sectors), random.random_range(1..20)))
                     .collect(),
-            )
+                seals: random.random_bool(0.7),
+            }
         }
         40..47 => Op::Zero {
             sector,
@@ -552,13 +603,11 @@ fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
         },
         47..53 => Op::Discard { sector, count },
         53..63 => Op::Flush,
-        63..75 => Op::Snapshot {
-            method: match methods {
-                Methods::Redirect => Method::RedirectOnWrite,
-                Methods::Copy => Method::CopyOnWrite,
-                Methods::Mixed if random.random() => Method::RedirectOnWrite,
-                Methods::Mixed => Method::CopyOnWrite,
-            },
+        63..66 => Op::BeginSnapshot {
+            method: random_method(random, methods),
+        },
+        66..75 => Op::Snapshot {
+            method: random_method(random, methods),
             verdict: match random.random_range(0..6) {
                 0 => Verdict::Discard,
                 1 | 2 => Verdict::Leave,
