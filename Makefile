@@ -16,7 +16,7 @@ PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images demo test test-quick test-machines bench window-figures nightly fmt lint doc
+.PHONY: help deps images demo test test-quick test-machines bench window-figures crash-images nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -65,7 +65,10 @@ bench: window-figures ## every measurement
 window-figures: images ## boot, freeze to thaw, hold and each step, over 50 sets under load
 	@$(PROGRAMS)/window-figures
 
-nightly: test bench ## everything that takes long
+crash-images: ## a few hundred thousand crash images of the store; a seed that fails is printed, with the way to see it again
+	cargo test --locked -p vhost-blk-store --test crash_consistency nightly_crash_images -- --ignored --nocapture
+
+nightly: test crash-images bench ## everything that takes long
 
 fmt: ## format the code
 	@cargo fmt

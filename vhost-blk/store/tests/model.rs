@@ -15,22 +15,7 @@ fn run(ops: &[Op], sectors: u64) {
         world.apply(op);
         world.compare();
     }
-    world.finish_all().unwrap();
-    // Without snapshots everything finds its way home, and the base alone is the disk.
-    while !world.model.snapshots.is_empty() {
-        world.apply(&Op::Delete { which: 0 });
-    }
-    let mut steps = 0;
-    while world.volume().maintain(8).unwrap() == Maintenance::More {
-        steps += 1;
-        assert!(steps < 10_000, "maintenance does not end");
-    }
-    world.compare();
-    assert!(world.volume().is_plain(), "{:?}", world.volume().status());
-    assert_eq!(world.volume().status().log_used_bytes, 0);
-    let mut base = vec![0; world.model.head.len() * 512];
-    world.files.base.read_at(&mut base, 0).unwrap();
-    assert_eq!(base, world.model.bytes());
+    world.settle_everything(0);
 }
 
 fn op(sectors: u64) -> impl Strategy<Value = Op> {

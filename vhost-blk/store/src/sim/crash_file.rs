@@ -138,6 +138,13 @@ impl CrashDisk {
 }
 
 impl CrashPoint {
+    /// A disk in this very state: what was pending is pending, and later syncs make it durable.
+    pub fn resume(&self, every_writes: u64) -> CrashDisk {
+        let disk = CrashDisk::new(Vec::new(), every_writes);
+        lock(&disk.state).files.clone_from(&self.files);
+        disk
+    }
+
     /// Sectors a power cut may or may not have written.
     pub fn pending_sectors(&self) -> u64 {
         let mut sectors = 0;

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 #![allow(clippy::cast_possible_truncation, reason = "volumes of a few blocks")]
 
+pub mod crash;
 mod in_flight;
 
 use in_flight::move_extents;
@@ -234,6 +235,41 @@ impl World {
             model,
             members,
         }
+    }
+
+    /// A volume that may be there already.
+    pub fn open(files: VolumeFiles, options: OpenOptions, model: Model) -> World {
+        let (volume, _) = Volume::open_files(files.clone(), &options).unwrap();
+        let members = vec![volume.id()];
+        World {
+            files,
+            options,
+            volume: Some(volume),
+            open_plans: Vec::new(),
+            model,
+            members,
+        }
+    }
+
+    /// Deletes all snapshots: everything finds its way home, the log is empty and the base alone is the disk.
+    pub fn settle_everything(&mut self, seed: u64) {
+        self.finish_all().unwrap();
+        let mut which = seed;
+        while !self.model.snapshots.is_empty() {
+            which = which.rotate_left(7).wrapping_add(1);
+            self.apply(&Op::Delete { which });
+        }
+        let mut steps = 0;
+        while self.volume().maintain(8).unwrap() == Maintenance::More {
+            steps += 1;
+            assert!(steps < 10_000, "maintenance does not end");
+        }
+        self.compare();
+        assert!(self.volume().is_plain(), "{:?}", self.volume().status());
+        assert_eq!(self.volume().status().log_used_bytes, 0);
+        let mut base = vec![0; self.model.head.len() * 512];
+        self.files.base.read_at(&mut base, 0).unwrap();
+        assert!(base == self.model.bytes(), "the base is not the disk");
     }
 
     pub fn volume(&self) -> &Volume {
