@@ -105,7 +105,7 @@ fn shrink(seed: u64, mut ops: Vec<Op>) -> Vec<Op> {
 #[test]
 #[ignore = "takes minutes: `make crash-images`"]
 fn nightly_crash_images() {
-    let wanted = wish("VMSHADOW_CRASH_IMAGES").unwrap_or(200_000);
+    let wanted = wish("VMSHADOW_CRASH_IMAGES").unwrap_or(500_000);
     // Other histories every time, unless told.
     let first = wish("VMSHADOW_CRASH_SEED").unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
