@@ -9,8 +9,9 @@ MAKEFLAGS += --no-builtin-rules
 # What the commands need besides a Rust toolchain.
 PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
             qemu-system-x86 qemu-utils qemu-system-common
-# For the tests only: a person who runs the demo need not have them.
+# For the tests and measurements only: a person who runs the demo need not have them.
 test test-quick test-machines nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
+bench nightly: PACKAGES += fio qemu-system-common linux-perf
 TRIPLE := x86_64-unknown-linux-gnu
 PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
@@ -60,7 +61,8 @@ test-machines: images ## the tests that start real machines
 	done
 	cargo test --locked -p vmshadow-tests "$${tests[@]}" -- --test-threads=$(MACHINES)
 
-bench: window-figures ## every measurement
+bench: images ## the disk beside its peers: tables, target/bench/report.json and drawings (root: files in RAM)
+	@$(PROGRAMS)/bench
 
 window-figures: images ## boot, freeze to thaw, hold and each step, over 50 sets under load
 	@$(PROGRAMS)/window-figures
@@ -68,7 +70,7 @@ window-figures: images ## boot, freeze to thaw, hold and each step, over 50 sets
 crash-images: ## a few hundred thousand crash images of the store; a seed that fails is printed, with the way to see it again
 	cargo test --locked -p vhost-blk-store --test crash_consistency nightly_crash_images -- --ignored --nocapture
 
-nightly: test crash-images bench ## everything that takes long
+nightly: test crash-images bench window-figures ## everything that takes long
 
 fmt: ## format the code
 	@cargo fmt

@@ -40,7 +40,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "cli", "daemon", "sets", "snapshot", "vm", "guest", "storage", "qmp", "link",
         ],
     ),
-    ("tests", &["harness", "guest_protocol"]),
+    ("tests", &["bench", "harness", "guest_protocol"]),
 ];
 
 /// Edges to the left that stand for now, each with its reason.

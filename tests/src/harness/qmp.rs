@@ -4,12 +4,15 @@
 //! behind the bridge's back). It is deliberately not the product's client: a fault there must not
 //! hide from the tests. Events are skipped.
 
-use std::io::{BufReader, Write};
+use std::io::{BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 use super::wait;
@@ -54,11 +57,33 @@ impl Qmp {
 
     /// Runs one command and returns its `return`.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let (id, line) = self.line(command, &arguments);
+        self.stream.write_all(line.as_bytes())?;
+        self.answer(command, id)
+    }
+
+    /// Hands a descriptor over (`getfd`) under a name.
+    pub fn pass(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Result<()> {
+        let (id, line) = self.line("getfd", &json!({ "fdname": name }));
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [descriptor];
+        let fits = ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+        ensure!(fits, "no room for a descriptor");
+        let bytes = [IoSlice::new(line.as_bytes())];
+        let sent = sendmsg(&self.stream, &bytes, &mut ancillary, SendFlags::empty())?;
+        ensure!(sent == line.len(), "only {sent} bytes of getfd were taken");
+        self.answer("getfd", id).map(drop)
+    }
+
+    fn line(&mut self, command: &str, arguments: &Value) -> (u64, String) {
         let id = self.next_id;
         self.next_id += 1;
-        let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
-        line.push('\n');
-        self.stream.write_all(line.as_bytes())?;
+        let message = json!({"execute": command, "arguments": arguments, "id": id});
+        (id, message.to_string() + "\n")
+    }
+
+    fn answer(&mut self, command: &str, id: u64) -> Result<Value> {
         loop {
             let mut message = self.read()?;
             if message.get("event").is_some() {

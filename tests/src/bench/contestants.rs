@@ -1,0 +1,256 @@
+//! Who takes turns: our daemon, the storage daemon in its arrangements, fio.
+//!
+//! Called by the figures. Each has a file of its own, so that nobody writes under somebody else's feet.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::Bench;
+use super::client::Client;
+use super::daemon::Daemon;
+use super::fio;
+use super::job::Job;
+use super::peers::{Overlay, StorageDaemon};
+use super::place::Place;
+use super::rounds::{Contestant, Turn};
+
+/// Our daemon with one disk.
+#[derive(Debug)]
+pub struct Ours {
+    name: String,
+    // Hangs up before the daemon is killed.
+    client: Client,
+    /// The daemon.
+    pub daemon: Daemon,
+    /// Method of the snapshot that is taken before each round.
+    pub snapshot: Option<&'static str>,
+    /// Most queues of the connection that a job gets.
+    pub queues_max: usize,
+}
+
+/// How ours is started.
+#[derive(Clone, Copy, Debug)]
+pub struct OursSpec<'a> {
+    /// Name in the tables.
+    pub name: &'a str,
+    /// Bytes of the disk.
+    pub size_bytes: u64,
+    /// Further arguments of the daemon.
+    pub arguments: &'a [&'a str],
+    /// Queues to connect.
+    pub queues: usize,
+}
+
+impl Ours {
+    /// On a new file.
+    pub fn start(bench: &Bench, place: &Place, spec: OursSpec<'_>) -> Result<Self> {
+        let directory = place.directory(&spec.name.replace([' ', ','], "-"))?;
+        let base = directory.join("base.raw");
+        place.file(&base, spec.size_bytes)?;
+        let daemon = Daemon::one(&bench.vhost_blk, &directory, &base, spec.arguments)?;
+        let client = daemon.client("disk", spec.queues)?;
+        Ok(Self {
+            name: spec.name.to_owned(),
+            client,
+            daemon,
+            snapshot: None,
+            queues_max: spec.queues,
+        })
+    }
+
+    /// The connection.
+    pub fn client(&mut self) -> &mut Client {
+        &mut self.client
+    }
+}
+
+impl Contestant for Ours {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn make_ready(&mut self) -> Result<()> {
+        let Some(method) = self.snapshot else {
+            return Ok(());
+        };
+        self.daemon.snapshot(method)?;
+        self.daemon.wait_idle()
+    }
+
+    fn pid(&self) -> Option<u32> {
+        Some(self.daemon.pid())
+    }
+
+    fn run(&mut self, job: &Job, seed: u64) -> Result<Turn> {
+        let queues = job.queues.min(self.queues_max);
+        let run = self.client.run(
+            &Job {
+                queues,
+                ..job.clone()
+            },
+            seed,
+        )?;
+        Ok(Turn::from(&run))
+    }
+}
+
+/// How the storage daemon serves a raw file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrangement {
+    /// The file itself.
+    Raw,
+    /// A fresh overlay.
+    Overlay(Overlay),
+    /// A fresh copy-before-write target.
+    CopyBeforeWrite,
+}
+
+impl Arrangement {
+    /// Name in the tables.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "QSD raw",
+            Self::Overlay(Overlay::Clusters64K) => "QSD overlay",
+            Self::Overlay(Overlay::ExtendedL2) => "QSD overlay l2ext",
+            Self::CopyBeforeWrite => "QSD cbw",
+        }
+    }
+}
+
+/// The storage daemon. Overlays and targets are made anew before each round, as a snapshot would be.
+#[derive(Debug)]
+pub struct Peer {
+    arrangement: Arrangement,
+    directory: PathBuf,
+    base: PathBuf,
+    size_bytes: u64,
+    queues: usize,
+    /// Whether overlays and targets are made anew before each round.
+    pub fresh: bool,
+    // The client hangs up before the daemon is killed.
+    running: Option<(Client, StorageDaemon)>,
+}
+
+impl Peer {
+    /// On a new file.
+    pub fn start(
+        place: &Place,
+        arrangement: Arrangement,
+        size_bytes: u64,
+        queues: usize,
+    ) -> Result<Self> {
+        let directory = place.directory(&arrangement.name().replace(' ', "-"))?;
+        let base = directory.join("base.raw");
+        place.file(&base, size_bytes)?;
+        let mut peer = Self {
+            arrangement,
+            directory,
+            base,
+            size_bytes,
+            queues,
+            fresh: arrangement != Arrangement::Raw,
+            running: None,
+        };
+        peer.restart()?;
+        Ok(peer)
+    }
+
+    fn restart(&mut self) -> Result<()> {
+        self.running = None;
+        let run = self.directory.join("run");
+        if run.exists() {
+            fs::remove_dir_all(&run)?;
+        }
+        fs::create_dir(&run)?;
+        let daemon = match self.arrangement {
+            Arrangement::Raw => StorageDaemon::raw(&run, &self.base, self.queues)?,
+            Arrangement::Overlay(kind) => StorageDaemon::overlay(&run, &self.base, kind)?,
+            Arrangement::CopyBeforeWrite => {
+                StorageDaemon::copy_before_write(&run, &self.base, self.size_bytes)?
+            }
+        };
+        let client = daemon.client(self.queues)?;
+        self.running = Some((client, daemon));
+        Ok(())
+    }
+}
+
+impl Contestant for Peer {
+    fn name(&self) -> String {
+        self.arrangement.name().to_owned()
+    }
+
+    fn make_ready(&mut self) -> Result<()> {
+        if self.fresh { self.restart() } else { Ok(()) }
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.running.as_ref().map(|running| running.1.pid())
+    }
+
+    fn run(&mut self, job: &Job, seed: u64) -> Result<Turn> {
+        let (client, _) = self
+            .running
+            .as_mut()
+            .context("the storage daemon is not there")?;
+        Ok(Turn::from(&client.run(job, seed)?))
+    }
+}
+
+/// fio on a file of its own.
+#[derive(Debug)]
+pub struct Fio {
+    file: PathBuf,
+}
+
+impl Fio {
+    /// On a new file.
+    pub fn on(place: &Place, size_bytes: u64) -> Result<Self> {
+        let file = place.path().join("fio.raw");
+        place.file(&file, size_bytes)?;
+        Ok(Self { file })
+    }
+}
+
+impl Contestant for Fio {
+    fn name(&self) -> String {
+        "fio".to_owned()
+    }
+
+    fn pid(&self) -> Option<u32> {
+        None
+    }
+
+    fn run(&mut self, job: &Job, seed: u64) -> Result<Turn> {
+        let run = fio::run(&self.file, job, seed)?;
+        let ios = run.ios as f64;
+        Ok(Turn {
+            ios: run.ios,
+            flushes: 0,
+            per_second: ios / run.elapsed.as_secs_f64(),
+            latency_us: run.latency_us,
+            latency_p99_us: run.latency_p99_us,
+            latency_max_us: run.latency_p99_us,
+            processor_us: Some(run.processor.as_secs_f64() * 1e6 / ios),
+            written_bytes: None,
+            read_bytes: None,
+            prepared_bytes: None,
+        })
+    }
+}
+
+impl Drop for Fio {
+    fn drop(&mut self) {
+        remove(&self.file);
+    }
+}
+
+/// Gives the space back before the place itself goes.
+fn remove(path: &Path) {
+    if let Err(error) = fs::remove_file(path) {
+        eprintln!("bench: cannot remove {}: {error}", path.display());
+    }
+}

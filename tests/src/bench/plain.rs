@@ -1,0 +1,182 @@
+//! Figure 1: no snapshot. What the daemon adds to the file, beside the storage daemon on a raw file and fio on the file itself.
+//!
+//! Called by the command. One line is the machine's noise: a second daemon of ours, on its own file, beside the first.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::Bench;
+use super::contestants::{Arrangement, Fio, Ours, OursSpec, Peer};
+use super::cost::{self, Device};
+use super::daemon;
+use super::job::{Job, Op, Pattern};
+use super::place::Place;
+use super::report::{Goal, Quantity};
+use super::rounds::interleaved;
+
+const FIGURE: u8 = 1;
+const POLLING: &str = "--poll-max-us";
+
+/// Measures the figure.
+pub fn run(bench: &mut Bench) -> Result<()> {
+    let ram = bench.ram.clone();
+    let disk = bench.disk.clone();
+    one_queue(bench, &ram)?;
+    two_queues(bench, &ram)?;
+    one_queue(bench, &disk)
+}
+
+fn one_queue(bench: &mut Bench, place: &Place) -> Result<()> {
+    let in_memory = place.device.is_some() && place.name == "RAM";
+    let size_bytes = bench.size(512 << 20, 64 << 20);
+    let spec = |name| OursSpec {
+        name,
+        size_bytes,
+        arguments: &[],
+        queues: 1,
+    };
+    let device = in_memory.then_some(place.device.as_ref()).flatten();
+    let mut ours = Ours::start(bench, place, spec("vmshadow"))?;
+    let mut raw = Peer::start(place, Arrangement::Raw, size_bytes, 1)?;
+    let mut fio = Fio::on(place, size_bytes)?;
+    for op in [Op::Read, Op::Write] {
+        let job = Job::random(op, 32, size_bytes);
+        let workload = format!("{}, {}", job.name, place.name);
+        let goals = [
+            (Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.5)),
+            (Quantity::Rate, "fio", Goal::RatioAtLeast(0.9)),
+            (Quantity::Processor, "QSD raw", Goal::RatioAtMost(0.75)),
+        ];
+        if place.name == "RAM" {
+            let mut again = Ours::start(bench, place, spec("vmshadow again"))?;
+            let all = interleaved(
+                bench,
+                &mut [&mut ours, &mut raw, &mut fio, &mut again],
+                &job,
+                device,
+            )?;
+            bench.report.contest(FIGURE, &workload, &all, &goals);
+        } else {
+            let all = interleaved(bench, &mut [&mut ours, &mut raw, &mut fio], &job, device)?;
+            bench.report.contest(FIGURE, &workload, &all, &goals);
+        }
+    }
+    let polls = daemon::takes(&bench.vhost_blk, POLLING)?;
+    let mut sleeping = if polls {
+        let arguments = &[POLLING, "0"];
+        Some(Ours::start(
+            bench,
+            place,
+            OursSpec {
+                arguments,
+                ..spec("vmshadow, no polling")
+            },
+        )?)
+    } else {
+        bench.report.note(
+            FIGURE,
+            format!("this daemon has no {POLLING}: QD1 is without polling"),
+        );
+        None
+    };
+    for op in [Op::Read, Op::Write] {
+        let job = Job::random(op, 1, size_bytes);
+        let workload = format!("{}, {}", job.name, place.name);
+        let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.3))];
+        let all = match &mut sleeping {
+            Some(sleeping) => interleaved(
+                bench,
+                &mut [&mut ours, &mut raw, &mut fio, sleeping],
+                &job,
+                device,
+            )?,
+            None => interleaved(bench, &mut [&mut ours, &mut raw, &mut fio], &job, device)?,
+        };
+        bench.report.contest(FIGURE, &workload, &all, &goals);
+    }
+    drop(sleeping);
+    if place.name == "RAM" {
+        idle(bench, &ours, &raw)?;
+    }
+    for op in [Op::Read, Op::Write] {
+        let verb = if op == Op::Read { "read" } else { "write" };
+        let job = Job {
+            name: format!("sequential {verb} 1 MiB QD8"),
+            pattern: Pattern::Sequential {
+                area_bytes: size_bytes,
+            },
+            block_bytes: 1 << 20,
+            ..Job::random(op, 8, size_bytes)
+        };
+        let workload = format!("{}, {}", job.name, place.name);
+        let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.0))];
+        let all = interleaved(bench, &mut [&mut ours, &mut raw, &mut fio], &job, device)?;
+        bench.report.contest(FIGURE, &workload, &all, &goals);
+    }
+    Ok(())
+}
+
+/// What a daemon spends in a second in which nothing happens, right after it was busy.
+fn idle(bench: &mut Bench, ours: &Ours, raw: &Peer) -> Result<()> {
+    use super::rounds::Contestant;
+    const SPAN: Duration = Duration::from_secs(1);
+    let spent = |pid: Option<u32>| -> Result<Vec<f64>> {
+        let Some(pid) = pid else {
+            return Ok(Vec::new());
+        };
+        cost::wait_quiet(pid, Duration::from_secs(30))?;
+        let before = cost::processor_time(pid)?;
+        thread::sleep(SPAN);
+        let spent = cost::processor_time(pid)?.saturating_sub(before);
+        Ok(vec![spent.as_secs_f64() * 1e6 / SPAN.as_secs_f64()])
+    };
+    let of_ours = spent(ours.pid())?;
+    let of_raw = spent(raw.pid())?;
+    let unit = "CPU us per second";
+    let goal = Some(Goal::AtMost(1000.0));
+    bench
+        .report
+        .value(FIGURE, "idle after load, RAM", unit, &of_ours, goal);
+    bench.report.compare(
+        FIGURE,
+        "idle after load, RAM",
+        unit,
+        &of_ours,
+        "QSD raw",
+        &of_raw,
+        None,
+    );
+    Ok(())
+}
+
+fn two_queues(bench: &mut Bench, place: &Place) -> Result<()> {
+    let size_bytes = bench.size(512 << 20, 64 << 20);
+    let spec = |name| OursSpec {
+        name,
+        size_bytes,
+        arguments: &[],
+        queues: 2,
+    };
+    let device: Option<&Device> = None;
+    let mut two = Ours::start(bench, place, spec("vmshadow two"))?;
+    let mut one = Ours::start(bench, place, spec("vmshadow, 1 queue"))?;
+    one.queues_max = 1;
+    let mut raw = Peer::start(place, Arrangement::Raw, size_bytes, 2)?;
+    for op in [Op::Read, Op::Write] {
+        let job = Job {
+            queues: 2,
+            ..Job::random(op, 32, size_bytes)
+        };
+        let workload = format!("{} on each of 2 queues, {}", job.name, place.name);
+        let all = interleaved(bench, &mut [&mut two, &mut raw, &mut one], &job, device)?;
+        bench.report.contest(FIGURE, &workload, &all, &[]);
+    }
+    let cores = thread::available_parallelism()?;
+    bench.report.note(
+        FIGURE,
+        format!("2 queues: two client threads, the backend's threads and the loop device's worker share {cores} cores, so this shows no scaling where one queue fills them"),
+    );
+    Ok(())
+}

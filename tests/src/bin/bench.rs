@@ -1,0 +1,131 @@
+//! `make bench`: every figure beside its peers, in one run; writes `target/bench/report.json`, the tables and the drawings.
+//!
+//! Started by make. The exit code says whether all of it ran, not whether the goals were reached: those are in the tables.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use rustix::fs::{FlockOperation, flock};
+use vmshadow_tests::bench::place::{self, Place};
+use vmshadow_tests::bench::report::{Line, Report};
+use vmshadow_tests::bench::{Bench, FIGURES, plot, setup};
+use vmshadow_tests::harness::image;
+
+/// Bytes of the file system in memory; only what is written takes memory.
+const RAM_BYTES: u64 = 12 << 30;
+
+/// Measures vmshadow beside its peers.
+#[derive(Debug, Parser)]
+struct Args {
+    /// Only this figure (may be repeated)
+    #[arg(long, value_name = "N")]
+    figure: Vec<u8>,
+    /// Small and few rounds: shows that it runs, measures nothing
+    #[arg(long)]
+    quick: bool,
+    /// Print the report instead of tables
+    #[arg(long)]
+    json: bool,
+    /// Rounds of each workload and contestant
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// The daemon to measure [default: the static release build, built if needed]
+    #[arg(long, value_name = "PATH")]
+    vhost_blk: Option<PathBuf>,
+    /// Where report, tables and drawings go [default: target/bench]
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    place::enter_namespace()?;
+    let output = args
+        .output
+        .clone()
+        .unwrap_or_else(|| image::target().join("bench"));
+    fs::create_dir_all(&output)?;
+    let lock = File::create(image::target().join("bench.lock"))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .context("another bench is running here")?;
+    let vhost_blk = match &args.vhost_blk {
+        Some(path) => std::path::absolute(path)?,
+        None => image::program("vhost-blk")?,
+    };
+    let mut bench = Bench {
+        quick: args.quick,
+        rounds: if args.quick { 2 } else { args.rounds.max(1) },
+        ram: Place::ram(RAM_BYTES)?,
+        disk: Place::disk()?,
+        vhost_blk,
+        report: Report::default(),
+        begin: Instant::now(),
+    };
+    let described = setup::describe(&bench)?;
+    let mut text = setup::table(&described);
+    if !args.json {
+        print!("{text}");
+    }
+    let mut failed = Vec::new();
+    for (number, title, run) in FIGURES {
+        if !args.figure.is_empty() && !args.figure.contains(number) {
+            continue;
+        }
+        bench.say(&format!("figure {number}: {title}"));
+        if let Err(error) = run(&mut bench) {
+            eprintln!("bench: figure {number} ended early: {error:#}");
+            bench
+                .report
+                .note(*number, format!("ended early: {error:#}"));
+            failed.push(number.to_string());
+        }
+        draw_ratios(&mut bench.report, *number, title);
+        let table = bench.report.table(*number, title);
+        if !args.json {
+            print!("{table}");
+        }
+        text += &table;
+        // What there is stays, whatever happens to the rest.
+        bench.report.write(&output)?;
+    }
+    let summary = bench.report.summary();
+    text += &summary;
+    fs::write(output.join("tables.md"), &text)?;
+    fs::write(
+        output.join("setup.json"),
+        serde_json::to_string_pretty(&setup::json(&described))? + "\n",
+    )?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&bench.report.json())?);
+    } else {
+        print!("{summary}");
+        println!(
+            "\n{} and {}",
+            output.join("report.json").display(),
+            output.join("tables.md").display()
+        );
+    }
+    bench.say("done");
+    if !failed.is_empty() {
+        bail!(
+            "these figures did not run to their end: {}",
+            failed.join(", ")
+        );
+    }
+    Ok(())
+}
+
+/// Bars of all rates of a figure that have a peer.
+fn draw_ratios(report: &mut Report, figure: u8, title: &str) {
+    let of_rates =
+        |line: &&Line| line.figure == figure && line.unit == "IOPS" && line.ratio.is_some();
+    let lines: Vec<&Line> = report.lines().iter().filter(of_rates).collect();
+    if lines.is_empty() {
+        return;
+    }
+    let svg = plot::ratio_bars(&format!("Figure {figure}: {title}"), &lines);
+    report.plot(&format!("figure{figure}"), svg);
+}
