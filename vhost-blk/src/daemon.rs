@@ -67,7 +67,7 @@ pub enum DaemonError {
 /// [`DaemonError`].
 pub fn run(config: &Config) -> Result<(), DaemonError> {
     if config.engine == EngineKind::Uring {
-        Ring::new(Arc::new(Kick::new()?)).map_err(DaemonError::NoRing)?;
+        Ring::probe().map_err(DaemonError::NoRing)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

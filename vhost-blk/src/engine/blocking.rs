@@ -8,7 +8,8 @@
 
 use super::buffers::GuestBuffers;
 use super::kick::Kick;
-use super::request::{Op, Request, Token};
+use super::request::{Op, Request};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -23,33 +24,41 @@ const ROUND_MAX: usize = 256;
 #[derive(Debug)]
 pub(super) struct Inbox {
     reports: Mutex<Vec<Report>>,
+    /// There may be reports: looked at in every pass, where the lock would be dear.
+    any: AtomicBool,
     kick: Arc<Kick>,
 }
 
-/// What a hand has done.
+/// What a hand has done. Requests are named by the worker's own numbers.
 #[derive(Debug)]
 pub(super) enum Report {
     /// The plan is ready for its data.
-    Prepared(Token, Result<WritePlan, StoreError>),
-    /// The whole request is done, or the flush of a write-through write.
-    Finished(Token, Result<(), StoreError>),
+    Prepared(u32, Result<WritePlan, StoreError>),
+    /// The whole request is done, or a flush.
+    Finished(u32, Result<(), StoreError>),
 }
 
 impl Inbox {
     pub(super) fn new(kick: Arc<Kick>) -> Arc<Self> {
         Arc::new(Self {
             reports: Mutex::new(Vec::new()),
+            any: AtomicBool::new(false),
             kick,
         })
     }
 
     pub(super) fn take(&self) -> Vec<Report> {
+        if !self.any.load(Ordering::Acquire) {
+            return Vec::new();
+        }
+        self.any.store(false, Ordering::Release);
         std::mem::take(&mut *self.reports.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn put(&self, report: Report) {
+    fn put(&self, report: impl IntoIterator<Item = Report>) {
         let mut reports = self.reports.lock().unwrap_or_else(PoisonError::into_inner);
-        reports.push(report);
+        reports.extend(report);
+        self.any.store(!reports.is_empty(), Ordering::Release);
         drop(reports);
         self.kick.wake();
     }
@@ -58,18 +67,17 @@ impl Inbox {
 /// What a hand is asked to do.
 #[derive(Debug)]
 pub(super) enum Task {
-    /// `prepare_writes` of one plan.
-    Prepare(WritePlan),
+    /// `prepare_writes`.
+    Prepare(Vec<(u32, WritePlan)>),
     /// A whole request by the store's blocking drivers.
-    Whole(Request),
-    /// `flush`.
-    Flush,
+    Whole(u32, Request),
+    /// One `flush` for all of them.
+    Flush(Vec<u32>),
 }
 
 #[derive(Debug)]
 struct Order {
     task: Task,
-    token: Token,
     inbox: Arc<Inbox>,
 }
 
@@ -93,23 +101,33 @@ impl Hand {
         })
     }
 
-    /// Hands work over; the report comes to the inbox.
-    pub(super) fn order(&self, task: Task, token: Token, inbox: &Arc<Inbox>) {
+    /// Hands work over; the reports come to the inbox.
+    pub(super) fn order(&self, task: Task, inbox: &Arc<Inbox>) {
         let order = Order {
             task,
-            token,
             inbox: Arc::clone(inbox),
         };
         let refused = match &self.orders {
             Some(orders) => orders.send(order).err().map(|refused| refused.0),
             None => Some(order),
         };
-        if let Some(order) = refused {
+        if let Some(Order { task, inbox }) = refused {
             // The thread is gone, which only a panic in it can do: the guest is told, the queue goes on.
-            order.inbox.put(match order.task {
-                Task::Prepare(_) => Report::Prepared(token, Err(StoreError::Poisoned)),
-                Task::Whole(_) | Task::Flush => Report::Finished(token, Err(StoreError::Poisoned)),
-            });
+            match task {
+                Task::Prepare(plans) => inbox.put(
+                    plans
+                        .iter()
+                        .map(|(number, _)| Report::Prepared(*number, Err(StoreError::Poisoned))),
+                ),
+                Task::Whole(number, _) => {
+                    inbox.put([Report::Finished(number, Err(StoreError::Poisoned))]);
+                }
+                Task::Flush(numbers) => inbox.put(
+                    numbers
+                        .iter()
+                        .map(|number| Report::Finished(*number, Err(StoreError::Poisoned))),
+                ),
+            }
         }
     }
 }
@@ -131,36 +149,62 @@ fn work(store: &Volume, incoming: &Receiver<Order>) {
         let mut owners = Vec::new();
         let mut flushes = Vec::new();
         let mut wholes = Vec::new();
-        for order in std::iter::once(first).chain(incoming.try_iter().take(ROUND_MAX)) {
-            match order.task {
-                Task::Prepare(plan) => {
-                    plans.push(plan);
-                    owners.push((order.token, order.inbox));
+        for Order { task, inbox } in
+            std::iter::once(first).chain(incoming.try_iter().take(ROUND_MAX))
+        {
+            match task {
+                Task::Prepare(more) => {
+                    let (numbers, more): (Vec<_>, Vec<_>) = more.into_iter().unzip();
+                    plans.extend(more);
+                    owners.push((numbers, inbox));
                 }
-                Task::Flush => flushes.push((order.token, order.inbox)),
-                Task::Whole(request) => wholes.push((order.token, order.inbox, request)),
+                Task::Flush(numbers) => flushes.push((numbers, inbox)),
+                Task::Whole(number, request) => wholes.push((number, inbox, request)),
             }
         }
         if !plans.is_empty() {
             let prepared = store.prepare_writes(&mut plans);
-            let failure = prepared.err();
-            for (plan, (token, inbox)) in plans.into_iter().zip(owners) {
-                inbox.put(Report::Prepared(
-                    token,
-                    failure.as_ref().map_or(Ok(plan), |error| Err(same(error))),
-                ));
-            }
+            report_plans(prepared.err().as_ref(), plans, owners);
         }
-        for (token, inbox, request) in wholes {
-            inbox.put(Report::Finished(token, perform(store, &request)));
+        for (number, inbox, request) in wholes {
+            inbox.put([Report::Finished(number, perform(store, &request))]);
         }
         if !flushes.is_empty() {
             let failure = store.flush().err();
-            for (token, inbox) in flushes {
-                let result = failure.as_ref().map_or(Ok(()), |error| Err(same(error)));
-                inbox.put(Report::Finished(token, result));
+            for (numbers, inbox) in flushes {
+                inbox.put(numbers.into_iter().map(|number| {
+                    let result = failure.as_ref().map_or(Ok(()), |error| Err(same(error)));
+                    Report::Finished(number, result)
+                }));
             }
         }
+    }
+}
+
+/// Gives the plans of a round back to their queues, or the error that ended it. The plans of a failed round are gone before
+/// anybody is told, and with them their claims on blocks.
+fn report_plans(
+    failure: Option<&StoreError>,
+    plans: Vec<WritePlan>,
+    owners: Vec<(Vec<u32>, Arc<Inbox>)>,
+) {
+    let mut plans = if failure.is_some() {
+        drop(plans);
+        Vec::new()
+    } else {
+        plans
+    }
+    .into_iter();
+    for (numbers, inbox) in owners {
+        let plans = &mut plans;
+        inbox.put(numbers.into_iter().map(|number| {
+            let plan = match (failure, plans.next()) {
+                (None, Some(plan)) => Ok(plan),
+                (Some(error), _) => Err(same(error)),
+                (None, None) => Err(StoreError::NotPrepared),
+            };
+            Report::Prepared(number, plan)
+        }));
     }
 }
 

@@ -6,6 +6,7 @@
 //!
 //! Invariant: all ranges lie inside one region each, and their lengths sum up to `length_bytes`.
 
+use smallvec::SmallVec;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
 
@@ -36,13 +37,18 @@ pub(super) struct HostPiece {
 struct Piece {
     address: GuestAddress,
     length_bytes: usize,
+    /// Address in this process, valid as long as the map is held. Looked up once.
+    host: usize,
 }
+
+/// Pieces of a request; the usual few need no allocation.
+const INLINE: usize = 2;
 
 /// Guest memory of one request.
 #[derive(Clone)]
 pub struct GuestBuffers {
     memory: Arc<GuestMemoryMmap>,
-    pieces: Vec<Piece>,
+    pieces: SmallVec<[Piece; INLINE]>,
     length_bytes: u64,
 }
 
@@ -61,17 +67,19 @@ impl GuestBuffers {
     /// # Errors
     /// [`NotMapped`] if a byte of them is not.
     pub fn new(memory: Arc<GuestMemoryMmap>, ranges: &[GuestRange]) -> Result<Self, NotMapped> {
-        let mut pieces = Vec::with_capacity(ranges.len());
+        let mut pieces = SmallVec::with_capacity(ranges.len());
         let mut length_bytes = 0_u64;
         for range in ranges {
             let mut address = GuestAddress(range.address);
             let wanted =
                 usize::try_from(range.length_bytes).map_err(|_| NotMapped(range.address))?;
             for slice in memory.get_slices(address, wanted) {
-                let length = slice.map_err(|_| NotMapped(range.address))?.len();
+                let slice = slice.map_err(|_| NotMapped(range.address))?;
+                let length = slice.len();
                 pieces.push(Piece {
                     address,
                     length_bytes: length,
+                    host: slice.ptr_guard_mut().as_ptr().expose_provenance(),
                 });
                 address = GuestAddress(address.0.wrapping_add(length as u64));
                 length_bytes = length_bytes.saturating_add(length as u64);
@@ -89,7 +97,7 @@ impl GuestBuffers {
     pub fn empty(memory: Arc<GuestMemoryMmap>) -> Self {
         Self {
             memory,
-            pieces: Vec::new(),
+            pieces: SmallVec::new(),
             length_bytes: 0,
         }
     }
@@ -106,9 +114,9 @@ impl GuestBuffers {
     /// If the range is longer than the buffers.
     pub fn read_at(&self, offset_bytes: u64, into: &mut [u8]) -> Result<(), GuestMemoryError> {
         let mut rest = into;
-        for (address, length) in self.parts(offset_bytes, rest.len() as u64) {
-            let (now, later) = rest.split_at_mut(length);
-            self.memory.read_slice(now, address)?;
+        for part in self.parts(offset_bytes, rest.len() as u64) {
+            let (now, later) = rest.split_at_mut(part.length_bytes);
+            self.memory.read_slice(now, part.address)?;
             rest = later;
         }
         if rest.is_empty() {
@@ -124,9 +132,9 @@ impl GuestBuffers {
     /// If the range is longer than the buffers.
     pub fn write_at(&self, offset_bytes: u64, from: &[u8]) -> Result<(), GuestMemoryError> {
         let mut rest = from;
-        for (address, length) in self.parts(offset_bytes, rest.len() as u64) {
-            let (now, later) = rest.split_at(length);
-            self.memory.write_slice(now, address)?;
+        for part in self.parts(offset_bytes, rest.len() as u64) {
+            let (now, later) = rest.split_at(part.length_bytes);
+            self.memory.write_slice(now, part.address)?;
             rest = later;
         }
         if rest.is_empty() {
@@ -157,10 +165,7 @@ impl GuestBuffers {
     pub fn aligned_to(&self, alignment_bytes: u64) -> bool {
         self.pieces.iter().all(|piece| {
             (piece.length_bytes as u64).is_multiple_of(alignment_bytes)
-                && self
-                    .memory
-                    .get_host_address(piece.address)
-                    .is_ok_and(|pointer| (pointer.addr() as u64).is_multiple_of(alignment_bytes))
+                && (piece.host as u64).is_multiple_of(alignment_bytes)
         })
     }
 
@@ -177,15 +182,15 @@ impl GuestBuffers {
         &self,
         offset_bytes: u64,
         length_bytes: u64,
-    ) -> Result<Vec<HostPiece>, GuestMemoryError> {
-        let mut found = Vec::new();
+    ) -> Result<SmallVec<[HostPiece; INLINE]>, GuestMemoryError> {
+        let mut found = SmallVec::new();
         let mut total = 0_u64;
-        for (address, length) in self.parts(offset_bytes, length_bytes) {
+        for part in self.parts(offset_bytes, length_bytes) {
             found.push(HostPiece {
-                pointer: self.memory.get_host_address(address)?,
-                length_bytes: length,
+                pointer: std::ptr::with_exposed_provenance_mut(part.host),
+                length_bytes: part.length_bytes,
             });
-            total += length as u64;
+            total += part.length_bytes as u64;
         }
         if total == length_bytes {
             Ok(found)
@@ -195,11 +200,7 @@ impl GuestBuffers {
     }
 
     /// The pieces of a range of the buffers, in order; shorter than asked if the buffers are.
-    fn parts(
-        &self,
-        offset_bytes: u64,
-        length_bytes: u64,
-    ) -> impl Iterator<Item = (GuestAddress, usize)> + '_ {
+    fn parts(&self, offset_bytes: u64, length_bytes: u64) -> impl Iterator<Item = Piece> + '_ {
         let mut skip = offset_bytes;
         let mut left = length_bytes;
         self.pieces.iter().filter_map(move |piece| {
@@ -212,11 +213,16 @@ impl GuestBuffers {
             if take == 0 {
                 return None;
             }
-            let address = GuestAddress(piece.address.0 + skip);
+            let before = usize::try_from(skip).ok()?;
+            let part = Piece {
+                address: GuestAddress(piece.address.0 + skip),
+                // A part is no longer than its piece, whose length is a usize.
+                length_bytes: usize::try_from(take).ok()?,
+                host: piece.host + before,
+            };
             skip = 0;
             left -= take;
-            // A part is no longer than its piece, whose length is a usize.
-            usize::try_from(take).ok().map(|take| (address, take))
+            Some(part)
         })
     }
 }

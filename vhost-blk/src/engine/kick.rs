@@ -2,15 +2,23 @@
 //!
 //! Called by everything that has news for a queue: the io_uring (completions), the hands (blocking work is done), the
 //! barrier (writes may go on) and the device (stop). Knows nothing of why.
+//!
+//! Invariants: a wake-up that comes after [`Kick::clear`] makes the descriptor readable; several before it cost one system
+//! call, and a clear without any costs none.
 
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Wakes one event loop; many kicks may be seen as one.
 #[derive(Debug)]
 pub struct Kick {
     fd: OwnedFd,
+    /// Somebody has written, or is about to.
+    rung: AtomicBool,
+    /// The kernel was told that it may write.
+    kernel: AtomicBool,
 }
 
 impl Kick {
@@ -20,11 +28,18 @@ impl Kick {
     /// What `eventfd(2)` answers.
     pub fn new() -> io::Result<Self> {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self { fd })
+        Ok(Self {
+            fd,
+            rung: AtomicBool::new(false),
+            kernel: AtomicBool::new(false),
+        })
     }
 
     /// Wakes the event loop. Cannot fail in a way that loses the wake-up: a full counter is readable too.
     pub fn wake(&self) {
+        if self.rung.swap(true, Ordering::SeqCst) {
+            return;
+        }
         // Any number but zero will do, so the byte order is of no matter.
         if let Err(error) = rustix::io::write(&self.fd, &[1_u8; 8])
             && error != rustix::io::Errno::AGAIN
@@ -33,13 +48,24 @@ impl Kick {
         }
     }
 
-    /// Takes all wake-ups so far.
+    /// The kernel may write to the descriptor by itself from now on: the next clear has to look.
+    pub(super) fn expect_kernel(&self) {
+        self.kernel.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes all wake-ups so far. On the thread that waits only.
     pub fn clear(&self) {
+        let rung = self.rung.swap(false, Ordering::SeqCst);
+        if !self.kernel.swap(false, Ordering::Relaxed) && !rung {
+            return;
+        }
         let mut count = [0_u8; 8];
-        if let Err(error) = rustix::io::read(&self.fd, &mut count)
-            && error != rustix::io::Errno::AGAIN
-        {
-            tracing::error!(%error, "cannot read a wake-up");
+        match rustix::io::read(&self.fd, &mut count) {
+            Ok(_) => {}
+            // Who rang has not written yet: the next clear takes it.
+            Err(rustix::io::Errno::AGAIN) if rung => self.rung.store(true, Ordering::SeqCst),
+            Err(rustix::io::Errno::AGAIN) => {}
+            Err(error) => tracing::error!(%error, "cannot read a wake-up"),
         }
     }
 }
@@ -53,5 +79,46 @@ impl AsFd for Kick {
 impl AsRawFd for Kick {
     fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Kick;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    fn is_readable(kick: &Kick) -> bool {
+        let mut wait = [PollFd::new(kick, PollFlags::IN)];
+        let at_once = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        poll(&mut wait, Some(&at_once)).unwrap() == 1
+    }
+
+    #[test]
+    fn every_wake_up_after_a_clear_is_seen_and_every_clear_takes_it() {
+        let kick = Kick::new().unwrap();
+        assert!(!is_readable(&kick));
+        for _ in 0..3 {
+            kick.wake();
+            kick.wake();
+            assert!(is_readable(&kick));
+            kick.clear();
+            assert!(!is_readable(&kick));
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_writes_is_taken_when_it_was_expected() {
+        let kick = Kick::new().unwrap();
+        kick.expect_kernel();
+        rustix::io::write(&kick, &[1_u8; 8]).unwrap();
+        kick.clear();
+        assert!(!is_readable(&kick));
+        kick.expect_kernel();
+        kick.clear();
+        kick.wake();
+        assert!(is_readable(&kick), "an expectation is no wake-up");
     }
 }

@@ -8,8 +8,14 @@ mod blocking;
 mod buffers;
 mod crew;
 mod kick;
+#[allow(
+    dead_code,
+    reason = "sealed writes and copies, which use it, come next"
+)]
+mod pool;
 mod request;
 mod ring;
+mod slab;
 mod snapshot_set;
 mod snapshot_state;
 mod volume;

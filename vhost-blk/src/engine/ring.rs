@@ -1,29 +1,33 @@
-//! One io_uring of one queue: moves data between guest memory and the volume's files without a copy.
+//! One io_uring of one queue: moves data between memory and the volume's two data files without a copy.
 //!
 //! Called by the worker of the queue, on the queue's own thread only (the ring is made there: `SINGLE_ISSUER`). Knows
-//! nothing of requests or plans: a transfer carries a number that its completion gives back.
+//! nothing of requests or plans: a transfer carries a number that its completion gives back, with its memory.
 //!
 //! Invariants:
-//! * A transfer's memory map, vectors and file live in `transfers` until its completion was taken, so the kernel never
-//!   sees memory that has been given back. Dropping the ring waits for all of them.
+//! * A transfer's memory and vectors live in `transfers` until its completion was taken, so the kernel never sees memory
+//!   that has been given back. Dropping the ring waits for all of them.
 //! * A short transfer is continued from where it stopped; one that stops at nothing is an error.
+//! * Completions wake the kick only between [`Ring::arm`] and [`Ring::disarm`]: a thread that is awake looks by itself, and
+//!   a signal would cost a system call and another pass.
 
 #![allow(unsafe_code, reason = "the kernel is handed addresses of guest memory")]
 
-use super::buffers::{GuestBuffers, HostPiece};
+mod transfer;
+
+use super::buffers::GuestBuffers;
 use super::kick::Kick;
-use io_uring::{IoUring, opcode, squeue, types};
+use super::slab::Slab;
+use io_uring::IoUring;
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use vhost_blk_store::BlockFile;
-use vm_memory::GuestMemoryMmap;
+pub(super) use transfer::{Direction, Memory, Span};
+use transfer::{Progress, Transfer, Vectors};
+use vhost_blk_store::{BlockFile, DataFile};
 
 /// Entries of the submission queue. More transfers wait in `waiting`; the kernel may hold any number.
-const SUBMISSION_ENTRIES: u32 = 128;
-/// Longest vector list the kernel takes (`UIO_MAXIOV`).
-const VECTORS_MAX: usize = 1024;
+const SUBMISSION_ENTRIES: u32 = 256;
 
 /// Why there is no ring.
 #[derive(Debug, thiserror::Error)]
@@ -33,56 +37,44 @@ pub enum RingUnavailable {
     Setup(#[source] io::Error),
 }
 
-/// Direction of a transfer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// File to guest memory.
-    FromFile,
-    /// Guest memory to file.
-    ToFile,
-}
-
-/// What a transfer moves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Span {
-    /// Which way.
-    pub(super) direction: Direction,
-    /// First byte in the file.
-    pub(super) file_offset_bytes: u64,
-    /// First byte in the buffers.
-    pub(super) buffer_offset_bytes: u64,
-    /// Number of bytes, not zero.
-    pub(super) length_bytes: u64,
+/// A transfer that is over.
+#[derive(Debug)]
+pub(super) struct Completed {
+    /// The number it was started with.
+    pub(super) number: u64,
+    /// How it ended.
+    pub(super) outcome: io::Result<()>,
+    #[allow(
+        dead_code,
+        reason = "sealed writes and copies, which use it, come next"
+    )]
+    /// What it moved from or to.
+    pub(super) memory: Memory,
 }
 
 /// Transfers of one queue.
 pub struct Ring {
     /// Dropped first, by its own `Drop` only after all transfers are over.
     uring: IoUring,
-    transfers: Vec<Option<Transfer>>,
-    free: Vec<usize>,
+    transfers: Slab<Transfer>,
     /// Transfers that found no room in the submission queue, or have to be continued.
-    waiting: VecDeque<usize>,
+    waiting: VecDeque<u32>,
     in_kernel: usize,
     /// Keeps the registered eventfd open.
     _kick: Arc<Kick>,
+    /// Keep the registered files open.
+    _files: [Arc<dyn BlockFile>; 2],
+    /// Tests put results of their own in the kernel's place.
+    #[cfg(test)]
+    pub(super) fault: Fault,
 }
 
-struct Transfer {
-    number: u64,
-    direction: Direction,
-    fd: RawFd,
-    file_offset_bytes: u64,
-    /// What is left to move; the kernel holds a pointer to these while the transfer is in flight.
-    vectors: Vec<libc::iovec>,
-    left_bytes: u64,
-    _file: Arc<dyn BlockFile>,
-    _memory: Arc<GuestMemoryMmap>,
-}
-
-// SAFETY: the raw pointers in `vectors` point into `_memory`, a shared mapping which any thread may name; they are only
-// handed to the kernel, never dereferenced here.
-unsafe impl Send for Transfer {}
+/// What a test makes of the kernel's result for a transfer.
+#[cfg(test)]
+#[derive(Default)]
+pub(super) struct Fault(pub(super) Option<FaultHook>);
+#[cfg(test)]
+type FaultHook = Box<dyn FnMut(&Transfer, i32) -> i32 + Send>;
 
 impl std::fmt::Debug for Ring {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -95,128 +87,189 @@ impl std::fmt::Debug for Ring {
 }
 
 impl Ring {
-    /// A ring for the calling thread, whose completions wake `kick`.
+    /// A ring for the calling thread over base and log, whose completions wake `kick` while it is armed.
     ///
     /// # Errors
-    /// [`RingUnavailable`] if the kernel refuses.
-    pub fn new(kick: Arc<Kick>) -> Result<Self, RingUnavailable> {
-        let uring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_coop_taskrun()
-            .build(SUBMISSION_ENTRIES)
-            // Kernels before 6.0 do not know the flags.
-            .or_else(|_| IoUring::new(SUBMISSION_ENTRIES))
+    /// [`RingUnavailable`] if the kernel refuses, or a file has no descriptor.
+    pub(super) fn new(
+        kick: Arc<Kick>,
+        files: [Arc<dyn BlockFile>; 2],
+    ) -> Result<Self, RingUnavailable> {
+        let uring = build().map_err(RingUnavailable::Setup)?;
+        let mut descriptors = [-1; 2];
+        for (descriptor, file) in descriptors.iter_mut().zip(&files) {
+            *descriptor = file
+                .raw_fd()
+                .map(|fd| fd.as_raw_fd())
+                .ok_or_else(|| RingUnavailable::Setup(io::ErrorKind::Unsupported.into()))?;
+        }
+        uring
+            .submitter()
+            .register_files(&descriptors)
             .map_err(RingUnavailable::Setup)?;
         uring
             .submitter()
             .register_eventfd(kick.as_raw_fd())
             .map_err(RingUnavailable::Setup)?;
-        Ok(Self {
+        let mut ring = Self {
             uring,
-            transfers: Vec::new(),
-            free: Vec::new(),
+            transfers: Slab::default(),
             waiting: VecDeque::new(),
             in_kernel: 0,
             _kick: kick,
-        })
+            _files: files,
+            #[cfg(test)]
+            fault: Fault::default(),
+        };
+        ring.disarm();
+        Ok(ring)
     }
 
-    /// Queues a transfer between buffers and a file; it starts with the next [`Self::submit`].
+    /// Whether the kernel has io_uring for us.
     ///
     /// # Errors
-    /// If the buffers are shorter than the transfer, or the file has no descriptor.
-    pub(super) fn start(
+    /// [`RingUnavailable`] if not.
+    pub fn probe() -> Result<(), RingUnavailable> {
+        build().map(drop).map_err(RingUnavailable::Setup)
+    }
+
+    /// Queues a transfer between guest memory and a file; it starts with the next [`Self::submit`].
+    ///
+    /// # Errors
+    /// If the buffers are shorter than the transfer.
+    pub(super) fn start_guest(
         &mut self,
         number: u64,
-        file: &Arc<dyn BlockFile>,
+        file: DataFile,
         buffers: &GuestBuffers,
+        buffer_offset_bytes: u64,
         span: Span,
     ) -> io::Result<()> {
-        let fd = file
-            .raw_fd()
-            .map(|fd| fd.as_raw_fd())
-            .ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))?;
-        let pieces = buffers
-            .host_pieces(span.buffer_offset_bytes, span.length_bytes)
-            .map_err(io::Error::other)?;
-        let transfer = Transfer {
-            number,
-            direction: span.direction,
-            fd,
-            file_offset_bytes: span.file_offset_bytes,
-            vectors: pieces.iter().map(vector).collect(),
-            left_bytes: span.length_bytes,
-            _file: Arc::clone(file),
-            _memory: Arc::clone(buffers.memory()),
-        };
-        let place = self.free.pop().unwrap_or(self.transfers.len());
-        if let Some(slot) = self.transfers.get_mut(place) {
-            *slot = Some(transfer);
-        } else {
-            self.transfers.push(Some(transfer));
-        }
-        self.waiting.push_back(place);
+        let vectors = Vectors::of_guest(buffers, buffer_offset_bytes, span.length_bytes)?;
+        let memory = Memory::Guest(Arc::clone(buffers.memory()));
+        self.start(Transfer::new(number, file, span, vectors, memory));
         Ok(())
     }
 
-    /// Hands waiting transfers to the kernel, as many as it takes.
+    #[allow(
+        dead_code,
+        reason = "sealed writes and copies, which use it, come next"
+    )]
+    /// Queues a transfer between the first bytes of a private buffer and a file.
+    ///
+    /// # Errors
+    /// If the buffer is shorter than the transfer.
+    pub(super) fn start_private(
+        &mut self,
+        number: u64,
+        file: DataFile,
+        mut buffer: super::pool::PrivateBuffer,
+        span: Span,
+    ) -> io::Result<()> {
+        let vectors = Vectors::of_private(&mut buffer, span.length_bytes)?;
+        let memory = Memory::Private(buffer);
+        self.start(Transfer::new(number, file, span, vectors, memory));
+        Ok(())
+    }
+
+    fn start(&mut self, transfer: Transfer) {
+        let place = self.transfers.insert(transfer);
+        self.waiting.push_back(place);
+    }
+
+    /// Hands waiting transfers to the kernel, as many as it takes, and lets it finish what is ready; no system call if there
+    /// is neither. Answers whether it was entered, and took what there was.
     ///
     /// # Errors
     /// What `io_uring_enter(2)` answers, but for `EBUSY` and `EAGAIN`, after which the next call tries again.
-    pub fn submit(&mut self) -> io::Result<()> {
-        while let Some(&place) = self.waiting.front() {
-            let Some(Some(transfer)) = self.transfers.get(place) else {
-                self.waiting.pop_front();
-                continue;
-            };
-            let entry = transfer.entry(place);
-            // SAFETY: the entry's pointers lie in `transfers[place]`, which stays until its completion is taken.
-            let pushed = unsafe { self.uring.submission().push(&entry) };
-            if pushed.is_ok() {
+    pub(super) fn submit(&mut self) -> io::Result<bool> {
+        let mut entered = false;
+        loop {
+            let mut submission = self.uring.submission();
+            while let Some(&place) = self.waiting.front() {
+                let Some(transfer) = self.transfers.get(place) else {
+                    self.waiting.pop_front();
+                    continue;
+                };
+                let entry = transfer.entry(place);
+                // SAFETY: memory and vectors of the entry lie in `transfers[place]` (vectors that the kernel reads later on
+                // the heap), which stays until its completion is taken.
+                if unsafe { submission.push(&entry) }.is_err() {
+                    break;
+                }
                 self.waiting.pop_front();
                 self.in_kernel += 1;
-            } else if self.enter(0)? == 0 {
-                // The kernel took nothing: it is short of memory. Completions will wake us again.
-                return Ok(());
             }
+            let ready = submission.taskrun() || submission.cq_overflow();
+            let queued = !submission.is_empty();
+            drop(submission);
+            if !queued && !ready {
+                return Ok(entered);
+            }
+            if self.enter(0)? == 0 && queued {
+                // The kernel is short of memory. Completions will wake us again.
+                return Ok(false);
+            }
+            entered = true;
         }
-        self.enter(0)?;
-        Ok(())
     }
 
-    /// Takes what is complete: the number of each transfer, and how it ended.
-    pub fn take_completed(&mut self, completed: &mut Vec<(u64, io::Result<()>)>) {
-        let arrived: Vec<(usize, i32)> = self
-            .uring
-            .completion()
-            .map(|entry| {
-                (
-                    usize::try_from(entry.user_data()).unwrap_or(usize::MAX),
-                    entry.result(),
-                )
-            })
-            .collect();
-        for (place, result) in arrived {
+    /// True if there are transfers that the kernel does not have yet.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Takes what is complete.
+    pub(super) fn take_completed(&mut self, completed: &mut Vec<Completed>) {
+        for entry in self.uring.completion() {
             self.in_kernel = self.in_kernel.saturating_sub(1);
-            let Some(Some(transfer)) = self.transfers.get_mut(place) else {
+            let Ok(place) = u32::try_from(entry.user_data()) else {
                 continue;
+            };
+            let Some(transfer) = self.transfers.get_mut(place) else {
+                continue;
+            };
+            let result = entry.result();
+            #[cfg(test)]
+            let result = match &mut self.fault.0 {
+                Some(fault) => fault(transfer, result),
+                None => result,
             };
             match transfer.advance(result) {
                 Progress::Again => self.waiting.push_back(place),
                 Progress::Over(outcome) => {
-                    completed.push((transfer.number, outcome));
-                    if let Some(slot) = self.transfers.get_mut(place) {
-                        *slot = None;
+                    if let Some(transfer) = self.transfers.remove(place) {
+                        completed.push(Completed {
+                            number: transfer.number,
+                            outcome,
+                            memory: transfer.memory,
+                        });
                     }
-                    self.free.push(place);
                 }
             }
         }
     }
 
+    /// From now on completions wake the kick. Answers true if there is something to take already.
+    pub(super) fn arm(&mut self) -> bool {
+        let completion = self.uring.completion();
+        completion.enable_eventfd();
+        // The kernel looks at the flag after it has made a completion known, we look for one after we have set it.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        drop(completion);
+        let news = !self.uring.completion().is_empty();
+        let submission = self.uring.submission();
+        news || submission.taskrun() || submission.cq_overflow() || !self.waiting.is_empty()
+    }
+
+    /// Completions do not wake the kick any more.
+    pub(super) fn disarm(&mut self) {
+        self.uring.completion().disable_eventfd();
+    }
+
     /// True if nothing is in flight or waiting.
     #[must_use]
-    pub fn is_idle(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         self.in_kernel == 0 && self.waiting.is_empty()
     }
 
@@ -233,6 +286,23 @@ impl Ring {
             }
         }
     }
+}
+
+/// With all that saves work, or with what an older kernel knows (6.1, 6.0, anything).
+fn build() -> io::Result<IoUring> {
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(SUBMISSION_ENTRIES)
+        .or_else(|_| {
+            IoUring::builder()
+                .setup_single_issuer()
+                .setup_coop_taskrun()
+                .setup_taskrun_flag()
+                .build(SUBMISSION_ENTRIES)
+        })
+        .or_else(|_| IoUring::new(SUBMISSION_ENTRIES))
 }
 
 impl Drop for Ring {
@@ -253,61 +323,5 @@ impl Drop for Ring {
     }
 }
 
-enum Progress {
-    Again,
-    Over(io::Result<()>),
-}
-
-impl Transfer {
-    fn entry(&self, place: usize) -> squeue::Entry {
-        let count = u32::try_from(self.vectors.len().min(VECTORS_MAX)).unwrap_or(0);
-        let fd = types::Fd(self.fd);
-        match self.direction {
-            Direction::FromFile => opcode::Readv::new(fd, self.vectors.as_ptr(), count)
-                .offset(self.file_offset_bytes)
-                .build(),
-            Direction::ToFile => opcode::Writev::new(fd, self.vectors.as_ptr(), count)
-                .offset(self.file_offset_bytes)
-                .build(),
-        }
-        .user_data(place as u64)
-    }
-
-    /// Takes the kernel's result into account.
-    fn advance(&mut self, result: i32) -> Progress {
-        let moved = match u64::try_from(result) {
-            Ok(moved) => moved,
-            Err(_) => {
-                let error = io::Error::from_raw_os_error(result.saturating_neg());
-                return match error.raw_os_error() {
-                    Some(libc::EAGAIN | libc::EINTR) => Progress::Again,
-                    _ => Progress::Over(Err(error)),
-                };
-            }
-        };
-        if moved == 0 && self.left_bytes > 0 {
-            return Progress::Over(Err(io::Error::from(io::ErrorKind::UnexpectedEof)));
-        }
-        self.left_bytes = self.left_bytes.saturating_sub(moved);
-        self.file_offset_bytes = self.file_offset_bytes.saturating_add(moved);
-        if self.left_bytes == 0 {
-            return Progress::Over(Ok(()));
-        }
-        let mut skip = usize::try_from(moved).unwrap_or(usize::MAX);
-        self.vectors.retain_mut(|vector| {
-            let now = vector.iov_len.min(skip);
-            skip -= now;
-            vector.iov_base = vector.iov_base.wrapping_byte_add(now);
-            vector.iov_len -= now;
-            vector.iov_len > 0
-        });
-        Progress::Again
-    }
-}
-
-fn vector(piece: &HostPiece) -> libc::iovec {
-    libc::iovec {
-        iov_base: piece.pointer.cast(),
-        iov_len: piece.length_bytes,
-    }
-}
+#[cfg(test)]
+mod tests;

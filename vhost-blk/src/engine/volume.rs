@@ -74,8 +74,8 @@ pub struct VolumeEngine {
     pub(super) overlapping: AtomicUsize,
     /// Requests that wait for room.
     pub(super) without_room: AtomicUsize,
-    /// How often something happened that may have made room.
-    chances_of_room: AtomicU64,
+    /// Counts what parked requests wait for: the end of a hold or of another write, room.
+    news: AtomicU64,
     /// False: every write is flushed before it is acknowledged. Outlives a front end: a guest that has switched its
     /// write cache off does not say so again when its front end reconnects.
     write_cache: AtomicBool,
@@ -149,7 +149,7 @@ impl VolumeEngine {
             kicks: Mutex::new(Vec::new()),
             overlapping: AtomicUsize::new(0),
             without_room: AtomicUsize::new(0),
-            chances_of_room: AtomicU64::new(0),
+            news: AtomicU64::new(0),
             write_cache: AtomicBool::new(true),
             quiet_until: Arc::new(Mutex::new(None)),
             maintenance_step: Mutex::new(()),
@@ -207,6 +207,7 @@ impl VolumeEngine {
 
     /// Wakes all queues: parked requests are tried again.
     pub fn wake_queues(&self) {
+        self.news.fetch_add(1, Ordering::SeqCst);
         let kicks = self.kicks.lock().unwrap_or_else(PoisonError::into_inner);
         for kick in kicks.iter().filter_map(Weak::upgrade) {
             kick.wake();
@@ -221,12 +222,12 @@ impl VolumeEngine {
 
     /// There may be room again: requests that wait for it are tried once more.
     pub fn try_room_again(&self) {
-        self.chances_of_room.fetch_add(1, Ordering::SeqCst);
         self.wake_queues();
     }
 
-    pub(super) fn chances_of_room(&self) -> u64 {
-        self.chances_of_room.load(Ordering::SeqCst)
+    /// How much has happened that parked requests may wait for.
+    pub(super) fn news(&self) -> u64 {
+        self.news.load(Ordering::SeqCst)
     }
 
     /// Keeps maintenance away while a set is marked, but no longer than a window may last: a coordinator that marks and never

@@ -98,10 +98,11 @@ impl Witness {
         Arrival(self.newest.load(Ordering::SeqCst))
     }
 
-    /// A request is complete: marks that were made after its arrival count it now.
-    pub fn landed(&self, op: Op, range: ByteRange, arrival: Arrival) {
+    /// A request has changed the disk, whole or in part: marks that were made after its arrival count it now. The answer
+    /// stands for its arrival from now on, so that one which goes on later is counted once by each mark.
+    pub fn landed(&self, op: Op, range: ByteRange, arrival: Arrival) -> Arrival {
         if self.newest.load(Ordering::SeqCst) == arrival.0 || !op.changes_disk() {
-            return;
+            return arrival;
         }
         let mut marks = self.lock();
         for (id, mark) in marks.iter_mut() {
@@ -109,6 +110,7 @@ impl Witness {
                 mark.note(op, range);
             }
         }
+        Arrival(self.newest.load(Ordering::SeqCst))
     }
 
     /// Counts from now on.

@@ -1,0 +1,208 @@
+//! What became of transfers and of the hands' work, up to the guest's outcome.
+//!
+//! Called at both ends of a pass. Everything that ended since the last look is taken together, so that the records of all
+//! its writes are appended at once.
+
+use super::super::blocking::Report;
+use super::super::request::Outcome;
+use super::super::ring::Completed;
+use super::parking::Parked;
+use super::{Job, Mover, Remedy, Running, Stage, Worker, remedy};
+use std::sync::atomic::Ordering;
+use vhost_blk_store::{StoreError, WritePlan};
+
+impl Worker {
+    /// Takes news from the ring and the hands.
+    pub(super) fn collect(&mut self) {
+        let mut completed = std::mem::take(&mut self.completed);
+        if let Mover::Ring(ring) = &mut self.mover {
+            ring.take_completed(&mut completed);
+        }
+        for transfer in completed.drain(..) {
+            self.transfer_over(transfer);
+        }
+        self.completed = completed;
+        for report in self.inbox.take() {
+            match report {
+                Report::Prepared(number, plan) => self.prepared(number, plan),
+                Report::Finished(number, result) => self.finished_by_hand(number, result),
+            }
+        }
+        self.moves_over();
+    }
+
+    fn transfer_over(&mut self, transfer: Completed) {
+        let number = u32::try_from(transfer.number).unwrap_or(u32::MAX);
+        let Some(running) = self.running.get_mut(number) else {
+            return;
+        };
+        running.moves.left = running.moves.left.saturating_sub(1);
+        if let Err(error) = transfer.outcome {
+            tracing::warn!(volume = %self.volume.settings.name, request = ?running.job.request.op,
+                range = ?running.job.request.range, %error, "I/O failed");
+            running.moves.failed = true;
+        }
+        if running.moves.left == 0 {
+            self.moved.push(number);
+        }
+    }
+
+    /// Ends requests all of whose transfers are over.
+    fn moves_over(&mut self) {
+        if self.moved.is_empty() {
+            return;
+        }
+        let mut moved = std::mem::take(&mut self.moved);
+        for number in moved.drain(..) {
+            let Some(running) = self.running.remove(number) else {
+                continue;
+            };
+            let Running {
+                job,
+                ticket,
+                stage,
+                moves,
+            } = running;
+            match stage {
+                Stage::Reading { .. } => {
+                    let outcome = if moves.failed {
+                        Outcome::Failed
+                    } else {
+                        Outcome::Done
+                    };
+                    self.done.push((job.token, outcome));
+                }
+                Stage::Writing { plan } => {
+                    let result = if moves.failed {
+                        drop(plan);
+                        None
+                    } else {
+                        Some(self.volume.store().complete_write(plan))
+                    };
+                    let running = Running {
+                        job,
+                        ticket,
+                        stage: Stage::Flushing,
+                        moves,
+                    };
+                    self.write_over(running, result);
+                }
+                Stage::Preparing | Stage::Whole | Stage::Flushing => {}
+            }
+        }
+        self.moved = moved;
+    }
+
+    /// A request that changes the disk has done so, or failed (`None`: it was told already why).
+    fn write_over(&mut self, running: Running, result: Option<Result<(), StoreError>>) {
+        let Running {
+            mut job,
+            ticket,
+            moves,
+            ..
+        } = running;
+        self.landed(&mut job);
+        drop(ticket);
+        self.wake_overlapping();
+        let outcome = result.map_or(Outcome::Failed, |result| self.outcome(&job, result));
+        if outcome == Outcome::Done && !self.volume.may_cache_writes() {
+            let number = self.running.insert(Running {
+                job,
+                ticket: None,
+                stage: Stage::Flushing,
+                moves,
+            });
+            self.to_flush.push(number);
+        } else {
+            self.done.push((job.token, outcome));
+        }
+    }
+
+    /// A write is through, or has given its blocks up: requests of other queues may wait for them.
+    pub(super) fn wake_overlapping(&self) {
+        if self.volume.overlapping.load(Ordering::SeqCst) > 0 {
+            self.volume.wake_queues();
+        }
+    }
+
+    fn prepared(&mut self, number: u32, plan: Result<WritePlan, StoreError>) {
+        match plan {
+            Ok(plan) => {
+                if let Some(running) = self.running.get_mut(number) {
+                    running.stage = Stage::Writing { plan };
+                    self.start_transfers(number);
+                }
+            }
+            Err(error) => {
+                // The hand has dropped the plan, and with it the claim on its blocks.
+                let Some(running) = self.running.remove(number) else {
+                    return;
+                };
+                match remedy(&error) {
+                    Remedy::Park(why) => self.park_again(running, why),
+                    Remedy::Fail => self.write_over(running, Some(Err(error))),
+                }
+            }
+        }
+    }
+
+    fn finished_by_hand(&mut self, number: u32, result: Result<(), StoreError>) {
+        let Some(running) = self.running.remove(number) else {
+            return;
+        };
+        let whole = matches!(running.stage, Stage::Whole);
+        if let Err(error) = &result
+            && whole
+            && let Remedy::Park(why) = remedy(error)
+        {
+            self.park_again(running, why);
+        } else if whole && running.job.request.op.changes_disk() {
+            self.write_over(running, Some(result));
+        } else {
+            let outcome = self.outcome(&running.job, result);
+            self.done.push((running.job.token, outcome));
+        }
+    }
+
+    /// What a hand could not do now waits for news, as what could not be planned does.
+    fn park_again(&mut self, running: Running, why: Parked) {
+        let Running {
+            mut job,
+            ticket,
+            stage,
+            ..
+        } = running;
+        if matches!(stage, Stage::Whole) {
+            // A part of it may have been done: marks that came meanwhile count it now.
+            self.landed(&mut job);
+        }
+        drop(ticket);
+        self.wake_overlapping();
+        self.park(job, why);
+    }
+
+    /// Before the ticket is dropped: a snapshot that waited for it reads the witness next.
+    pub(super) fn landed(&self, job: &mut Job) {
+        job.arrival = self
+            .volume
+            .witness
+            .landed(job.request.op, job.request.range, job.arrival);
+    }
+
+    pub(super) fn outcome(&self, job: &Job, result: Result<(), StoreError>) -> Outcome {
+        match result {
+            Ok(()) => Outcome::Done,
+            Err(error) => {
+                self.log_failure(job, &error);
+                Outcome::Failed
+            }
+        }
+    }
+
+    pub(super) fn log_failure(&self, job: &Job, error: &StoreError) {
+        let cause = std::error::Error::source(error).map(ToString::to_string);
+        tracing::warn!(volume = %self.volume.settings.name, request = ?job.request.op,
+            range = ?job.request.range, %error, cause, "a request failed");
+        self.volume.tell_if_poisoned();
+    }
+}

@@ -1,0 +1,161 @@
+//! Requests that cannot go on now, and how others know that they wait.
+//!
+//! Used by the worker. A request waits for one of three things: the end of a hold, the end of another write on its blocks,
+//! room in the shadow storage. Whoever brings one of them raises the volume's count of news and wakes the queues.
+//!
+//! Invariant: an attempt is repeated only when there are news that came after it began, or when the request has just become
+//! known as waiting (what it waits for may have ended before that). So nothing is missed, and nothing burns.
+
+use super::super::volume::VolumeEngine;
+use super::{Job, Outcome, Worker};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use vhost_blk_wire::event::Event as WireEvent;
+
+/// What a request waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Parked {
+    Held,
+    Overlapping,
+    WithoutRoom,
+}
+
+/// The volume knows of a waiting request as long as this lives.
+#[derive(Debug)]
+pub(super) struct Waits {
+    volume: Arc<VolumeEngine>,
+    what: Parked,
+}
+
+impl Waits {
+    /// `None` for a hold: its end wakes everybody anyway.
+    fn register(volume: &Arc<VolumeEngine>, what: Parked) -> Option<Self> {
+        match what {
+            Parked::Held => return None,
+            Parked::Overlapping => {
+                volume.overlapping.fetch_add(1, Ordering::SeqCst);
+            }
+            Parked::WithoutRoom => {
+                if volume.without_room.fetch_add(1, Ordering::SeqCst) == 0 {
+                    tracing::warn!(volume = %volume.settings.name, "shadow storage is full: writes wait");
+                    volume.tell(WireEvent::ShadowStorageFull {
+                        volume: volume.settings.name.clone(),
+                    });
+                }
+            }
+        }
+        Some(Self {
+            volume: Arc::clone(volume),
+            what,
+        })
+    }
+}
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        match self.what {
+            Parked::Held => {}
+            Parked::Overlapping => {
+                self.volume.overlapping.fetch_sub(1, Ordering::SeqCst);
+            }
+            Parked::WithoutRoom => {
+                self.volume.without_room.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Waiting {
+    job: Job,
+    why: Parked,
+    /// Has just become known as waiting.
+    try_at_once: bool,
+}
+
+impl Waiting {
+    fn is_due(&self, news: u64) -> bool {
+        self.try_at_once || self.job.tried_at != news
+    }
+}
+
+/// Parked requests of one queue, oldest first.
+#[derive(Debug, Default)]
+pub(super) struct Parking {
+    waiting: Vec<Waiting>,
+}
+
+impl Parking {
+    pub(super) fn forget(&mut self) {
+        self.waiting.clear();
+    }
+
+    /// True if there is something to be tried, the volume's count of news being `news`.
+    pub(super) fn is_due(&self, news: u64) -> bool {
+        self.waiting.iter().any(|waiting| waiting.is_due(news))
+    }
+}
+
+/// What became of an attempt to start a request.
+pub(super) enum Started {
+    Running,
+    Finished(super::Token, Outcome),
+    Parked(Job, Parked),
+}
+
+impl Worker {
+    /// Starts what can start: parked requests for which something has changed, then those that have arrived.
+    pub(super) fn start_due(&mut self) {
+        let mut with_held = !self.arrived.is_empty();
+        loop {
+            // Before the attempts: what happens meanwhile is news.
+            let news = self.volume.news();
+            if !self.parking.waiting.is_empty() {
+                let waiting = std::mem::take(&mut self.parking.waiting);
+                for parked in waiting {
+                    // A hold that ends by its clock brings no news; the first new write finds out.
+                    if parked.is_due(news) || (parked.why == Parked::Held && with_held) {
+                        self.attempt(parked.job, news);
+                    } else {
+                        self.parking.waiting.push(parked);
+                    }
+                }
+            }
+            if !self.arrived.is_empty() {
+                let mut arrived = std::mem::take(&mut self.arrived);
+                for job in arrived.drain(..) {
+                    self.attempt(job, news);
+                }
+                self.arrived = arrived;
+            }
+            with_held = false;
+            if !self.parking.waiting.iter().any(|parked| parked.try_at_once) {
+                break;
+            }
+        }
+        self.flush_synchronous_writes();
+    }
+
+    fn attempt(&mut self, mut job: Job, news: u64) {
+        job.tried_at = news;
+        match self.start(job) {
+            Started::Running => {}
+            Started::Finished(token, outcome) => self.done.push((token, outcome)),
+            Started::Parked(job, why) => self.park(job, why),
+        }
+    }
+
+    /// Parks a request. What it waits for may have ended before it was known to wait, so that it is tried once more then.
+    pub(super) fn park(&mut self, mut job: Job, why: Parked) {
+        let known = job.waits.as_ref().map(|waits| waits.what);
+        if known != Some(why) {
+            job.waits = Waits::register(&self.volume, why);
+        }
+        let try_at_once = job.waits.is_some() && known != Some(why);
+        self.parking.waiting.push(Waiting {
+            job,
+            why,
+            try_at_once,
+        });
+    }
+}
