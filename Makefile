@@ -10,14 +10,14 @@ MAKEFLAGS += --no-builtin-rules
 PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
             qemu-system-x86 qemu-utils qemu-system-common
 # For the tests and measurements only: a person who runs the demo need not have them.
-test test-quick test-machines nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
+test test-quick test-machines kernel-cuts nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
 bench nightly: PACKAGES += fio qemu-system-common linux-perf
 TRIPLE := x86_64-unknown-linux-gnu
 PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images demo test test-quick test-machines bench window-figures crash-images nightly fmt lint doc
+.PHONY: help deps images demo test test-quick test-machines bench window-figures crash-images kernel-cuts nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -70,7 +70,10 @@ window-figures: images ## boot, freeze to thaw, hold and each step, over 50 sets
 crash-images: ## a few hundred thousand crash images of the store; a seed that fails is printed, with the way to see it again
 	cargo test --locked -p vhost-blk-store --test crash_consistency nightly_crash_images -- --ignored --nocapture
 
-nightly: test crash-images bench window-figures ## everything that takes long
+kernel-cuts: deps ## power cuts of a disk under real file systems with the store on them
+	VMSHADOW_KERNEL_CUTS=400 cargo test --locked -p vhost-blk-store --test kernel_cut -- --nocapture
+
+nightly: test crash-images kernel-cuts bench window-figures ## everything that takes long
 
 fmt: ## format the code
 	@cargo fmt

@@ -146,7 +146,7 @@ pub fn possible(model: &Model, sector: usize, value: u64) -> bool {
 }
 
 /// The head is one the crash may leave.
-fn check_head(step: &Step<'_>, power_cut: bool, found: &[Option<u64>], ids: &[SnapshotId]) {
+pub fn check_head(step: &Step<'_>, power_cut: bool, found: &[Option<u64>], ids: &[SnapshotId]) {
     let (before, after) = (step.before, step.after);
     let result = match step.op {
         // All of it or nothing: no mixture of the two states.
@@ -197,7 +197,7 @@ fn are_snapshots(ids: &[SnapshotId], model: &Model, power_cut: bool) -> bool {
 }
 
 /// The snapshots are those before or after the operation, each exactly as it was.
-fn check_snapshots(step: &Step<'_>, power_cut: bool, volume: &Volume) -> Vec<Taken> {
+pub fn check_snapshots(step: &Step<'_>, power_cut: bool, volume: &Volume) -> Vec<Taken> {
     let ids: Vec<SnapshotId> = volume.snapshots().iter().map(|s| s.snapshot_id).collect();
     let known =
         are_snapshots(&ids, step.before, power_cut) || are_snapshots(&ids, step.after, power_cut);
@@ -322,7 +322,7 @@ fn go_on(
 }
 
 /// What is there after a crash is the truth from now on: opening has made it durable.
-fn found_model(head: &[Option<u64>], snapshots: Vec<Taken>, after: &Model) -> Model {
+pub fn found_model(head: &[Option<u64>], snapshots: Vec<Taken>, after: &Model) -> Model {
     let mut model = Model::new(SECTORS);
     model.head = head.iter().map(|value| value.unwrap()).collect();
     model.snapshots = snapshots;
