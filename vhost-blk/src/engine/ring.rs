@@ -206,9 +206,9 @@ impl Ring {
             if !queued && !ready {
                 return Ok(entered);
             }
-            if self.enter(0)? == 0 && queued {
-                // The kernel is short of memory. Completions will wake us again.
-                return Ok(false);
+            if self.enter(0)? == 0 {
+                // Either there was only something to finish, or the kernel takes no more before completions are taken.
+                return Ok(entered || !queued);
             }
             entered = true;
         }
@@ -259,7 +259,8 @@ impl Ring {
         drop(completion);
         let news = !self.uring.completion().is_empty();
         let submission = self.uring.submission();
-        news || submission.taskrun() || submission.cq_overflow() || !self.waiting.is_empty()
+        let left = !self.waiting.is_empty() || !submission.is_empty();
+        news || left || submission.taskrun() || submission.cq_overflow()
     }
 
     /// Completions do not wake the kick any more.
