@@ -34,7 +34,7 @@ const REDIRECTED: usize = 1 << 13;
 pub fn run(bench: &mut Bench) -> Result<()> {
     let place = bench.ram.clone();
     let depths: &[usize] = bench.size(&[1, 64, 512, 4096], &[1, 16]);
-    let chains: &[usize] = bench.size(&[1, 64, 256], &[1, 8]);
+    let chains: &[usize] = bench.size(&[1, 64, 128], &[1, 8]);
     let mut ours = Vec::new();
     for depth in depths {
         bench.say(&format!("making {depth} snapshots"));
@@ -155,7 +155,7 @@ impl Chain {
     fn make(place: &Place, depth: usize) -> Result<Self> {
         let directory = place.directory(&format!("chain-{depth}"))?;
         place.file(&directory.join(peers::BASE), DISK_BYTES)?;
-        peers::make_chain(&directory, &writes(depth))?;
+        peers::make_chain(&directory, DISK_BYTES, &writes(depth))?;
         let daemon = StorageDaemon::chain(&directory, depth)?;
         let client = daemon.client(1)?;
         Ok(Self {

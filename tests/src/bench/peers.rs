@@ -145,7 +145,6 @@ impl StorageDaemon {
 enum Backing<'a> {
     None(u64),
     Raw(&'a Path),
-    Qcow2(&'a Path),
 }
 
 fn create(path: &Path, options: &str, backing: Backing<'_>) -> Result<()> {
@@ -154,7 +153,6 @@ fn create(path: &Path, options: &str, backing: Backing<'_>) -> Result<()> {
     match backing {
         Backing::None(size_bytes) => command.arg(path).arg(size_bytes.to_string()),
         Backing::Raw(base) => command.args(["-F", "raw", "-b"]).arg(base).arg(path),
-        Backing::Qcow2(layer) => command.args(["-F", "qcow2", "-b"]).arg(layer).arg(path),
     };
     place::run(&mut command).map(drop)
 }
@@ -163,17 +161,17 @@ fn layer_name(number: usize) -> String {
     format!("layer{number}.qcow2")
 }
 
-/// Makes a chain of overlays over `DIRECTORY/base.raw`; each layer, oldest first, has these 4 KiB blocks written.
-pub fn make_chain(directory: &Path, layers: &[Vec<u64>]) -> Result<()> {
-    let mut below = directory.join(BASE);
+/// Makes the layers of a chain over `DIRECTORY/base.raw`; each, oldest first, has these 4 KiB blocks written. What lies below a layer
+/// is only said when the chain is served: with it, each layer would open all below it first, and the zeroes that
+/// fill its clusters instead of their data are as long to read.
+pub fn make_chain(directory: &Path, size_bytes: u64, layers: &[Vec<u64>]) -> Result<()> {
     for (number, offsets) in (1..).zip(layers) {
         let layer = directory.join(layer_name(number));
-        let backing = if number == 1 {
-            Backing::Raw(&below)
-        } else {
-            Backing::Qcow2(&below)
-        };
-        create(&layer, Overlay::Clusters64K.options(), backing)?;
+        create(
+            &layer,
+            Overlay::Clusters64K.options(),
+            Backing::None(size_bytes),
+        )?;
         let mut command = Command::new("qemu-io");
         command.args(["-f", "qcow2"]);
         for offset in offsets {
@@ -183,7 +181,6 @@ pub fn make_chain(directory: &Path, layers: &[Vec<u64>]) -> Result<()> {
             ]);
         }
         place::run(command.arg(&layer))?;
-        below = layer;
     }
     Ok(())
 }

@@ -410,10 +410,19 @@ fn reached(line: &Line) -> Option<String> {
 
 fn with_spread(spread: &Spread) -> String {
     let around = (spread.high - spread.low) / 2.0 / spread.median * 100.0;
-    if spread.rounds < 2 || !around.is_finite() {
+    if spread.rounds < 2 || spread.high <= 0.0 {
         return number(spread.median);
     }
-    format!("{} +-{around:.0}%", number(spread.median))
+    if around.is_finite() && around < 100.0 {
+        return format!("{} +-{around:.0}%", number(spread.median));
+    }
+    // Something that happens in some rounds only.
+    format!(
+        "{} [{} to {}]",
+        number(spread.median),
+        number(spread.low),
+        number(spread.high)
+    )
 }
 
 /// Three digits, thousands as `k`, millions as `M`.
