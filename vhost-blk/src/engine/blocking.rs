@@ -69,6 +69,8 @@ impl Inbox {
 pub(super) enum Task {
     /// `prepare_writes`.
     Prepare(Vec<(u32, WritePlan)>),
+    /// `preserve`, of plans whose copies the worker has moved.
+    Preserve(Vec<(u32, WritePlan)>),
     /// A whole request by the store's blocking drivers.
     Whole(u32, Request),
     /// One `flush` for all of them.
@@ -114,7 +116,7 @@ impl Hand {
         if let Some(Order { task, inbox }) = refused {
             // The thread is gone, which only a panic in it can do: the guest is told, the queue goes on.
             match task {
-                Task::Prepare(plans) => inbox.put(
+                Task::Prepare(plans) | Task::Preserve(plans) => inbox.put(
                     plans
                         .iter()
                         .map(|(number, _)| Report::Prepared(*number, Err(StoreError::Poisoned))),
@@ -147,6 +149,8 @@ fn work(store: &Volume, incoming: &Receiver<Order>) {
     while let Ok(first) = incoming.recv() {
         let mut plans = Vec::new();
         let mut owners = Vec::new();
+        let mut copied = Vec::new();
+        let mut copied_owners = Vec::new();
         let mut flushes = Vec::new();
         let mut wholes = Vec::new();
         for Order { task, inbox } in
@@ -158,9 +162,18 @@ fn work(store: &Volume, incoming: &Receiver<Order>) {
                     plans.extend(more);
                     owners.push((numbers, inbox));
                 }
+                Task::Preserve(more) => {
+                    let (numbers, more): (Vec<_>, Vec<_>) = more.into_iter().unzip();
+                    copied.extend(more);
+                    copied_owners.push((numbers, inbox));
+                }
                 Task::Flush(numbers) => flushes.push((numbers, inbox)),
                 Task::Whole(number, request) => wholes.push((number, inbox, request)),
             }
+        }
+        if !copied.is_empty() {
+            let preserved = store.preserve(&mut copied);
+            report_plans(preserved.err().as_ref(), copied, copied_owners);
         }
         if !plans.is_empty() {
             let prepared = store.prepare_writes(&mut plans);
@@ -265,7 +278,7 @@ fn memory_error(piece: ByteRange, error: vm_memory::GuestMemoryError) -> StoreEr
 }
 
 /// The same error for another request of the round: what failed was shared. Its source is told once, in the log.
-fn same(error: &StoreError) -> StoreError {
+pub(super) fn same(error: &StoreError) -> StoreError {
     if matches!(error, StoreError::Overlaps) {
         StoreError::Overlaps
     } else if matches!(error, StoreError::Busy) {

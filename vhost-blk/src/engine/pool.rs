@@ -47,13 +47,21 @@ pub(super) struct Pool {
 }
 
 impl Pool {
+    /// True if buffers of all these lengths can be had now.
+    pub(super) fn has(&self, lengths: impl Iterator<Item = usize>) -> bool {
+        let mut out_bytes = self.out_bytes;
+        for length_bytes in lengths {
+            out_bytes = out_bytes.saturating_add(size_for(length_bytes));
+            if length_bytes > PRIVATE_BYTES_MAX || out_bytes > POOL_BYTES_MAX {
+                return false;
+            }
+        }
+        true
+    }
+
     /// A buffer of at least so many bytes; `None` if that is too long, or too much is in use.
     pub(super) fn take(&mut self, length_bytes: usize) -> Option<PrivateBuffer> {
-        let size = if length_bytes <= SINGLE_BYTES {
-            SINGLE_BYTES
-        } else {
-            PRIVATE_BYTES_MAX
-        };
+        let size = size_for(length_bytes);
         if length_bytes > size || self.out_bytes + size > POOL_BYTES_MAX {
             return None;
         }
@@ -83,6 +91,14 @@ impl Pool {
     }
 }
 
+fn size_for(length_bytes: usize) -> usize {
+    if length_bytes <= SINGLE_BYTES {
+        SINGLE_BYTES
+    } else {
+        PRIVATE_BYTES_MAX
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,9 +114,11 @@ mod tests {
         }
         assert_eq!(taken.len() * PRIVATE_BYTES_MAX, POOL_BYTES_MAX);
         assert!(pool.take(1).is_none());
+        assert!(!pool.has([1].into_iter()));
         for buffer in taken {
             pool.give_back(buffer);
         }
+        assert!(pool.has([1, PRIVATE_BYTES_MAX].into_iter()));
         assert!(pool.take(1).is_some());
     }
 }

@@ -42,6 +42,8 @@ pub enum RingUnavailable {
 pub(super) struct Completed {
     /// The number it was started with.
     pub(super) number: u64,
+    /// What it moved, and which way.
+    pub(super) span: Span,
     /// How it ended.
     pub(super) outcome: io::Result<()>,
     #[allow(
@@ -241,6 +243,7 @@ impl Ring {
                     if let Some(transfer) = self.transfers.remove(place) {
                         completed.push(Completed {
                             number: transfer.number,
+                            span: transfer.span,
                             outcome,
                             memory: transfer.memory,
                         });

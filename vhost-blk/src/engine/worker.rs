@@ -4,7 +4,7 @@
 //! the ring, but not the guest's ring: it names requests by [`Token`] and may finish them in any order.
 //!
 //! * here: the queue's passes; * `start`: a request becomes a plan and transfers; * `finish`: what became of them;
-//! * `parking`: what cannot go on now.
+//! * `copy`: old data that has to be in the log first; * `parking`: what cannot go on now.
 //!
 //! Invariants:
 //! * A request that changes the disk holds a [`Ticket`] from before it is planned until its mapping is recorded, and at
@@ -13,6 +13,7 @@
 //! * What cannot go on now is parked and tried again when the volume has news; nothing is parked without somebody who
 //!   will bring them: the barrier's release, another write's completion, or maintenance that made room.
 
+mod copy;
 mod finish;
 mod parking;
 mod start;
@@ -20,6 +21,7 @@ mod start;
 use super::barrier::Ticket;
 use super::blocking::{Inbox, Task};
 use super::kick::Kick;
+use super::pool::Pool;
 use super::request::{Outcome, Request, Token};
 use super::ring::{Completed, Ring};
 use super::slab::Slab;
@@ -44,8 +46,11 @@ pub struct Worker {
     running: Slab<Running>,
     /// Requests whose last transfer is over, or never began.
     moved: Vec<u32>,
-    /// Plans that have to be prepared: handed over once a pass.
+    pool: Pool,
+    /// Plans that have to be prepared by the store: handed over once a pass.
     to_prepare: Vec<(u32, WritePlan)>,
+    /// Plans whose copies are done: handed over once a pass, they share a round of syncs.
+    to_preserve: Vec<(u32, WritePlan)>,
     /// Flushes, and writes that need one: handed over once a pass.
     to_flush: Vec<u32>,
     done: Vec<(Token, Outcome)>,
@@ -88,6 +93,11 @@ enum Stage {
     },
     /// A hand has the plan.
     Preparing,
+    /// Old data goes to the log; after that a hand makes it durable.
+    Copying {
+        plan: WritePlan,
+    },
+    /// The guest's data is moved, and the old data beside it where it fills no whole blocks.
     Writing {
         plan: WritePlan,
     },
@@ -141,6 +151,8 @@ impl Worker {
             running: Slab::default(),
             moved: Vec::new(),
             to_prepare: Vec::new(),
+            to_preserve: Vec::new(),
+            pool: Pool::default(),
             to_flush: Vec::new(),
             done: Vec::new(),
             completed: Vec::new(),
@@ -196,6 +208,7 @@ impl Worker {
         let transfers = matches!(&self.mover, Mover::Ring(ring) if ring.has_waiting());
         transfers
             || !self.to_prepare.is_empty()
+            || !self.to_preserve.is_empty()
             || !self.to_flush.is_empty()
             || self.parking.is_due(self.volume.news())
     }
@@ -295,6 +308,10 @@ impl Worker {
         if !self.to_prepare.is_empty() {
             let plans = std::mem::take(&mut self.to_prepare);
             self.volume.mover.order(Task::Prepare(plans), &self.inbox);
+        }
+        if !self.to_preserve.is_empty() {
+            let plans = std::mem::take(&mut self.to_preserve);
+            self.volume.mover.order(Task::Preserve(plans), &self.inbox);
         }
         if !self.to_flush.is_empty() {
             let flushes = std::mem::take(&mut self.to_flush);

@@ -44,6 +44,8 @@ pub(in super::super) enum Memory {
     Guest(Arc<GuestMemoryMmap>),
     /// Our own.
     Private(PrivateBuffer),
+    /// Given away.
+    None,
 }
 
 /// Addresses of what is left to move.

@@ -3,11 +3,12 @@
 //! Called at both ends of a pass. Everything that ended since the last look is taken together, so that the records of all
 //! its writes are appended at once.
 
-use super::super::blocking::Report;
+use super::super::blocking::{Report, same};
 use super::super::request::Outcome;
-use super::super::ring::Completed;
+use super::super::ring::{Completed, Memory};
+use super::copy::owner;
 use super::parking::Parked;
-use super::{Job, Mover, Remedy, Running, Stage, Worker, remedy};
+use super::{Job, Mover, Moves, Remedy, Running, Stage, Worker, remedy};
 use std::sync::atomic::Ordering;
 use vhost_blk_store::{StoreError, WritePlan};
 
@@ -31,8 +32,14 @@ impl Worker {
         self.moves_over();
     }
 
-    fn transfer_over(&mut self, transfer: Completed) {
-        let number = u32::try_from(transfer.number).unwrap_or(u32::MAX);
+    fn transfer_over(&mut self, mut transfer: Completed) {
+        if self.go_on_copying(&mut transfer) {
+            return;
+        }
+        if let Memory::Private(buffer) = transfer.memory {
+            self.pool.give_back(buffer);
+        }
+        let (number, _) = owner(transfer.number);
         let Some(running) = self.running.get_mut(number) else {
             return;
         };
@@ -47,60 +54,71 @@ impl Worker {
         }
     }
 
-    /// Ends requests all of whose transfers are over.
+    /// Ends requests all of whose transfers are over, or brings them to their next stage.
     fn moves_over(&mut self) {
         if self.moved.is_empty() {
             return;
         }
         let mut moved = std::mem::take(&mut self.moved);
+        let mut plans = Vec::new();
+        let mut written = Vec::new();
         for number in moved.drain(..) {
-            let Some(running) = self.running.remove(number) else {
+            let Some(running) = self.running.get_mut(number) else {
                 continue;
             };
-            let Running {
-                job,
-                ticket,
-                stage,
-                moves,
-            } = running;
-            match stage {
+            let failed = running.moves.failed;
+            match std::mem::replace(&mut running.stage, Stage::Preparing) {
                 Stage::Reading { .. } => {
-                    let outcome = if moves.failed {
+                    let token = running.job.token;
+                    self.running.remove(number);
+                    let outcome = if failed {
                         Outcome::Failed
                     } else {
                         Outcome::Done
                     };
-                    self.done.push((job.token, outcome));
+                    self.done.push((token, outcome));
                 }
-                Stage::Writing { plan } => {
-                    let result = if moves.failed {
-                        drop(plan);
-                        None
-                    } else {
-                        Some(self.volume.store().complete_write(plan))
-                    };
-                    let running = Running {
-                        job,
-                        ticket,
-                        stage: Stage::Flushing,
-                        moves,
-                    };
-                    self.write_over(running, result);
+                Stage::Copying { plan } | Stage::Writing { plan } if failed => {
+                    // Its blocks are free again before others are told.
+                    drop(plan);
+                    self.write_over(number, None);
                 }
-                Stage::Preparing | Stage::Whole | Stage::Flushing => {}
+                Stage::Copying { mut plan } => {
+                    plan.copies_landed();
+                    self.to_preserve.push((number, plan));
+                }
+                Stage::Writing { mut plan } => {
+                    if !plan.copies().is_empty() {
+                        plan.copies_landed();
+                    }
+                    plans.push(plan);
+                    written.push(number);
+                }
+                stage @ (Stage::Preparing | Stage::Whole | Stage::Flushing) => {
+                    running.stage = stage;
+                }
             }
         }
         self.moved = moved;
+        if !plans.is_empty() {
+            let result = self.volume.store().complete_writes(plans);
+            for number in written {
+                let result = result
+                    .as_ref()
+                    .map_or_else(|error| Err(same(error)), |()| Ok(()));
+                self.write_over(number, Some(result));
+            }
+        }
     }
 
     /// A request that changes the disk has done so, or failed (`None`: it was told already why).
-    fn write_over(&mut self, running: Running, result: Option<Result<(), StoreError>>) {
-        let Running {
-            mut job,
-            ticket,
-            moves,
-            ..
-        } = running;
+    fn write_over(&mut self, number: u32, result: Option<Result<(), StoreError>>) {
+        let Some(Running {
+            mut job, ticket, ..
+        }) = self.running.remove(number)
+        else {
+            return;
+        };
         self.landed(&mut job);
         drop(ticket);
         self.wake_overlapping();
@@ -110,7 +128,7 @@ impl Worker {
                 job,
                 ticket: None,
                 stage: Stage::Flushing,
-                moves,
+                moves: Moves::default(),
             });
             self.to_flush.push(number);
         } else {
@@ -130,24 +148,19 @@ impl Worker {
             Ok(plan) => {
                 if let Some(running) = self.running.get_mut(number) {
                     running.stage = Stage::Writing { plan };
-                    self.start_transfers(number);
+                    self.start_writing(number);
                 }
             }
-            Err(error) => {
-                // The hand has dropped the plan, and with it the claim on its blocks.
-                let Some(running) = self.running.remove(number) else {
-                    return;
-                };
-                match remedy(&error) {
-                    Remedy::Park(why) => self.park_again(running, why),
-                    Remedy::Fail => self.write_over(running, Some(Err(error))),
-                }
-            }
+            // The hand has dropped the plan, and with it the claim on its blocks.
+            Err(error) => match remedy(&error) {
+                Remedy::Park(why) => self.park_again(number, why),
+                Remedy::Fail => self.write_over(number, Some(Err(error))),
+            },
         }
     }
 
     fn finished_by_hand(&mut self, number: u32, result: Result<(), StoreError>) {
-        let Some(running) = self.running.remove(number) else {
+        let Some(running) = self.running.get(number) else {
             return;
         };
         let whole = matches!(running.stage, Stage::Whole);
@@ -155,23 +168,26 @@ impl Worker {
             && whole
             && let Remedy::Park(why) = remedy(error)
         {
-            self.park_again(running, why);
+            self.park_again(number, why);
         } else if whole && running.job.request.op.changes_disk() {
-            self.write_over(running, Some(result));
-        } else {
+            self.write_over(number, Some(result));
+        } else if let Some(running) = self.running.remove(number) {
             let outcome = self.outcome(&running.job, result);
             self.done.push((running.job.token, outcome));
         }
     }
 
     /// What a hand could not do now waits for news, as what could not be planned does.
-    fn park_again(&mut self, running: Running, why: Parked) {
-        let Running {
+    fn park_again(&mut self, number: u32, why: Parked) {
+        let Some(Running {
             mut job,
             ticket,
             stage,
             ..
-        } = running;
+        }) = self.running.remove(number)
+        else {
+            return;
+        };
         if matches!(stage, Stage::Whole) {
             // A part of it may have been done: marks that came meanwhile count it now.
             self.landed(&mut job);

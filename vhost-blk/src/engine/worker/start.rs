@@ -5,11 +5,14 @@
 
 use super::super::barrier::Ticket;
 use super::super::blocking::{Task, perform};
+use super::super::buffers::GuestBuffers;
+use super::super::pool::{PRIVATE_BYTES_MAX, PrivateBuffer};
 use super::super::request::{Op, Outcome, Request};
 use super::super::ring::{Direction, Span};
 use super::parking::{Parked, Started};
 use super::{Job, Mover, Moves, Remedy, Running, Stage, Worker, remedy, store_range};
-use vhost_blk_store::{DataFile, Extent, Source, StoreError, View, WriteKind};
+use std::io::ErrorKind;
+use vhost_blk_store::{DataFile, Extent, Source, StoreError, View, WriteKind, WritePlan};
 
 impl Worker {
     pub(super) fn start(&mut self, job: Job) -> Started {
@@ -119,7 +122,7 @@ impl Worker {
             stage: Stage::Reading { plan },
             moves: Moves::default(),
         });
-        self.start_transfers(number);
+        self.start_reading(number);
         Started::Running
     }
 
@@ -141,13 +144,20 @@ impl Worker {
             return self.hand_over(job, ticket);
         }
         job.waits = None;
-        if plan.needs_prepare() {
+        if plan.needs_room() || !self.can_copy(&plan) {
+            // Room is the store's to make, and what comes with it.
             let number = self.keep(job, ticket, Stage::Preparing);
             self.to_prepare.push((number, plan));
-            return Started::Running;
+        } else if plan.needs_preserve() {
+            let number = self.keep(job, ticket, Stage::Copying { plan });
+            self.start_copies(number);
+            self.over_if_nothing_moves(number);
+        } else {
+            // Old bytes beside the guest's need not be there before them.
+            let number = self.keep(job, ticket, Stage::Writing { plan });
+            self.start_copies(number);
+            self.start_writing(number);
         }
-        let number = self.keep(job, ticket, Stage::Writing { plan });
-        self.start_transfers(number);
         Started::Running
     }
 
@@ -171,53 +181,158 @@ impl Worker {
             })
     }
 
-    /// Queues the transfers between the guest's memory and the extents of a request's plan. Without a single one (zeroes only, or
-    /// none could start) its moving is over.
-    pub(super) fn start_transfers(&mut self, number: u32) {
-        let Some(running) = self.running.get_mut(number) else {
+    /// Queues a read's transfers. Zeroes are there at once.
+    fn start_reading(&mut self, number: u32) {
+        let Some(Running {
+            job,
+            stage: Stage::Reading { plan },
+            moves,
+            ..
+        }) = self.running.get_mut(number)
+        else {
             return;
         };
-        let (direction, extents) = match &running.stage {
-            Stage::Reading { plan } => (Direction::FromFile, plan.extents()),
-            Stage::Writing { plan } => (Direction::ToFile, plan.extents()),
-            Stage::Preparing | Stage::Whole | Stage::Flushing => return,
-        };
-        let buffers = &running.job.request.buffers;
-        let mut moves = Moves::default();
-        let mut done_bytes = 0;
-        for extent in extents {
-            let at = done_bytes;
-            done_bytes += extent.length_bytes;
-            let file = match extent.source {
-                Source::Base => DataFile::Base,
-                Source::Log => DataFile::Log,
-                Source::Zero => {
-                    // A write never goes to a zero extent; a read of one is done at once.
-                    moves.failed |= direction == Direction::ToFile
-                        || buffers.zero(at, extent.length_bytes).is_err();
+        let buffers = &job.request.buffers;
+        let mut at = 0;
+        for extent in plan.extents() {
+            let started = match data_file(extent.source) {
+                None => {
+                    moves.failed |= buffers.zero(at, extent.length_bytes).is_err();
+                    at += extent.length_bytes;
                     continue;
                 }
-            };
-            let span = Span {
-                direction,
-                file_offset_bytes: extent.offset_bytes,
-                length_bytes: extent.length_bytes,
-            };
-            let started = match &mut self.mover {
-                Mover::Ring(ring) => ring.start_guest(u64::from(number), file, buffers, at, span),
-                Mover::Sync | Mover::Undecided => Err(std::io::ErrorKind::Unsupported.into()),
-            };
-            match started {
-                Ok(()) => moves.left += 1,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot start a transfer");
-                    moves.failed = true;
+                Some(file) => {
+                    let span = span(Direction::FromFile, extent);
+                    match &mut self.mover {
+                        Mover::Ring(ring) => {
+                            ring.start_guest(u64::from(number), file, buffers, at, span)
+                        }
+                        Mover::Sync | Mover::Undecided => Err(ErrorKind::Unsupported.into()),
+                    }
                 }
-            }
+            };
+            moves.count(started);
+            at += extent.length_bytes;
         }
-        running.moves = moves;
-        if moves.left == 0 {
+        self.over_if_nothing_moves(number);
+    }
+
+    /// Queues a write's transfers: straight from the guest's memory, or, where the store wants to know what was written, from
+    /// a private copy, which the guest cannot change between checksum and disk.
+    pub(super) fn start_writing(&mut self, number: u32) {
+        let Some(Running {
+            job,
+            stage: Stage::Writing { plan },
+            moves,
+            ..
+        }) = self.running.get_mut(number)
+        else {
+            return;
+        };
+        let buffers = &job.request.buffers;
+        let sealing =
+            !plan.seals().is_empty() && job.request.range.length_bytes <= PRIVATE_BYTES_MAX as u64;
+        let mut at = 0;
+        for place in 0..plan.extents().len() {
+            let Some(extent) = plan.extents().get(place).copied() else {
+                break;
+            };
+            let started = match (&mut self.mover, data_file(extent.source)) {
+                // A write never goes to a zero extent.
+                (Mover::Ring(_), None) | (Mover::Sync | Mover::Undecided, _) => {
+                    Err(ErrorKind::Unsupported.into())
+                }
+                (Mover::Ring(ring), Some(file)) => {
+                    let span = span(Direction::ToFile, &extent);
+                    let private = if sealing && extent.source == Source::Log {
+                        usize::try_from(extent.length_bytes)
+                            .ok()
+                            .and_then(|length| self.pool.take(length))
+                    } else {
+                        None
+                    };
+                    match private {
+                        Some(buffer) => seal(plan, buffers, at, extent.length_bytes, buffer)
+                            .and_then(|buffer| {
+                                ring.start_private(u64::from(number), file, buffer, span)
+                            }),
+                        None => ring.start_guest(u64::from(number), file, buffers, at, span),
+                    }
+                }
+            };
+            moves.count(started);
+            at += extent.length_bytes;
+        }
+        self.over_if_nothing_moves(number);
+    }
+
+    /// A request none of whose transfers could start, or that needs none, is over already.
+    pub(super) fn over_if_nothing_moves(&mut self, number: u32) {
+        if let Some(running) = self.running.get(number)
+            && running.moves.left == 0
+        {
             self.moved.push(number);
         }
+    }
+}
+
+impl Moves {
+    pub(super) fn count(&mut self, started: std::io::Result<()>) {
+        match started {
+            Ok(()) => self.left += 1,
+            Err(error) => {
+                tracing::warn!(%error, "cannot start a transfer");
+                self.failed = true;
+            }
+        }
+    }
+}
+
+/// Copies a part of the guest's data and tells the plan the checksums of what it wants to know.
+fn seal(
+    plan: &mut WritePlan,
+    buffers: &GuestBuffers,
+    offset_bytes: u64,
+    length_bytes: u64,
+    mut buffer: PrivateBuffer,
+) -> std::io::Result<PrivateBuffer> {
+    let length = usize::try_from(length_bytes).unwrap_or(usize::MAX);
+    let bytes = buffer
+        .bytes_mut()
+        .get_mut(..length)
+        .ok_or(ErrorKind::InvalidInput)?;
+    buffers
+        .read_at(offset_bytes, bytes)
+        .map_err(std::io::Error::other)?;
+    for place in 0..plan.seals().len() {
+        let Some(part) = plan.seals().get(place).copied() else {
+            break;
+        };
+        let inside = part
+            .offset_bytes
+            .checked_sub(offset_bytes)
+            .and_then(|start| usize::try_from(start).ok())
+            .zip(usize::try_from(part.length_bytes).ok())
+            .and_then(|(start, length)| bytes.get(start..start.checked_add(length)?));
+        if let Some(inside) = inside {
+            plan.seal(place, crc32c::crc32c(inside));
+        }
+    }
+    Ok(buffer)
+}
+
+fn data_file(source: Source) -> Option<DataFile> {
+    match source {
+        Source::Base => Some(DataFile::Base),
+        Source::Log => Some(DataFile::Log),
+        Source::Zero => None,
+    }
+}
+
+fn span(direction: Direction, extent: &Extent) -> Span {
+    Span {
+        direction,
+        file_offset_bytes: extent.offset_bytes,
+        length_bytes: extent.length_bytes,
     }
 }
