@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use crate::error::{FileName, Result, StoreError};
 use crate::io::{Access, BlockFile, DiskFile};
-use crate::journal::{Journal, Record};
+use crate::journal::{Journal, Place, Record};
 use crate::layout::MAX_VOLUME_BYTES;
-use crate::superblock::Superblock;
-use crate::units::{BootId, Epoch, Generation, Incarnation, SECTOR_BYTES, Sequence, VolumeId};
+use crate::superblock::{Superblock, region_fits};
+use crate::units::{
+    BootId, Epoch, Generation, Incarnation, SECTOR_BYTES, Sequence, VolumeId, in_memory,
+};
 use crate::volume::{OpenOptions, VolumeFiles};
 
 /// How often a lock is tried while waiting for it.
@@ -80,10 +82,7 @@ impl VolumeFiles {
             base,
             superblock,
             log,
-            journal: [
-                meta("journal.0", FileName::Journal)?,
-                meta("journal.1", FileName::Journal)?,
-            ],
+            journal: meta("log", FileName::Journal)?,
             index: [
                 meta("index.0", FileName::Index)?,
                 meta("index.1", FileName::Index)?,
@@ -113,39 +112,39 @@ pub(crate) fn format(files: &VolumeFiles, size_bytes: u64, options: &OpenOptions
     let id = options
         .volume_id
         .unwrap_or_else(|| VolumeId(uuid::Uuid::new_v4()));
-    let journal_io = io("write", FileName::Journal);
-    for journal in &files.journal {
-        let zeroes = vec![0; 1 << 16];
-        let mut at = 0;
-        while at < options.journal_prewritten_bytes {
-            journal.write_at(&zeroes, at).map_err(&journal_io)?;
-            at += zeroes.len() as u64;
+    let region_bytes = options.journal_region_bytes;
+    if !region_fits(region_bytes) {
+        return Err(StoreError::Limit(
+            "a journal region is 16 KiB to 1 GiB, in blocks of 4096 bytes",
+        ));
+    }
+    let zeroes = vec![0; 1 << 16];
+    for start in [0, region_bytes] {
+        let end = start + options.journal_prewritten_bytes.min(region_bytes);
+        let mut at = start;
+        while at < end {
+            let part = in_memory((end - at).min(zeroes.len() as u64));
+            files
+                .journal
+                .write_at(&zeroes[..part], at)
+                .map_err(io("write", FileName::Journal))?;
+            at += part as u64;
         }
     }
     let first = Sequence(1);
-    let mut journal = Journal {
-        volume_id: id,
+    let place = Place {
         generation: Generation(0),
-        incarnation: Incarnation(0),
-        superblock: Generation(0),
-        superblock_unnamed: false,
         first,
         next: first,
-        committed: first,
-        synced: first,
         end_bytes: 0,
-        last_snap: None,
-        unsynced: [false; 2],
     };
-    journal.append(
-        &files.journal,
+    Journal::new(id, region_bytes, Generation(0), Incarnation(0), place).append(
+        &*files.journal,
         &[Record::Start {
             generation: Generation(0),
         }],
     )?;
-    for journal in &files.journal {
-        journal.sync_data().map_err(io("sync", FileName::Journal))?;
-    }
+    files.log.sync_data().map_err(io("sync", FileName::Log))?;
     Superblock {
         generation: Generation(0),
         volume_id: id,
@@ -162,6 +161,7 @@ pub(crate) fn format(files: &VolumeFiles, size_bytes: u64, options: &OpenOptions
         journal_generation: Generation(0),
         first_sequence: first,
         applied_through: first,
+        journal_region_bytes: region_bytes,
         base_modified: None,
     }
     .store(&*files.superblock)

@@ -91,7 +91,8 @@ impl Shared {
         ahead.segment = None;
         if written {
             // What the file system has to note of the segment is on disk before a guest's flush could have to wait for it.
-            self.sync(&*self.files.log, FileName::Log)?;
+            // By the other handle: each is told of a failed write once, and this one must not hear it for a flush.
+            self.sync(&*self.files.journal, FileName::Log)?;
         }
         self.core().space.ready(number);
         Ok(true)

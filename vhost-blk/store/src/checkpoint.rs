@@ -51,7 +51,7 @@ impl Shared {
         // After a crash in a checkpoint two generations are in use: neither file is free, so the
         // younger goes on and the superblock will skip what the index holds of it.
         if maintenance.superblock.journal_generation == core.journal.generation
-            && let Err(error) = core.journal.switch(&self.files.journal)
+            && let Err(error) = core.journal.switch(&*self.files.journal)
         {
             self.poison();
             return Err(error);
@@ -64,6 +64,11 @@ impl Shared {
             for (start, count) in &core.reserved {
                 for block in *start..start + count {
                     core.space.note_named(LogBlock(block));
+                }
+            }
+            for run in core.unconfirmed.superseded() {
+                for place in 0..run.count {
+                    core.space.note_named(run.start.plus(place));
                 }
             }
             core.reclaim = false;

@@ -1,17 +1,19 @@
-//! The sync round: the only room that orders data, COMMIT and journal.
+//! The sync round: the only room that orders data, COMMIT and sync.
 //!
 //! Guest flushes, copy-on-write, snapshots and checkpoints all end here. Callers that come while a
 //! round runs share the next one.
-//! Invariants: a COMMIT names only records whose data was synced before it was appended (I4); what is
-//! acknowledged as durable was synced by a round that began after it was asked for; a failed sync
+//! Invariants: an ordered COMMIT names only records whose data was synced before it was appended, any other
+//! only records that are sealed or name no data (I4); data is confirmed only by a round that returned (I10);
+//! what is acknowledged as durable was synced by a round that began after it was asked for; a failed sync
 //! poisons the volume and is never retried (I8).
 
 use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::error::{FileName, Result, StoreError};
-use crate::journal::Record;
-use crate::volume::{Shared, Volume, lock};
+use crate::journal::{Journal, Record};
+use crate::units::Sequence;
+use crate::volume::{Core, Shared, Volume, lock};
 
 /// Whose turn it is.
 #[derive(Debug, Default)]
@@ -19,8 +21,17 @@ struct Turn {
     /// Rounds begun.
     begun: u64,
     running: bool,
-    /// Somebody waits for the next round who needs the base synced, too.
-    next_syncs_base: bool,
+    /// What those who wait for the next round want of it.
+    next: Wanted,
+}
+
+/// What a round shall do besides making all records durable.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wanted {
+    /// What was written to the base in place becomes durable, too.
+    base: bool,
+    /// Everything is confirmed when it returns.
+    confirmed: bool,
 }
 
 #[derive(Debug, Default)]
@@ -32,21 +43,33 @@ pub(crate) struct Rounds {
 impl Shared {
     /// Everything completed so far becomes durable: a guest's flush.
     pub(crate) fn flush(&self) -> Result<()> {
-        self.share_round(true)
+        self.share_round(Wanted {
+            base: true,
+            confirmed: false,
+        })
     }
 
     /// Every record appended so far becomes durable, with the log data it names. What was written to the
-    /// base in place does not: no record vouches for it.
+    /// base in place does not, unless a snapshot needs it: no record vouches for it.
     pub(crate) fn commit_records(&self) -> Result<()> {
-        self.share_round(false)
+        self.share_round(Wanted::default())
     }
 
-    fn share_round(&self, syncs_base: bool) -> Result<()> {
+    /// The same, and all data that records name may change from then on.
+    pub(crate) fn confirm_records(&self) -> Result<()> {
+        self.share_round(Wanted {
+            base: false,
+            confirmed: true,
+        })
+    }
+
+    fn share_round(&self, wanted: Wanted) -> Result<()> {
         let rounds = &self.rounds;
         let mut turn = lock(&rounds.turn);
         // The first round that begins after this call.
         let mine = turn.begun + 1;
-        turn.next_syncs_base |= syncs_base;
+        turn.next.base |= wanted.base;
+        turn.next.confirmed |= wanted.confirmed;
         loop {
             let ended = turn.begun - u64::from(turn.running);
             if ended >= mine {
@@ -63,63 +86,128 @@ impl Shared {
         }
         turn.begun += 1;
         turn.running = true;
-        let syncs_base = std::mem::take(&mut turn.next_syncs_base);
+        let wanted = std::mem::take(&mut turn.next);
         drop(turn);
-        let result = self.round(syncs_base);
+        let result = self.round(wanted);
         lock(&rounds.turn).running = false;
         rounds.ended.notify_all();
         result
     }
 
-    fn round(&self, syncs_base: bool) -> Result<()> {
+    fn round(&self, wanted: Wanted) -> Result<()> {
         self.check_writable()?;
-        let (through, snap) = {
-            let core = self.core();
-            let due = core.journal.pending_records() > 0 || core.journal.superblock_unnamed;
-            // A snapshot holds what was written to the base in place, too.
-            let snap = core.journal.snap_pending();
-            (due.then(|| core.journal.last()), snap)
+        let mut core = self.core();
+        // A snapshot holds what was written to the base in place, too.
+        let syncs_base = wanted.base || core.journal.snap_pending();
+        let unconfirmed = !core.unconfirmed.is_empty();
+        if core.journal.needs_order() || (wanted.confirmed && unconfirmed) {
+            let noted = Noted::of(&core.journal);
+            drop(core);
+            // Taken after the records were counted: data of a counted record set its flag before.
+            self.sync_log_if(self.gate.log_dirty.swap(false, Ordering::SeqCst))?;
+            self.sync_base_if(syncs_base)?;
+            core = self.core();
+            let committed = core.append_commit(self, noted, true)?;
+            core.journal.unsynced = false;
+            drop(core);
+            self.sync_log_if(true)?;
+            self.core().round_returned(&committed);
+            return Ok(());
+        }
+        // One sync covers data and records: what it confirms is told by the next round's COMMIT.
+        let dirty = self.gate.log_dirty.swap(false, Ordering::SeqCst);
+        let due = core.journal.pending_records() > 0 || core.journal.superblock_unnamed;
+        let committed = if due || (dirty && unconfirmed) {
+            let noted = Noted::of(&core.journal);
+            let appended = core.append_commit(self, noted, false);
+            if appended.is_err() && dirty {
+                self.gate.log_dirty.store(true, Ordering::SeqCst);
+            }
+            Some(appended?)
+        } else {
+            None
         };
-        // Taken after the records were counted: data of a counted record set its flag before.
-        if self.gate.log_dirty.swap(false, Ordering::SeqCst) {
+        let unsynced = std::mem::take(&mut core.journal.unsynced);
+        drop(core);
+        self.sync_base_if(syncs_base)?;
+        self.sync_log_if(dirty || unsynced)?;
+        if let Some(committed) = committed {
+            self.core().round_returned(&committed);
+        }
+        Ok(())
+    }
+
+    fn sync_log_if(&self, due: bool) -> Result<()> {
+        if due {
             self.sync(&*self.files.log, FileName::Log)?;
         }
-        if (syncs_base || snap) && self.gate.base_dirty.swap(false, Ordering::SeqCst) {
+        Ok(())
+    }
+
+    fn sync_base_if(&self, wanted: bool) -> Result<()> {
+        if wanted && self.gate.base_dirty.swap(false, Ordering::SeqCst) {
             self.sync(&*self.files.base, FileName::Base)?;
         }
-        let Some(through) = through else {
-            return Ok(());
-        };
-        let (commit, unsynced) = {
-            let mut core = self.core();
-            let commit = core.journal.next;
-            let (superblock, synced) = (core.journal.superblock, core.journal.synced);
-            core.journal.superblock_unnamed = false;
-            core.record(
-                self,
-                &[Record::Commit {
-                    through,
-                    superblock,
-                    synced,
-                }],
-            )?;
-            (commit, std::mem::take(&mut core.journal.unsynced))
-        };
-        for (file, unsynced) in self.files.journal.iter().zip(unsynced) {
-            if unsynced {
-                self.sync(&**file, FileName::Journal)?;
-            }
+        Ok(())
+    }
+}
+
+/// The records that a round is about.
+#[derive(Clone, Copy, Debug)]
+struct Noted {
+    through: Sequence,
+    sealed_blocks: u64,
+}
+
+impl Noted {
+    fn of(journal: &Journal) -> Noted {
+        Noted {
+            through: journal.last(),
+            sealed_blocks: journal.sealed_blocks,
         }
+    }
+}
+
+/// A COMMIT that was appended and waits for its sync.
+#[derive(Debug)]
+struct Committed {
+    noted: Noted,
+    commit: Sequence,
+    /// What is confirmed when the sync has returned.
+    confirms: Sequence,
+}
+
+impl Core {
+    fn append_commit(&mut self, shared: &Shared, noted: Noted, ordered: bool) -> Result<Committed> {
+        let journal = &self.journal;
+        let (commit, superblock, synced) = (journal.next, journal.superblock, journal.synced);
+        let record = Record::Commit {
+            through: noted.through,
+            superblock,
+            synced,
+            ordered,
+        };
+        self.append(shared, &[record])?;
+        self.journal.superblock_unnamed = false;
+        Ok(Committed {
+            noted,
+            commit,
+            confirms: if ordered { noted.through } else { synced },
+        })
+    }
+
+    /// The sync behind a COMMIT returned.
+    fn round_returned(&mut self, committed: &Committed) {
+        let (through, commit) = (committed.noted.through, committed.commit);
         // A COMMIT right behind what it names leaves nothing pending.
-        let committed = if through.next() == commit {
+        self.journal.committed = if through.next() == commit {
             commit.next()
         } else {
             through.next()
         };
-        let mut core = self.core();
-        core.journal.committed = committed;
-        core.journal.synced = commit;
-        Ok(())
+        self.journal.sealed_blocks_committed = committed.noted.sealed_blocks;
+        self.journal.synced = commit;
+        self.confirm(committed.confirms);
     }
 }
 

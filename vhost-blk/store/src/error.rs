@@ -16,7 +16,7 @@ pub enum FileName {
     Superblock,
     /// `log`: data blocks.
     Log,
-    /// `journal.0` or `journal.1`.
+    /// The journal regions of `log`.
     Journal,
     /// `index.0` or `index.1`.
     Index,
@@ -114,7 +114,10 @@ pub enum StoreError {
     #[error("the shadow storage belongs to volume {0}")]
     WrongVolume(VolumeId),
     /// The format is newer than this program, or uses a feature it does not know.
-    #[error("format version {version}, features {features:#x}: not supported by this program")]
+    #[error(
+        "format version {version}, features {features:#x}: this program knows version {} only; nothing was changed",
+        crate::layout::VERSION
+    )]
     Unsupported {
         /// Version found.
         version: u32,

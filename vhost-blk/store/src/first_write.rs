@@ -25,8 +25,26 @@ pub(crate) enum Step {
 }
 
 /// Decides for a block in `state`; `whole` if the request covers all of it, `method` of the newest
-/// snapshot.
+/// snapshot, `in_doubt` if its live version is in the log and its bytes must not change yet (I10).
 pub(crate) fn decide(
+    kind: WriteKind,
+    whole: bool,
+    state: BlockState,
+    method: Option<Method>,
+    in_doubt: bool,
+) -> Step {
+    match decide_confirmed(kind, whole, state, method) {
+        Step::InPlace(_) if in_doubt => Step::Redirect { history: false },
+        Step::Preserve(_) if in_doubt => Step::Redirect { history: true },
+        step @ (Step::InPlace(_)
+        | Step::Redirect { .. }
+        | Step::Preserve(_)
+        | Step::ToZero { .. }
+        | Step::Nothing) => step,
+    }
+}
+
+fn decide_confirmed(
     kind: WriteKind,
     whole: bool,
     state: BlockState,
@@ -49,7 +67,9 @@ pub(crate) fn decide(
             Step::Nothing
         }
         (WriteKind::Discard, false) => Step::Nothing,
-        (WriteKind::WriteZeroes { .. }, false) => decide(WriteKind::Write, whole, state, method),
+        (WriteKind::WriteZeroes { .. }, false) => {
+            decide_confirmed(WriteKind::Write, whole, state, method)
+        }
         (WriteKind::WriteZeroes { may_unmap }, true) => match (state.live, needed_by) {
             (Location::Log(_), None) if may_unmap => Step::ToZero { history: false },
             (_, None) => Step::InPlace(state.live),
@@ -92,7 +112,7 @@ mod tests {
                             live,
                             touched: false,
                         };
-                        match decide(kind, whole, state, Some(method)) {
+                        match decide(kind, whole, state, Some(method), false) {
                             Step::InPlace(_) => panic!("{kind:?} {live:?} {method:?}"),
                             Step::Redirect { history } | Step::ToZero { history } => {
                                 assert!(history);
@@ -119,9 +139,41 @@ mod tests {
             Some(Method::CopyOnWrite),
         ] {
             assert_eq!(
-                decide(WriteKind::Write, false, state, method),
+                decide(WriteKind::Write, false, state, method, false),
                 Step::InPlace(live)
             );
+        }
+    }
+
+    #[test]
+    fn data_in_doubt_never_changes_in_place() {
+        let live = Location::Log(LogBlock(7));
+        let kinds = [
+            WriteKind::Write,
+            WriteKind::WriteZeroes { may_unmap: true },
+            WriteKind::WriteZeroes { may_unmap: false },
+            WriteKind::Discard,
+        ];
+        let methods = [
+            None,
+            Some(Method::RedirectOnWrite),
+            Some(Method::CopyOnWrite),
+        ];
+        for kind in kinds {
+            for method in methods {
+                for (whole, touched) in [(false, false), (false, true), (true, false), (true, true)]
+                {
+                    let state = BlockState { live, touched };
+                    let needed = !touched && method.is_some();
+                    match decide(kind, whole, state, method, true) {
+                        Step::InPlace(_) | Step::Preserve(_) => panic!("{kind:?} {method:?}"),
+                        Step::Redirect { history } | Step::ToZero { history } => {
+                            assert_eq!(history, needed, "{kind:?} {method:?}");
+                        }
+                        Step::Nothing => {}
+                    }
+                }
+            }
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::units::{Generation, VolumeId};
 /// First bytes of a superblock slot.
 pub(crate) const MAGIC: [u8; 8] = *b"vmshadow";
 /// Version of the format this program writes and reads.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// Incompatible feature bits this program knows: none yet.
 pub(crate) const KNOWN_FEATURES: u32 = 0;
 
@@ -42,6 +42,16 @@ pub(crate) const MAX_VOLUME_BYTES: u64 = 1 << 62;
 pub(crate) const MAX_LOG_BLOCKS: u64 = 1 << 50;
 /// Most blocks one record names: more than the longest request touches.
 pub const MAX_RECORD_BLOCKS: u32 = 1 << 15;
+/// Bytes of each of the two journal regions at the start of the log, unless adoption is told otherwise.
+pub(crate) const JOURNAL_REGION_BYTES: u64 = 32 << 20;
+/// Smallest journal region.
+pub(crate) const MIN_JOURNAL_REGION_BYTES: u64 = 16 << 10;
+/// Largest journal region.
+pub(crate) const MAX_JOURNAL_REGION_BYTES: u64 = 1 << 30;
+/// Most blocks that a sealed record names.
+pub(crate) const MAX_SEALED_BLOCKS: u32 = 16;
+/// Most blocks that the sealed records of a round name, if it is not ordered: what recovery may have to read.
+pub(crate) const MAX_UNORDERED_BLOCKS: u64 = 4096;
 /// Bytes written to each journal at adoption, so that appending allocates nothing.
 pub(crate) const JOURNAL_PREWRITTEN_BYTES: u64 = 4 << 20;
 
@@ -51,6 +61,10 @@ pub(crate) const FLAG_CLEAN: u32 = 1;
 pub(crate) const FLAG_BASE_TIME: u32 = 2;
 /// MAP flag: the old live version becomes history of the record's epoch.
 pub(crate) const FLAG_HISTORY: u8 = 1;
+/// MAP, PRESERVE flag: the record carries the checksum of the data it names.
+pub(crate) const FLAG_SEALED: u8 = 2;
+/// COMMIT flag: the data was synced before the COMMIT was appended.
+pub(crate) const FLAG_ORDERED: u8 = 1;
 
 /// Offsets in a superblock slot.
 pub(crate) mod slot {
@@ -76,6 +90,7 @@ pub(crate) mod slot {
     pub(crate) const BASE_SECONDS: usize = 136;
     pub(crate) const BASE_NANOSECONDS: usize = 144;
     pub(crate) const APPLIED_THROUGH: usize = 152;
+    pub(crate) const JOURNAL_REGION_BYTES: usize = 160;
 }
 
 /// Offsets in a journal record.
@@ -94,6 +109,8 @@ pub(crate) mod record {
     pub(crate) const LOCATION: usize = 32;
     /// MAP, PRESERVE.
     pub(crate) const EPOCH: usize = 40;
+    /// MAP, PRESERVE, sealed.
+    pub(crate) const DATA_CRC: usize = 44;
     /// COMMIT, RESTART.
     pub(crate) const THROUGH: usize = 24;
     /// COMMIT.
@@ -167,6 +184,12 @@ pub const FIELDS: &[Field] = &[
     ("slot", "base_seconds", slot::BASE_SECONDS, 8),
     ("slot", "base_nanoseconds", slot::BASE_NANOSECONDS, 4),
     ("slot", "applied_through", slot::APPLIED_THROUGH, 8),
+    (
+        "slot",
+        "journal_region_bytes",
+        slot::JOURNAL_REGION_BYTES,
+        8,
+    ),
     ("record", "crc", record::CRC, 4),
     ("record", "kind", record::KIND, 1),
     ("record", "flags", record::FLAGS, 1),
@@ -178,6 +201,7 @@ pub const FIELDS: &[Field] = &[
     ("payload", "map.block", record::BLOCK, 8),
     ("payload", "map.location", record::LOCATION, 8),
     ("payload", "map.epoch", record::EPOCH, 4),
+    ("payload", "map.data_crc", record::DATA_CRC, 4),
     ("payload", "commit.through", record::THROUGH, 8),
     ("payload", "commit.superblock", record::SUPERBLOCK, 8),
     ("payload", "commit.synced", record::SYNCED, 8),

@@ -5,7 +5,7 @@
 //!
 //! Rooms, left to right as a request passes them:
 //! `plan` (with `first_write`) -> `read_path`, `write_path` (with `prepare`) -> `state` (with `index`, `snapshot_table`) ->
-//! `journal`, `space`, `pins` -> `commit` -> `io`. From the side: `snapshot`, `sets`, `maintain` (with
+//! `journal`, `space`, `pins`, `confirm` -> `commit` -> `io`. From the side: `snapshot`, `sets`, `maintain` (with
 //! `checkpoint`, `settle`), `open` (with `adopt`, `recover`), `check`, `dump`.
 //!
 //! Invariants, named in comments, errors and tests:
@@ -19,12 +19,14 @@
 //! * I7: the current superblock, index and journal are never overwritten; their twins are.
 //! * I8: after a failed sync nothing is acknowledged until the volume is reopened.
 //! * I9: a set is kept on all its members or on none.
+//! * I10: the bytes that a sealed record names do not change before the record is confirmed.
 
 mod adopt;
 mod ahead;
 mod check;
 mod checkpoint;
 mod commit;
+mod confirm;
 mod dump;
 mod error;
 mod first_write;

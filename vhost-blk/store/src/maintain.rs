@@ -35,6 +35,16 @@ impl Shared {
     /// Two things at most, half the budget each: room ahead, which writes may run out of while the other goes on for long; and the
     /// first of the rest that is due.
     fn maintain(&self, work: &mut Work, budget_blocks: u64) -> Result<Maintenance> {
+        let confirm = {
+            let mut core = self.core();
+            core.free_superseded();
+            std::mem::take(&mut core.unconfirmed.wanted)
+        };
+        if confirm {
+            // Writes that wait for room get what was superseded and is not confirmed yet.
+            self.confirm_records()?;
+            return Ok(Maintenance::More);
+        }
         if self.free_dropped()? {
             return Ok(Maintenance::More);
         }

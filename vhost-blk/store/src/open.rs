@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use crate::adopt::{base_length, format, io};
 use crate::checkpoint::Turn;
 use crate::error::{FileName, Result, StoreError};
-use crate::journal::{Journal, Record};
+use crate::journal::{Journal, Record, region_start};
 use crate::layout::RECORD_BYTES;
 use crate::pins::Pins;
 use crate::recover::{Loaded, load};
@@ -20,7 +20,7 @@ use crate::settle::Settle;
 use crate::snapshot::Hold;
 use crate::space::Space;
 use crate::superblock::Superblock;
-use crate::units::{BLOCK_BYTES, BootId, in_memory};
+use crate::units::{BLOCK_BYTES, BootId, LogBlock, in_memory};
 use crate::volume::{
     Core, Counters, Gate, Maintenance, OpenOptions, Shared, Sweep, Volume, VolumeFiles, lock,
 };
@@ -94,36 +94,22 @@ fn finish_recovery(
     boot_id: BootId,
 ) -> Result<Journal> {
     let incarnation = loaded.incarnation.next();
-    let mut journal = Journal {
-        volume_id: loaded.superblock.volume_id,
-        generation: loaded.generation,
-        incarnation,
-        superblock: loaded.superblock.generation,
-        superblock_unnamed: false,
-        first: loaded.first,
-        next: loaded.last.next(),
-        committed: loaded.last.next(),
-        synced: loaded.last,
-        end_bytes: loaded.end_bytes,
-        last_snap: None,
-        unsynced: [false; 2],
-    };
-    if loaded.tail_records + loaded.dropped_records > 0 || !loaded.superblock.clean {
+    let mut journal = loaded.journal(incarnation);
+    if loaded.tail_records + loaded.dropped_records > 0
+        || loaded.unconfirmed
+        || !loaded.superblock.clean
+    {
         files.base.sync_data().map_err(io("sync", FileName::Base))?;
         files.log.sync_data().map_err(io("sync", FileName::Log))?;
         rewrite_journal(files, loaded)?;
         journal.append(
-            &files.journal,
+            &*files.journal,
             &[Record::Restart {
                 through: loaded.kept_through,
             }],
         )?;
-        for file in &files.journal {
-            file.sync_data().map_err(io("sync", FileName::Journal))?;
-        }
-        journal.unsynced = [false; 2];
-        journal.committed = journal.next;
-        journal.synced = journal.last();
+        files.log.sync_data().map_err(io("sync", FileName::Log))?;
+        journal.all_is_durable();
     }
     loaded.superblock = Superblock {
         generation: loaded.superblock.generation.next(),
@@ -142,26 +128,29 @@ fn finish_recovery(
 /// Writes the journals' valid bytes over themselves: a sync that failed before the daemon died may have
 /// left them in the page cache, marked clean, and not on the disk.
 fn rewrite_journal(files: &VolumeFiles, loaded: &Loaded) -> Result<()> {
-    let current = loaded.generation.slot();
     let older_records = loaded
         .chain
         .iter()
         .filter(|entry| entry.sequence < loaded.first)
         .count();
     let older_bytes = (older_records * RECORD_BYTES) as u64;
-    for (slot, file) in files.journal.iter().enumerate() {
-        let end = if slot == current {
-            loaded.end_bytes
-        } else {
-            older_bytes
-        };
-        let mut bytes = vec![0; in_memory(end.min(1 << 20))];
-        let mut at = 0;
-        while at < end {
-            let part = in_memory((end - at).min(bytes.len() as u64));
-            file.read_at(&mut bytes[..part], at)
+    let mut parts = vec![(loaded.generation, loaded.end_bytes)];
+    if older_bytes > 0 {
+        parts.push((loaded.superblock.journal_generation, older_bytes));
+    }
+    for (generation, length_bytes) in parts {
+        let start = region_start(loaded.superblock.journal_region_bytes, generation);
+        let mut bytes = vec![0; in_memory(length_bytes.min(1 << 20))];
+        let mut at = start;
+        while at < start + length_bytes {
+            let part = in_memory((start + length_bytes - at).min(bytes.len() as u64));
+            files
+                .journal
+                .read_at(&mut bytes[..part], at)
                 .map_err(io("read", FileName::Journal))?;
-            file.write_at(&bytes[..part], at)
+            files
+                .journal
+                .write_at(&bytes[..part], at)
                 .map_err(io("write", FileName::Journal))?;
             at += part as u64;
         }
@@ -220,20 +209,7 @@ impl Volume {
             superblock_slot_damaged: loaded.other_slot_damaged,
         };
         let journal = if options.read_only {
-            Journal {
-                volume_id: id,
-                generation: loaded.generation,
-                incarnation: loaded.incarnation,
-                superblock: loaded.superblock.generation,
-                superblock_unnamed: false,
-                first: loaded.first,
-                next: loaded.last.next(),
-                committed: loaded.last.next(),
-                synced: loaded.last,
-                end_bytes: loaded.end_bytes,
-                last_snap: None,
-                unsynced: [false; 2],
-            }
+            loaded.journal(loaded.incarnation)
         } else {
             finish_recovery(&files, &mut loaded, size_bytes, boot_id)?
         };
@@ -250,7 +226,11 @@ impl Volume {
         size_bytes: u64,
         journal: Journal,
     ) -> Volume {
-        let mut space = Space::new(options.segment_bytes, options.log_limit_bytes, 0);
+        let first_block = loaded.superblock.first_data_block();
+        let limit_bytes = options
+            .log_limit_bytes
+            .saturating_add(LogBlock(first_block).offset_bytes());
+        let mut space = Space::new(options.segment_bytes, limit_bytes, first_block);
         let high_water = loaded.named.iter().map(|named| named.0 + 1).max();
         space.begin_scan(high_water.unwrap_or(0));
         loaded
@@ -269,6 +249,8 @@ impl Volume {
             busy: Default::default(),
             settling: Default::default(),
             reserved: Default::default(),
+            promised_records: 0,
+            unconfirmed: Default::default(),
             sweep: Sweep::Idle,
             // Records may have been superseded before the last close; one checkpoint finds out.
             reclaim: loaded.replayed_records > 0,
@@ -282,6 +264,7 @@ impl Volume {
             gate: Gate::default(),
             counters: Counters::default(),
             rounds: Default::default(),
+            base_sync: Mutex::default(),
             maintenance: Mutex::new(Maintenance {
                 superblock,
                 checkpoint: None,
@@ -315,10 +298,12 @@ impl Volume {
         }
         let base = &shared.files.base;
         // The time that is compared at the next opening must not go back with a power cut.
+        let alone = lock(&shared.base_sync);
         base.sync_all().map_err(|source| {
             shared.poison();
             io("sync", FileName::Base)(source)
         })?;
+        drop(alone);
         let closed = Superblock {
             generation: work.superblock.generation.next(),
             clean: true,

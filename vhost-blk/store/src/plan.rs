@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::first_write::{Step, decide};
 use crate::index::{BlockState, Location};
+use crate::layout::MAX_SEALED_BLOCKS;
 use crate::pins::Pin;
 use crate::snapshot_table::Method;
 use crate::space::LogRun;
@@ -16,8 +17,6 @@ use crate::volume::Shared;
 
 /// Longest request of any kind, in bytes. The device advertises limits no larger.
 pub const MAX_REQUEST_BYTES: u64 = 64 << 20;
-/// Most blocks under one checksum.
-pub(crate) const MAX_SEALED_BLOCKS: u64 = 16;
 
 // One more where it is not aligned to blocks.
 const _: () = assert!(MAX_REQUEST_BYTES / BLOCK_BYTES < crate::layout::MAX_RECORD_BLOCKS as u64);
@@ -207,8 +206,14 @@ pub(crate) struct Work {
     pub(crate) bare_segments: Vec<u64>,
     /// The journal or the memtable is over its bound: a checkpoint comes first.
     pub(crate) pressure: bool,
+    /// It writes over data in doubt: a round that confirms it comes first.
+    pub(crate) confirm_first: bool,
     /// Blocks no other write may be planned for: first and last.
     pub(crate) busy: Vec<(u64, u64)>,
+    /// Log blocks that nobody lives in any more when the plan is complete.
+    pub(crate) supersedes: Vec<LogRun>,
+    /// Records that it may append, and that rounds may append for it.
+    pub(crate) promised_records: u64,
     /// Log blocks allocated and named by no record yet.
     pub(crate) reserved: Vec<LogRun>,
     pub(crate) prepared: bool,
@@ -220,7 +225,7 @@ impl Work {
     }
 
     fn needs_room(&self) -> bool {
-        self.pressure || !self.bare_segments.is_empty()
+        self.pressure || self.confirm_first || !self.bare_segments.is_empty()
     }
 
     fn needs_copies(&self) -> bool {
@@ -327,25 +332,31 @@ pub(crate) struct Outline {
     steps: Vec<(Step, Block, Location)>,
     /// Log blocks needed.
     pub(crate) log_blocks: u64,
+    /// Some of it would go in place, if the data there were confirmed.
+    pub(crate) in_doubt: bool,
 }
 
-/// Decides every block of the request.
+/// Decides every block of the request. `in_doubt` tells of a log block whether its bytes must not change yet.
 pub(crate) fn outline(
     kind: WriteKind,
     range: ByteRange,
     size_bytes: u64,
     states: &[BlockState],
     method: Option<Method>,
+    in_doubt: impl Fn(LogBlock) -> bool,
 ) -> Outline {
     let mut outline = Outline {
         steps: Vec::new(),
         log_blocks: 0,
+        in_doubt: false,
     };
     let mut block = range.first_block();
     for state in states {
         let (from, to) = covered(range, block);
         let whole = from == 0 && to == (size_bytes - block.offset_bytes()).min(BLOCK_BYTES);
-        let step = decide(kind, whole, *state, method);
+        let doubt = matches!(state.live, Location::Log(at) if in_doubt(at));
+        let step = decide(kind, whole, *state, method, doubt);
+        outline.in_doubt |= doubt;
         if matches!(step, Step::Redirect { .. } | Step::Preserve(_)) {
             outline.log_blocks += 1;
         }
@@ -407,6 +418,9 @@ impl Outline {
                     let end = (size_bytes - block.offset_bytes()).min(BLOCK_BYTES);
                     let whole = from == 0 && to == end;
                     push_map(&mut work.maps, *block, Location::Log(new), *history, whole);
+                    if let (Location::Log(old), false) = (*live, *history) {
+                        push_log_block(&mut work.supersedes, old);
+                    }
                     for (from, to) in [(0, from), (to, end)] {
                         push_copy(&mut work.copies, *block, *live, new, from, to);
                     }
@@ -434,7 +448,19 @@ impl Outline {
                 work.sealed_maps.push(number);
             }
         }
+        // Its own, one COMMIT behind PRESERVE, one behind MAP, one that confirms them.
+        work.promised_records = (work.maps.len() + work.preserves.len()) as u64 + 3;
         (extents, work)
+    }
+}
+
+fn push_log_block(runs: &mut Vec<LogRun>, block: LogBlock) {
+    match runs.last_mut() {
+        Some(last) if last.start.plus(last.count) == block => last.count += 1,
+        Some(_) | None => runs.push(LogRun {
+            start: block,
+            count: 1,
+        }),
     }
 }
 
@@ -442,7 +468,7 @@ fn push_map(maps: &mut Vec<MapRun>, block: Block, location: Location, history: b
     if let Some(last) = maps.last_mut()
         && last.history == history
         && last.whole == whole
-        && (!whole || last.count < MAX_SEALED_BLOCKS)
+        && (!whole || last.count < u64::from(MAX_SEALED_BLOCKS))
         && last.block.plus(last.count) == block
         && last.location.plus(last.count) == location
     {
@@ -482,7 +508,7 @@ fn push_preserve(work: &mut Work, block: Block, old: Location, copy: LogBlock, l
     let from = extent_at(block, old, 0, length);
     if let Some(last) = work.preserves.last_mut()
         && let Some(bytes) = work.copies.get_mut(last.place)
-        && last.count < MAX_SEALED_BLOCKS
+        && last.count < u64::from(MAX_SEALED_BLOCKS)
         && last.block.plus(last.count) == block
         && last.copy.plus(last.count) == copy
         && bytes.from.source == from.source

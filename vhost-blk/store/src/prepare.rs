@@ -45,6 +45,9 @@ impl Shared {
             if std::mem::take(&mut work.pressure) {
                 self.relieve()?;
             }
+            if std::mem::take(&mut work.confirm_first) {
+                self.confirm_records()?;
+            }
         }
         Ok(())
     }
@@ -91,6 +94,7 @@ impl Shared {
                     count: u32::try_from(run.count).unwrap_or(u32::MAX),
                     copy: run.copy,
                     epoch,
+                    crc: run.crc,
                 })
                 .collect();
             self.gate.log_dirty.store(true, Ordering::SeqCst);

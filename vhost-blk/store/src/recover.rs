@@ -7,11 +7,12 @@
 
 use crate::error::{FileName, Result, StoreError};
 use crate::index::{Fences, Index, Location, Run};
-use crate::journal::{Entry, Record, Scan, UnverifiedRecord, scan};
+use crate::io::AlignedBuffer;
+use crate::journal::{Entry, Journal, Place, Record, Scan, UnverifiedRecord, scan};
 use crate::layout::{self, LIVE, PAGE_BYTES, RECORD_BYTES, Seal};
 use crate::state::State;
 use crate::superblock::{self, SlotsFound, Superblock};
-use crate::units::{BLOCK_BYTES, BootId, Generation, Incarnation, LogBlock, Sequence};
+use crate::units::{BLOCK_BYTES, BootId, Generation, Incarnation, LogBlock, Sequence, in_memory};
 use crate::volume::VolumeFiles;
 
 /// A volume as its files describe it.
@@ -31,6 +32,8 @@ pub(crate) struct Loaded {
     pub(crate) incarnation: Incarnation,
     /// Last record that holds.
     pub(crate) kept_through: Sequence,
+    /// A sealed record that holds is above the watermark: its data must not change before a RESTART.
+    pub(crate) unconfirmed: bool,
     /// Records kept that no COMMIT covered, and records dropped.
     pub(crate) tail_records: u64,
     pub(crate) dropped_records: u64,
@@ -38,6 +41,26 @@ pub(crate) struct Loaded {
     pub(crate) same_boot: bool,
     /// The valid chain, for the dump.
     pub(crate) chain: Vec<Entry>,
+}
+
+impl Loaded {
+    /// The journal to go on with, in a new incarnation or, to read only, in the old one.
+    pub(crate) fn journal(&self, incarnation: Incarnation) -> Journal {
+        let place = Place {
+            generation: self.generation,
+            first: self.first,
+            next: self.last.next(),
+            end_bytes: self.end_bytes,
+        };
+        let superblock = &self.superblock;
+        Journal::new(
+            superblock.volume_id,
+            superblock.journal_region_bytes,
+            superblock.generation,
+            incarnation,
+            place,
+        )
+    }
 }
 
 fn corrupted(file: FileName, offset_bytes: u64, what: &'static str) -> StoreError {
@@ -76,7 +99,9 @@ pub(crate) fn load(
         .map_or(superblock.incarnation, |entry| entry.incarnation)
         .max(superblock.incarnation);
     let same_boot = superblock.boot_id == boot_id;
-    let decided = decide(&chain, &superblock, same_boot)?;
+    let decided = decide(&chain, &superblock, same_boot, |entry| {
+        verify_data(files, &superblock, &entry.record)
+    })?;
 
     let mut replayed_records = 0;
     for entry in &decided.kept {
@@ -87,6 +112,13 @@ pub(crate) fn load(
         let puts = state.puts(&entry.record)?;
         for (_, location) in &puts {
             if let Location::Log(at) = location {
+                if at.0 < superblock.first_data_block() {
+                    return Err(corrupted(
+                        FileName::Journal,
+                        0,
+                        "a record names a block of the journal (I2)",
+                    ));
+                }
                 named.push(*at);
             }
         }
@@ -112,6 +144,7 @@ pub(crate) fn load(
         last,
         incarnation,
         kept_through: decided.through,
+        unconfirmed: decided.unconfirmed,
         tail_records: decided.tail_records,
         dropped_records: decided.dropped_records,
         replayed_records,
@@ -233,22 +266,18 @@ fn load_table(files: &VolumeFiles, superblock: &Superblock, state: &mut State) -
 
 type Chain = (Vec<Entry>, Scan, Option<(Scan, Sequence)>);
 
-/// The valid chain over one or two journal files.
+/// The valid chain over one or both journal regions.
 fn load_chain(files: &VolumeFiles, superblock: &Superblock) -> Result<Chain> {
-    let [first_file, second_file] = &files.journal;
     let generation = superblock.journal_generation;
-    let (file, other) = match generation.slot() {
-        0 => (first_file, second_file),
-        _ => (second_file, first_file),
-    };
+    let (file, region_bytes) = (&*files.journal, superblock.journal_region_bytes);
     let volume = superblock.volume_id;
-    let floor = Incarnation(0);
     let mut older = scan(
-        &**file,
+        file,
+        region_bytes,
         volume,
         generation,
         superblock.first_sequence,
-        floor,
+        Incarnation(0),
     )?;
     let mut chain = std::mem::take(&mut older.entries);
     let Some((last, incarnation)) = chain.last().map(|e| (e.sequence, e.incarnation)) else {
@@ -260,7 +289,14 @@ fn load_chain(files: &VolumeFiles, superblock: &Superblock) -> Result<Chain> {
         ));
     };
     let first = last.next();
-    let mut younger = scan(&**other, volume, generation.next(), first, incarnation)?;
+    let mut younger = scan(
+        file,
+        region_bytes,
+        volume,
+        generation.next(),
+        first,
+        incarnation,
+    )?;
     let end = younger.entries.last().map_or(last, |entry| entry.sequence);
     check_gap(end.next(), &older, &younger)?;
     if younger.entries.is_empty() {
@@ -287,24 +323,88 @@ fn check_gap(missing: Sequence, older: &Scan, younger: &Scan) -> Result<()> {
     Ok(())
 }
 
+/// Whether the data that a sealed record names is in the log.
+fn verify_data(files: &VolumeFiles, superblock: &Superblock, record: &Record) -> Result<bool> {
+    let (block, run, crc) = match (record, record.data()) {
+        (Record::Map { block, .. } | Record::Preserve { block, .. }, Some((run, Some(crc)))) => {
+            (*block, run, crc)
+        }
+        _ => return Ok(true),
+    };
+    let (start, end) = (block.offset_bytes(), block.plus(run.count).offset_bytes());
+    let length_bytes = end.min(superblock.size_bytes).saturating_sub(start);
+    let mut bytes = AlignedBuffer::new(in_memory(length_bytes));
+    let offset_bytes = run.start.offset_bytes();
+    files
+        .log
+        .read_at(&mut bytes, offset_bytes)
+        .map_err(|source| StoreError::Io {
+            op: "read",
+            file: FileName::Log,
+            offset_bytes,
+            source,
+        })?;
+    Ok(crc32c::crc32c(&bytes) == crc)
+}
+
+/// Sequence number up to which the chain says that data was durable, or may have changed since.
+fn watermark(chain: &[Entry], superblock: &Superblock) -> Sequence {
+    let known = chain.iter().filter_map(|entry| match &entry.record {
+        Record::Commit {
+            through,
+            ordered: true,
+            ..
+        } => Some(*through),
+        Record::Commit {
+            synced,
+            ordered: false,
+            ..
+        } => Some(*synced),
+        Record::Restart { .. } => Some(entry.sequence),
+        Record::Start { .. }
+        | Record::Map { .. }
+        | Record::Preserve { .. }
+        | Record::Settle { .. }
+        | Record::SnapId { .. }
+        | Record::SnapMembers { .. }
+        | Record::Snap { .. }
+        | Record::Keep { .. }
+        | Record::Discard { .. }
+        | Record::Delete { .. } => None,
+    });
+    known
+        .max()
+        .unwrap_or(superblock.first_sequence)
+        .max(superblock.first_sequence)
+        .max(superblock.applied_through)
+}
+
 struct Decided {
     kept: Vec<Entry>,
     through: Sequence,
+    unconfirmed: bool,
     tail_records: u64,
     dropped_records: u64,
 }
 
-/// Which records of the chain hold.
-fn decide(chain: &[Entry], superblock: &Superblock, same_boot: bool) -> Result<Decided> {
+/// Which records of the chain hold. `verifies` tells of a record whether its data is there.
+fn decide(
+    chain: &[Entry],
+    superblock: &Superblock,
+    same_boot: bool,
+    verifies: impl Fn(&Entry) -> Result<bool>,
+) -> Result<Decided> {
+    let watermark = watermark(chain, superblock);
     let mut decided = Decided {
         kept: Vec::new(),
         through: superblock.first_sequence,
+        unconfirmed: false,
         tail_records: 0,
         dropped_records: 0,
     };
     let mut pending: Vec<Entry> = Vec::new();
     let broken = |what| corrupted(FileName::Journal, 0, what);
-    for entry in chain {
+    for (number, entry) in chain.iter().enumerate() {
         let through = match &entry.record {
             Record::Commit {
                 through,
@@ -346,14 +446,28 @@ fn decide(chain: &[Entry], superblock: &Superblock, same_boot: bool) -> Result<D
             return Err(broken("a COMMIT of records that come after it"));
         }
         let split = pending.partition_point(|entry| entry.sequence <= through);
+        let killed = same_boot && entry.incarnation == superblock.incarnation;
+        if !restart && !killed {
+            let mut doubtful = pending
+                .iter()
+                .take(split)
+                .filter(|entry| entry.sequence > watermark);
+            if !doubtful.try_fold(true, |so_far, entry| Ok(so_far && verifies(entry)?))? {
+                // That round never returned: neither it nor anything behind it was acknowledged.
+                decided.dropped_records += (pending.len() + chain.len() - number) as u64;
+                return Ok(decided);
+            }
+        }
         let rest = pending.split_off(split);
-        decided.kept.append(&mut pending);
-        decided.through = decided.through.max(through);
         if restart {
-            // `rest` was dropped by an earlier recovery.
+            // All between `through` and here was dropped by an earlier recovery, COMMITs included.
+            decided.kept.retain(|entry| entry.sequence <= through);
+            decided.kept.append(&mut pending);
             decided.kept.push(entry.clone());
-            decided.through = decided.through.max(entry.sequence);
+            decided.through = entry.sequence;
         } else {
+            decided.kept.append(&mut pending);
+            decided.through = decided.through.max(through);
             pending = rest;
         }
     }
@@ -367,5 +481,9 @@ fn decide(chain: &[Entry], superblock: &Superblock, same_boot: bool) -> Result<D
             decided.dropped_records += 1;
         }
     }
+    decided.unconfirmed = decided
+        .kept
+        .iter()
+        .any(|entry| entry.sequence > watermark && entry.record.data().is_some());
     Ok(decided)
 }

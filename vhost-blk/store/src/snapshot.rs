@@ -51,6 +51,9 @@ impl Volume {
     pub fn prepare_snapshot(&self) -> Result<()> {
         let shared = &self.shared;
         shared.check_writable()?;
+        if shared.core().is_over_bounds(&shared.options, 2) {
+            shared.relieve()?;
+        }
         shared.make_ready(&mut lock(&shared.maintenance))?;
         shared.flush()
     }

@@ -194,7 +194,7 @@ impl Space {
             .iter()
             .filter(|segment| segment.backed)
             .count() as u64;
-        backed * self.segment_blocks
+        (backed * self.segment_blocks).saturating_sub(self.first_block)
     }
 
     fn capacity_of(&self, number: u64) -> u64 {

@@ -85,6 +85,7 @@ impl State {
                 location,
                 epoch,
                 history,
+                crc: _,
             } => {
                 let last = self.last_of(*block, *count)?;
                 self.check_epoch(*epoch)?;
@@ -112,6 +113,7 @@ impl State {
                 count,
                 copy,
                 epoch,
+                crc: _,
             } => {
                 self.last_of(*block, *count)?;
                 self.check_epoch(*epoch)?;

@@ -43,8 +43,16 @@ pub(crate) struct Superblock {
     pub(crate) first_sequence: Sequence,
     /// Records up to this one are in the index already.
     pub(crate) applied_through: Sequence,
+    /// Bytes of each of the two journal regions of the log.
+    pub(crate) journal_region_bytes: u64,
     /// Set by a clean close, where the base can tell.
     pub(crate) base_modified: Option<ModifiedTime>,
+}
+
+/// Whether journal regions may be so long.
+pub(crate) fn region_fits(region_bytes: u64) -> bool {
+    (layout::MIN_JOURNAL_REGION_BYTES..=layout::MAX_JOURNAL_REGION_BYTES).contains(&region_bytes)
+        && region_bytes.is_multiple_of(BLOCK_BYTES)
 }
 
 /// Bytes of a slot as read, before any check.
@@ -94,6 +102,7 @@ impl UnverifiedSuperblock {
             || size_bytes == 0
             || !size_bytes.is_multiple_of(SECTOR_BYTES)
             || size_bytes > layout::MAX_VOLUME_BYTES
+            || !region_fits(u64_at(bytes, slot::JOURNAL_REGION_BYTES))
             || u32_at(bytes, slot::EPOCH) == 0
             || u32_at(bytes, slot::EPOCH) > layout::MAX_EPOCH
         {
@@ -119,12 +128,18 @@ impl UnverifiedSuperblock {
             journal_generation: Generation(u64_at(bytes, slot::JOURNAL_GENERATION)),
             first_sequence: Sequence(u64_at(bytes, slot::FIRST_SEQUENCE)),
             applied_through: Sequence(u64_at(bytes, slot::APPLIED_THROUGH)),
+            journal_region_bytes: u64_at(bytes, slot::JOURNAL_REGION_BYTES),
             base_modified,
         }))
     }
 }
 
 impl Superblock {
+    /// First log block behind the journal regions: none below it holds data.
+    pub(crate) fn first_data_block(&self) -> u64 {
+        2 * self.journal_region_bytes / BLOCK_BYTES
+    }
+
     fn encode(&self) -> [u8; layout::SLOT_USED_BYTES] {
         let mut bytes = [0; layout::SLOT_USED_BYTES];
         let mut flags = 0;
@@ -206,6 +221,11 @@ impl Superblock {
             &mut bytes,
             slot::APPLIED_THROUGH,
             &self.applied_through.0.to_le_bytes(),
+        );
+        put(
+            &mut bytes,
+            slot::JOURNAL_REGION_BYTES,
+            &self.journal_region_bytes.to_le_bytes(),
         );
         let crc = crc32c::crc32c(&bytes);
         put(&mut bytes, slot::CRC, &crc.to_le_bytes());

@@ -13,16 +13,17 @@ use std::time::Duration;
 use crate::ahead::Ahead;
 use crate::checkpoint::Checkpoint;
 use crate::commit::Rounds;
+use crate::confirm::Unconfirmed;
 use crate::error::{FileName, Result, StoreError};
 use crate::io::BlockFile;
 use crate::journal::{Journal, Record};
 use crate::pins::{PinGeneration, Pins};
 use crate::settle::Settle;
 use crate::snapshot_table::SnapshotInfo;
-use crate::space::Space;
+use crate::space::{LogRun, Space};
 use crate::state::State;
 use crate::superblock::Superblock;
-use crate::units::{BLOCK_BYTES, BootId, Epoch, SetId, SnapshotId, VolumeId};
+use crate::units::{BLOCK_BYTES, BootId, Epoch, Sequence, SetId, SnapshotId, VolumeId};
 
 /// The files of a volume.
 #[derive(Clone, Debug)]
@@ -31,10 +32,10 @@ pub struct VolumeFiles {
     pub base: Arc<dyn BlockFile>,
     /// Two superblock slots.
     pub superblock: Arc<dyn BlockFile>,
-    /// Data blocks.
+    /// Two journal regions, then data blocks: for the data, and for all syncs.
     pub log: Arc<dyn BlockFile>,
-    /// Journals, alternating by generation.
-    pub journal: [Arc<dyn BlockFile>; 2],
+    /// A second handle on the same inode, through the page cache: for the journal regions.
+    pub journal: Arc<dyn BlockFile>,
     /// Indexes, alternating by checkpoint.
     pub index: [Arc<dyn BlockFile>; 2],
 }
@@ -68,12 +69,15 @@ pub struct OpenOptions {
     /// Segments of free blocks that are kept ready: written with zeroes in the background, before anything is redirected
     /// or preserved there. 0: one, and only set aside.
     pub segments_ahead: u64,
-    /// Most bytes the log may grow to.
+    /// Most bytes of data the log may grow to; its journal regions come on top.
     pub log_limit_bytes: u64,
     /// Records in memory after which a checkpoint is due; at four times as many, writes wait for it.
     pub memtable_records: usize,
-    /// Bytes of a journal after which a checkpoint is due; at four times as many, writes wait for it.
+    /// Bytes of a journal after which a checkpoint is due, at most an eighth of its region; at four times as
+    /// many, writes wait for it.
     pub journal_bytes: u64,
+    /// Bytes of each of the two journal regions, at adoption: a multiple of 4096 from 16 KiB to 1 GiB.
+    pub journal_region_bytes: u64,
     /// Index pages kept in memory.
     pub cache_pages: usize,
     /// Zeroes written to each journal at adoption, in bytes, so that appending allocates nothing.
@@ -95,6 +99,7 @@ impl Default for OpenOptions {
             memtable_records: 128 << 10,
             journal_bytes: 4 << 20,
             cache_pages: 1024,
+            journal_region_bytes: crate::layout::JOURNAL_REGION_BYTES,
             journal_prewritten_bytes: crate::layout::JOURNAL_PREWRITTEN_BYTES,
         }
     }
@@ -121,7 +126,7 @@ pub struct VolumeStatus {
     pub poisoned: bool,
     /// Whether the base alone is the disk.
     pub plain: bool,
-    /// fdatasync calls on base, log and journal since the volume was opened.
+    /// fdatasync calls on base and log since the volume was opened.
     pub syncs: SyncCounters,
 }
 
@@ -130,17 +135,14 @@ pub struct VolumeStatus {
 pub struct SyncCounters {
     /// The base.
     pub base: u64,
-    /// The log.
+    /// The log, with the journal in it.
     pub log: u64,
-    /// A journal.
-    pub journal: u64,
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) base_syncs: AtomicU64,
     pub(crate) log_syncs: AtomicU64,
-    pub(crate) journal_syncs: AtomicU64,
     pub(crate) ahead_bytes: AtomicU64,
 }
 
@@ -186,6 +188,10 @@ pub(crate) struct Core {
     pub(crate) settling: BTreeSet<u64>,
     /// Log blocks allocated by plans that no record names yet.
     pub(crate) reserved: BTreeMap<u64, u64>,
+    /// Records that plans in flight may append: they find room.
+    pub(crate) promised_records: u64,
+    /// Data that must not change yet.
+    pub(crate) unconfirmed: Unconfirmed,
     /// The sweep that frees what checkpoints dropped.
     pub(crate) sweep: Sweep,
     /// Something was dropped that only a checkpoint gives back.
@@ -216,6 +222,8 @@ pub(crate) struct Shared {
     pub(crate) counters: Counters,
     pub(crate) core: Mutex<Core>,
     pub(crate) rounds: Rounds,
+    /// Held from a sync of the base until its failure is known to all: the kernel tells of it only once.
+    pub(crate) base_sync: Mutex<()>,
     pub(crate) maintenance: Mutex<Maintenance>,
 }
 
@@ -239,21 +247,59 @@ impl Core {
         for record in records {
             puts.push(self.state.puts(record)?);
         }
-        if let Err(error) = self.journal.append(&shared.files.journal, records) {
-            shared.poison();
-            return Err(error);
-        }
+        let mut sequence = self.journal.next;
+        self.append(shared, records)?;
         for (record, puts) in records.iter().zip(puts) {
             self.changes += puts.len() as u64;
             self.state.apply(record, puts);
+            // Preserved copies are never written again, so nobody has to ask for them.
+            if let Record::Map { .. } = record
+                && let Some((run, Some(_))) = record.data()
+            {
+                self.unconfirmed.note_sealed(run, sequence);
+            }
+            sequence = sequence.next();
         }
         Ok(())
+    }
+
+    /// Appends records that change nothing in memory, or whose changes are made by the caller.
+    pub(crate) fn append(&mut self, shared: &Shared, records: &[Record]) -> Result<()> {
+        let appended = self.journal.append(&*shared.files.journal, records);
+        match &appended {
+            // Nothing was written.
+            Ok(()) | Err(StoreError::NoSpace) => {}
+            Err(_) => shared.poison(),
+        }
+        appended
+    }
+
+    /// Nobody lives in `run` any more, since `record`. No sweep may free it: it becomes free by itself.
+    pub(crate) fn supersede(&mut self, run: LogRun, record: Sequence) {
+        for place in 0..run.count {
+            self.space.note_named(run.start.plus(place));
+        }
+        self.unconfirmed.supersede(run, record);
+    }
+
+    /// A round confirmed everything up to `through`.
+    pub(crate) fn confirm(&mut self, through: Sequence) {
+        self.unconfirmed.confirm(through, &mut self.pins);
+        self.free_superseded();
+    }
+
+    /// Frees superseded blocks that nobody needs any more (I6).
+    pub(crate) fn free_superseded(&mut self) {
+        for run in self.unconfirmed.take_free(&mut self.pins) {
+            self.space.free(run);
+        }
     }
 
     /// Whether a checkpoint is due; `factor` 4 asks whether writes must wait for it.
     pub(crate) fn is_over_bounds(&self, options: &OpenOptions, factor: u64) -> bool {
         self.state.index.memtable_records() as u64 >= options.memtable_records as u64 * factor
-            || self.journal.end_bytes >= options.journal_bytes * factor
+            || self.journal.end_bytes
+                >= options.journal_bytes.min(self.journal.region_bytes / 8) * factor
     }
 
     /// Whether the base alone is the disk.
@@ -289,12 +335,16 @@ impl Shared {
         let counter = match name {
             FileName::Base => Some(&self.counters.base_syncs),
             FileName::Log => Some(&self.counters.log_syncs),
-            FileName::Journal => Some(&self.counters.journal_syncs),
-            FileName::Superblock | FileName::Index | FileName::Directory => None,
+            FileName::Journal | FileName::Superblock | FileName::Index | FileName::Directory => {
+                None
+            }
         };
         if let Some(counter) = counter {
             counter.fetch_add(1, Ordering::Relaxed);
         }
+        let _alone = (name == FileName::Base).then(|| lock(&self.base_sync));
+        // Somebody else may have been told what was meant for this caller's data.
+        self.check_writable()?;
         file.sync_data().map_err(|source| {
             self.poison();
             StoreError::Io {
@@ -384,7 +434,6 @@ impl Volume {
             syncs: SyncCounters {
                 base: read(&counters.base_syncs),
                 log: read(&counters.log_syncs),
-                journal: read(&counters.journal_syncs),
             },
         }
     }

@@ -65,6 +65,7 @@ impl Work {
         for (first, _) in &self.busy {
             core.busy.remove(first);
         }
+        core.promised_records -= self.promised_records;
         for run in &self.reserved {
             core.reserved.remove(&run.start.0);
             core.space.free(*run);
@@ -97,7 +98,9 @@ fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: crate::un
             location,
             epoch: _,
             history,
+            crc: None,
         }) = records.last_mut()
+            && run.crc.is_none()
             && *history == run.history
             && block.plus(u64::from(*count)) == run.block
             && location.plus(u64::from(*count)) == run.location
@@ -112,6 +115,7 @@ fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: crate::un
             location: run.location,
             epoch,
             history: run.history,
+            crc: run.crc,
         });
     }
 }
@@ -141,16 +145,34 @@ impl Shared {
             many = core.state.index.states(first, last, floor)?;
             &many[..]
         };
-        let outline = outline(kind, range, self.size_bytes, states, method);
-        let runs = match core.space.allocate(outline.log_blocks) {
+        let in_doubt = |block| core.unconfirmed.names(block);
+        let mut steps = outline(kind, range, self.size_bytes, states, method, in_doubt);
+        let mut found = core.space.allocate(steps.log_blocks);
+        let confirm_first = found.is_none() && steps.in_doubt;
+        if confirm_first {
+            // Without room for another place the old one will do, after a round that confirms it.
+            steps = outline(kind, range, self.size_bytes, states, method, |_| false);
+            found = core.space.allocate(steps.log_blocks);
+        }
+        let runs = match found {
             Some(runs) => runs,
             None => {
                 core.reclaim |= core.discarded_blocks > 0;
+                core.unconfirmed.wanted |= !core.unconfirmed.is_empty();
                 drop(core);
                 return Err(StoreError::NoSpace);
             }
         };
-        let (extents, mut work) = outline.place(kind, range, self.size_bytes, &runs);
+        let (extents, mut work) = steps.place(kind, range, self.size_bytes, &runs);
+        let fits = core
+            .journal
+            .has_room(core.promised_records + work.promised_records);
+        if !work.busy.is_empty() && !fits && core.promised_records > 0 {
+            // Those in flight end, or a checkpoint makes room.
+            runs.iter().for_each(|run| core.space.free(*run));
+            drop(core);
+            return Err(StoreError::Busy);
+        }
         for run in &runs {
             core.reserved.insert(run.start.0, run.count);
             work.bare_segments.extend(core.space.bare_segments(*run));
@@ -162,11 +184,17 @@ impl Shared {
         for block in settled {
             core.settling.remove(&block);
         }
-        work.pressure = !work.busy.is_empty() && core.is_over_bounds(&self.options, 4);
+        if work.busy.is_empty() {
+            work.promised_records = 0;
+        } else {
+            work.pressure = !fits || core.is_over_bounds(&self.options, 4);
+            core.promised_records += work.promised_records;
+        }
         plan._pin = Some(core.pins.pin());
         drop(core);
         plan.extents = Extents::Many(extents);
-        if !work.busy.is_empty() {
+        work.confirm_first = confirm_first;
+        if !work.busy.is_empty() || confirm_first {
             plan.work = Some(Box::new(work));
         }
         Ok(plan)
@@ -202,6 +230,11 @@ impl Shared {
                     if run.location == Location::Zero && !run.history {
                         core.discarded_blocks += run.count;
                     }
+                }
+                // Anything up to the last record is newer than what it superseded.
+                let record = core.journal.last();
+                for run in std::mem::take(&mut work.supersedes) {
+                    core.supersede(run, record);
                 }
                 // Records name them from now on.
                 for run in std::mem::take(&mut work.reserved) {

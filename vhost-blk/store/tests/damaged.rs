@@ -3,7 +3,9 @@
 
 mod harness;
 
-use harness::{Methods, Model, World, history, memory_files, read_all, small_options};
+use harness::{
+    JOURNAL_REGION, Methods, Model, World, history, memory_files, read_all, small_options,
+};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use vhost_blk_store::sim::{
@@ -102,7 +104,7 @@ fn flipped_bits_are_found_or_harmless() {
         let files = memory_volume(images.clone());
         assert!(check(&files).is_empty());
         let (whole_commits, _) = commits(&dump(&files).unwrap());
-        for part in metadata(&images) {
+        for part in metadata(&images, JOURNAL_REGION) {
             for _ in 0..60 {
                 if part.length_bytes == 0 {
                     continue;
@@ -159,7 +161,7 @@ fn files_of_another_volume_are_refused() {
         foreign[part.place].read(&mut bytes, part.offset_bytes);
         images[part.place].write(&bytes, part.offset_bytes);
     };
-    let parts = metadata(&foreign);
+    let parts = metadata(&foreign, JOURNAL_REGION);
     for part in &parts {
         if part.place == SUPERBLOCK {
             continue;

@@ -335,12 +335,12 @@ fn store_check_and_store_dump_tell_clean_from_damaged_from_absent() {
     assert!(
         String::from_utf8(text.stdout)
             .unwrap()
-            .contains("block 1 now: log 0")
+            .contains("block 1 now: log 16")
     );
     let json: serde_json::Value =
         serde_json::from_slice(&run(DUMP, &arguments, true).stdout).unwrap();
     assert_eq!(json["snapshots"][0]["method"], "redirect_on_write");
-    assert_eq!(json["index"][1]["location"], "log 0");
+    assert_eq!(json["index"][1]["location"], "log 16");
 
     // Looking changed nothing: the volume opens as the clean one it was.
     let (volume, report) = Volume::adopt(&base, &shadow, &options(true)).unwrap();

@@ -1,16 +1,16 @@
 //! FORMAT.md is normative: its tables and the program's numbers are compared row by row; and a volume written
-//! by version 1 must be written, and read, the same for ever.
+//! by version 2 must be written, and read, the same for ever.
 #![allow(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod harness;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use harness::{Methods, Model, Op, Verdict, World, memory_files, small_options};
 use vhost_blk_store::layout::{FIELDS, KINDS, MAX_RECORD_BLOCKS, MAX_SET_MEMBERS, MAX_SNAPSHOTS};
 use vhost_blk_store::sim::{FILE_NAMES, each_file, memory_volume};
-use vhost_blk_store::{MAX_REQUEST_BYTES, Method, check, dump};
+use vhost_blk_store::{MAX_REQUEST_BYTES, Method, OpenOptions, StoreError, Volume, check, dump};
 
 const FORMAT: &str = include_str!("../FORMAT.md");
 
@@ -168,7 +168,7 @@ fn unfold(mut folded: &[u8]) -> Vec<u8> {
 
 fn golden_path(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden/version-1")
+        .join("tests/golden/version-2")
         .join(name)
 }
 
@@ -183,7 +183,7 @@ fn golden_volume_is_written_byte_for_byte() {
             std::fs::write(golden_path(name), fold(&bytes)).unwrap();
         }
         let golden = unfold(&std::fs::read(golden_path(name)).unwrap());
-        assert!(golden == bytes, "{name} is not what version 1 wrote");
+        assert!(golden == bytes, "{name} is not what version 2 wrote");
     }
 }
 
@@ -227,4 +227,47 @@ fn golden_volume_reads_as_it_was() {
         world.apply(&op);
         world.compare();
     }
+}
+
+/// The files of a version 1 volume as they were on disk.
+const FIRST_VERSION: [&str; 7] = [
+    "base",
+    "superblock",
+    "log",
+    "journal.0",
+    "journal.1",
+    "index.0",
+    "index.1",
+];
+
+#[test]
+fn first_version_is_refused_and_left_as_it_is() {
+    let place = tempfile::tempdir().unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/version-1");
+    for name in FIRST_VERSION {
+        let bytes = unfold(&std::fs::read(golden.join(name)).unwrap());
+        std::fs::write(place.path().join(name), bytes).unwrap();
+    }
+    let contents = || -> BTreeMap<String, Vec<u8>> {
+        std::fs::read_dir(place.path())
+            .unwrap()
+            .map(|entry| {
+                let path = entry.unwrap().path();
+                let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+                (name, std::fs::read(path).unwrap())
+            })
+            .collect()
+    };
+    let before = contents();
+    let options = OpenOptions {
+        direct: false,
+        ..OpenOptions::default()
+    };
+    let error = Volume::adopt(&place.path().join("base"), place.path(), &options).unwrap_err();
+    assert!(matches!(error, StoreError::Unsupported { version: 1, .. }));
+    assert!(error.to_string().contains("format version 1"), "{error}");
+    assert!(
+        before == contents(),
+        "a volume that was refused has changed"
+    );
 }

@@ -15,6 +15,11 @@ use crate::units::{Block, Epoch, Generation, Incarnation, Sequence, SetId, Snaps
 pub(crate) struct UnverifiedRecord<'a>(pub(crate) &'a [u8; RECORD_BYTES]);
 
 impl UnverifiedRecord<'_> {
+    /// Where it says that it belongs.
+    pub(crate) fn sequence(&self) -> Sequence {
+        Sequence(u64_at(self.0, record::SEQUENCE))
+    }
+
     /// The record, if its checksum and every field hold.
     pub(crate) fn verify(&self, volume: VolumeId, seal: Seal) -> Option<Entry> {
         let bytes = self.0.as_slice();
@@ -27,7 +32,11 @@ impl UnverifiedRecord<'_> {
         let epoch = Epoch(u32_at(bytes, record::EPOCH));
         let first_id = uuid_at(bytes, record::FIRST_ID);
         let second_id = uuid_at(bytes, record::SECOND_ID);
-        let flags = layout::take::<1>(bytes, record::FLAGS);
+        let [flags] = layout::take::<1>(bytes, record::FLAGS);
+        let crc = (flags & layout::FLAG_SEALED != 0).then(|| u32_at(bytes, record::DATA_CRC));
+        if crc.is_some() && !(1..=layout::MAX_SEALED_BLOCKS).contains(&count) {
+            return None;
+        }
         let record = match layout::take::<1>(bytes, record::KIND)[0] {
             kind::START => Record::Start {
                 generation: Generation(u64_at(bytes, record::GENERATION)),
@@ -37,7 +46,8 @@ impl UnverifiedRecord<'_> {
                 count,
                 location: Location::decode(u64_at(bytes, record::LOCATION))?,
                 epoch,
-                history: flags[0] & layout::FLAG_HISTORY != 0,
+                history: flags & layout::FLAG_HISTORY != 0,
+                crc,
             },
             kind::PRESERVE => match Location::decode(u64_at(bytes, record::LOCATION))? {
                 Location::Log(copy) => Record::Preserve {
@@ -45,6 +55,7 @@ impl UnverifiedRecord<'_> {
                     count,
                     copy,
                     epoch,
+                    crc,
                 },
                 Location::Base | Location::Zero => return None,
             },
@@ -80,6 +91,7 @@ impl UnverifiedRecord<'_> {
                 through: Sequence(u64_at(bytes, record::THROUGH)),
                 superblock: Generation(u64_at(bytes, record::SUPERBLOCK)),
                 synced: Sequence(u64_at(bytes, record::SYNCED)),
+                ordered: flags & layout::FLAG_ORDERED != 0,
             },
             kind::RESTART => Record::Restart {
                 through: Sequence(u64_at(bytes, record::THROUGH)),
@@ -103,6 +115,13 @@ impl Entry {
         let small = |bytes: &mut [u8; RECORD_BYTES], at, value: u32| {
             put(bytes, at, &value.to_le_bytes());
         };
+        let flags_and_crc = |bytes: &mut [u8; RECORD_BYTES], mut flags: u8, crc: Option<u32>| {
+            if let Some(crc) = crc {
+                flags |= layout::FLAG_SEALED;
+                put(bytes, record::DATA_CRC, &crc.to_le_bytes());
+            }
+            put(bytes, record::FLAGS, &[flags]);
+        };
         let id = |bytes: &mut [u8; RECORD_BYTES], at, value: Uuid| put(bytes, at, value.as_bytes());
         let kind = match &self.record {
             Record::Start { generation } => {
@@ -115,14 +134,14 @@ impl Entry {
                 location,
                 epoch,
                 history,
+                crc,
             } => {
                 number(&mut bytes, record::BLOCK, block.0);
                 small(&mut bytes, record::COUNT, *count);
                 number(&mut bytes, record::LOCATION, location.encode());
                 small(&mut bytes, record::EPOCH, epoch.0);
-                if *history {
-                    put(&mut bytes, record::FLAGS, &[layout::FLAG_HISTORY]);
-                }
+                let history = if *history { layout::FLAG_HISTORY } else { 0 };
+                flags_and_crc(&mut bytes, history, *crc);
                 kind::MAP
             }
             Record::Preserve {
@@ -130,11 +149,13 @@ impl Entry {
                 count,
                 copy,
                 epoch,
+                crc,
             } => {
                 number(&mut bytes, record::BLOCK, block.0);
                 small(&mut bytes, record::COUNT, *count);
                 number(&mut bytes, record::LOCATION, Location::Log(*copy).encode());
                 small(&mut bytes, record::EPOCH, epoch.0);
+                flags_and_crc(&mut bytes, 0, *crc);
                 kind::PRESERVE
             }
             Record::Settle { block, count } => {
@@ -188,7 +209,11 @@ impl Entry {
                 through,
                 superblock,
                 synced,
+                ordered,
             } => {
+                if *ordered {
+                    put(&mut bytes, record::FLAGS, &[layout::FLAG_ORDERED]);
+                }
                 number(&mut bytes, record::SYNCED, synced.0);
                 number(&mut bytes, record::THROUGH, through.0);
                 number(&mut bytes, record::SUPERBLOCK, superblock.0);

@@ -2,8 +2,9 @@
 //!
 //! `commit`, `write_path`, `snapshot` and `settle` append; `recover` scans. It knows neither what a
 //! record does to the index nor when a record is durable.
-//! Invariants: sequence numbers are consecutive across both files, incarnations never decrease (I4);
-//! a record is one sector's part, whole or absent.
+//! Generations alternate between two regions at the start of the log.
+//! Invariants: sequence numbers are consecutive across both regions, incarnations never decrease (I4);
+//! a record is one sector's part, whole or absent; nothing is ever written behind a region's end.
 #![deny(clippy::indexing_slicing)]
 
 mod codec;
@@ -13,8 +14,9 @@ pub(crate) use codec::UnverifiedRecord;
 use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
 use crate::io::BlockFile;
-use crate::layout::{RECORD_BYTES, Seal};
+use crate::layout::{MAX_UNORDERED_BLOCKS, RECORD_BYTES, Seal};
 use crate::snapshot_table::Method;
+use crate::space::LogRun;
 use crate::units::{
     Block, Epoch, Generation, Incarnation, LogBlock, Sequence, SetId, SnapshotId, VolumeId,
     in_memory,
@@ -33,6 +35,8 @@ pub(crate) enum Record {
         location: Location,
         epoch: Epoch,
         history: bool,
+        /// CRC32C of the bytes at `location`: the record is sealed.
+        crc: Option<u32>,
     },
     /// The old contents of `count` blocks were copied to `copy` onwards: history of `epoch`.
     Preserve {
@@ -40,6 +44,8 @@ pub(crate) enum Record {
         count: u32,
         copy: LogBlock,
         epoch: Epoch,
+        /// CRC32C of the bytes at `copy`: the record is sealed.
+        crc: Option<u32>,
     },
     /// `count` blocks are current in the base again.
     Settle { block: Block, count: u32 },
@@ -66,16 +72,53 @@ pub(crate) enum Record {
     Discard { set_id: SetId },
     /// The snapshot is dropped.
     Delete { snapshot_id: SnapshotId },
-    /// Everything up to `through` is durable, data included. Names the superblock slot that was current,
-    /// and the last record that had been synced, so that neither the loss of a slot nor of a record in the
-    /// middle can pass for an older state.
+    /// Everything up to `through` holds: if `ordered`, its data was synced before; if not, its sealed records
+    /// have to verify. Names the superblock slot that was current, and the last record that had been synced,
+    /// so that neither the loss of a slot nor of a record in the middle can pass for an older state.
     Commit {
         through: Sequence,
         superblock: Generation,
         synced: Sequence,
+        ordered: bool,
     },
     /// Recovery's word: up to `through` all holds, from there to this record nothing does.
     Restart { through: Sequence },
+}
+
+impl Record {
+    /// The blocks of the log whose data the record names, and its checksum.
+    pub(crate) fn data(&self) -> Option<(LogRun, Option<u32>)> {
+        let (start, count, crc) = match self {
+            Record::Map {
+                location: Location::Log(start),
+                count,
+                crc,
+                ..
+            } => (start, count, crc),
+            Record::Preserve {
+                copy, count, crc, ..
+            } => (copy, count, crc),
+            Record::Map {
+                location: Location::Base | Location::Zero,
+                ..
+            }
+            | Record::Start { .. }
+            | Record::Settle { .. }
+            | Record::SnapId { .. }
+            | Record::SnapMembers { .. }
+            | Record::Snap { .. }
+            | Record::Keep { .. }
+            | Record::Discard { .. }
+            | Record::Delete { .. }
+            | Record::Commit { .. }
+            | Record::Restart { .. } => return None,
+        };
+        let run = LogRun {
+            start: *start,
+            count: u64::from(*count),
+        };
+        Some((run, *crc))
+    }
 }
 
 /// A record and its place.
@@ -86,10 +129,23 @@ pub(crate) struct Entry {
     pub(crate) record: Record,
 }
 
+/// Where a generation stands.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) generation: Generation,
+    /// Sequence of its START record.
+    pub(crate) first: Sequence,
+    /// Sequence of the next record.
+    pub(crate) next: Sequence,
+    /// Where the next record goes in its region, in bytes.
+    pub(crate) end_bytes: u64,
+}
+
 /// The write end.
 #[derive(Debug)]
 pub(crate) struct Journal {
     pub(crate) volume_id: VolumeId,
+    pub(crate) region_bytes: u64,
     pub(crate) generation: Generation,
     pub(crate) incarnation: Incarnation,
     /// Generation of the superblock slot that is current.
@@ -102,17 +158,52 @@ pub(crate) struct Journal {
     pub(crate) next: Sequence,
     /// Everything below this is durable by a COMMIT or RESTART.
     pub(crate) committed: Sequence,
-    /// Last record that a completed sync of the journal covered.
+    /// The watermark: last record that a returned sync of the journal covered.
     pub(crate) synced: Sequence,
-    /// Where the next record goes, in bytes.
+    /// Where the next record goes in its region, in bytes.
     pub(crate) end_bytes: u64,
     /// The last SNAP appended.
-    pub(crate) last_snap: Option<Sequence>,
-    /// Which of the two files hold bytes that no sync has covered.
-    pub(crate) unsynced: [bool; 2],
+    last_snap: Option<Sequence>,
+    /// The last record appended whose data must be synced before the COMMIT.
+    last_unsealed: Option<Sequence>,
+    /// Blocks that sealed records name, since the journal was opened.
+    pub(crate) sealed_blocks: u64,
+    /// The same when the last COMMIT's records were counted.
+    pub(crate) sealed_blocks_committed: u64,
+    /// It holds bytes that no sync has covered.
+    pub(crate) unsynced: bool,
 }
 
 impl Journal {
+    /// A journal in which all that is there is durable.
+    pub(crate) fn new(
+        volume_id: VolumeId,
+        region_bytes: u64,
+        superblock: Generation,
+        incarnation: Incarnation,
+        place: Place,
+    ) -> Journal {
+        let last = Sequence(place.next.0.wrapping_sub(1));
+        Journal {
+            volume_id,
+            region_bytes,
+            generation: place.generation,
+            incarnation,
+            superblock,
+            superblock_unnamed: false,
+            first: place.first,
+            next: place.next,
+            committed: place.next,
+            synced: last,
+            end_bytes: place.end_bytes,
+            last_snap: None,
+            last_unsealed: None,
+            sealed_blocks: 0,
+            sealed_blocks_committed: 0,
+            unsynced: false,
+        }
+    }
+
     /// Sequence of the last record appended.
     pub(crate) fn last(&self) -> Sequence {
         Sequence(self.next.0.wrapping_sub(1))
@@ -123,60 +214,85 @@ impl Journal {
         self.next.0.wrapping_sub(self.committed.0)
     }
 
+    /// RESTART was synced, and with it everything before.
+    pub(crate) fn all_is_durable(&mut self) {
+        (self.committed, self.synced) = (self.next, self.last());
+        self.unsynced = false;
+    }
+
     /// Whether a snapshot waits for the round that makes it durable.
     pub(crate) fn snap_pending(&self) -> bool {
         self.last_snap.is_some_and(|last| last >= self.committed)
     }
 
+    /// Whether the next round must sync the data before it appends its COMMIT.
+    pub(crate) fn needs_order(&self) -> bool {
+        self.snap_pending()
+            || self
+                .last_unsealed
+                .is_some_and(|last| last >= self.committed)
+            || self.sealed_blocks - self.sealed_blocks_committed > MAX_UNORDERED_BLOCKS
+    }
+
+    /// Whether `records` more fit the region. The last part of it is for COMMITs.
+    pub(crate) fn has_room(&self, records: u64) -> bool {
+        let bytes = records.saturating_mul(RECORD_BYTES as u64);
+        self.end_bytes.saturating_add(bytes) <= self.region_bytes - self.region_bytes / 16
+    }
+
     /// Appends `records` with one write. They are in the page cache when it returns: a killed daemon
-    /// keeps them, a power cut may not.
-    pub(crate) fn append(
-        &mut self,
-        files: &[std::sync::Arc<dyn BlockFile>; 2],
-        records: &[Record],
-    ) -> Result<()> {
+    /// keeps them, a power cut may not. `NoSpace`: they do not fit, and nothing happened.
+    pub(crate) fn append(&mut self, file: &dyn BlockFile, records: &[Record]) -> Result<()> {
+        let length_bytes = (records.len() * RECORD_BYTES) as u64;
+        let is_commit = matches!(records, [Record::Commit { .. } | Record::Restart { .. }]);
+        let fits = self.end_bytes + length_bytes <= self.region_bytes;
+        if !fits || !(is_commit || self.has_room(records.len() as u64)) {
+            return Err(StoreError::NoSpace);
+        }
         let mut bytes = Vec::with_capacity(records.len() * RECORD_BYTES);
-        let (mut sequence, mut last_snap) = (self.next, self.last_snap);
+        let mut sequence = self.next;
+        let (mut last_snap, mut last_unsealed) = (self.last_snap, self.last_unsealed);
+        let mut sealed_blocks = 0;
         for record in records {
+            match record.data() {
+                Some((run, Some(_))) => sealed_blocks += run.count,
+                Some((_, None)) => last_unsealed = Some(sequence),
+                None => {}
+            }
+            if let Record::Snap { .. } = record {
+                last_snap = Some(sequence);
+            }
             let entry = Entry {
                 sequence,
                 incarnation: self.incarnation,
                 record: record.clone(),
             };
             bytes.extend_from_slice(&entry.encode(self.volume_id, Seal::Journal(self.generation)));
-            if let Record::Snap { .. } = record {
-                last_snap = Some(sequence);
-            }
             sequence = sequence.next();
         }
-        let [first, second] = files;
-        let file = if self.generation.slot() == 0 {
-            first
-        } else {
-            second
-        };
-        file.write_at(&bytes, self.end_bytes)
+        let offset_bytes = region_start(self.region_bytes, self.generation) + self.end_bytes;
+        file.write_at(&bytes, offset_bytes)
             .map_err(|source| StoreError::Io {
                 op: "append",
                 file: FileName::Journal,
-                offset_bytes: self.end_bytes,
+                offset_bytes,
                 source,
             })?;
-        if let Some(unsynced) = self.unsynced.get_mut(self.generation.slot()) {
-            *unsynced = true;
-        }
-        (self.next, self.last_snap) = (sequence, last_snap);
-        self.end_bytes += bytes.len() as u64;
+        self.unsynced = true;
+        (self.last_snap, self.last_unsealed) = (last_snap, last_unsealed);
+        self.sealed_blocks += sealed_blocks;
+        self.next = sequence;
+        self.end_bytes += length_bytes;
         Ok(())
     }
 
-    /// Begins the next generation in the other file. The caller knows that file to be free (I7).
-    pub(crate) fn switch(&mut self, files: &[std::sync::Arc<dyn BlockFile>; 2]) -> Result<()> {
+    /// Begins the next generation in the other region. The caller knows that region to be free (I7).
+    pub(crate) fn switch(&mut self, file: &dyn BlockFile) -> Result<()> {
         self.generation = self.generation.next();
         self.end_bytes = 0;
         self.first = self.next;
         self.append(
-            files,
+            file,
             &[Record::Start {
                 generation: self.generation,
             }],
@@ -184,34 +300,45 @@ impl Journal {
     }
 }
 
-/// The valid chain found in one journal file.
+/// Where the region of a generation begins in the log, in bytes.
+pub(crate) fn region_start(region_bytes: u64, generation: Generation) -> u64 {
+    region_bytes * generation.slot() as u64
+}
+
+/// The valid chain found in one journal region.
 #[derive(Debug)]
 pub(crate) struct Scan {
     pub(crate) entries: Vec<Entry>,
-    /// Where the chain ends, in bytes.
+    /// Where the chain ends in its region, in bytes.
     pub(crate) end_bytes: u64,
     /// Records behind a gap that are as young as the chain's end: what a power cut left of the last
     /// round, or the sign of damage.
     pub(crate) behind_gap: Vec<Entry>,
 }
 
-/// Reads the chain of `generation` from `file`: it begins with START of sequence `first`, is
+/// Reads the chain of `generation` from its region of `file`: it begins with START of sequence `first`, is
 /// consecutive, and its incarnations do not decrease from `floor`. An absent chain has no entries.
 pub(crate) fn scan(
     file: &dyn BlockFile,
+    region_bytes: u64,
     volume: VolumeId,
     generation: Generation,
     first: Sequence,
     floor: Incarnation,
 ) -> Result<Scan> {
     const CHUNK_RECORDS: usize = 1024;
+    let start_bytes = region_start(region_bytes, generation);
     let io = |source| StoreError::Io {
         op: "read",
         file: FileName::Journal,
-        offset_bytes: 0,
+        offset_bytes: start_bytes,
         source,
     };
-    let length_bytes = file.len_bytes().map_err(io)?;
+    let length_bytes = file
+        .len_bytes()
+        .map_err(io)?
+        .saturating_sub(start_bytes)
+        .min(region_bytes);
     let mut found = Scan {
         entries: Vec::new(),
         end_bytes: 0,
@@ -225,11 +352,14 @@ pub(crate) fn scan(
         let Some(window) = chunk.get_mut(..part) else {
             break;
         };
-        file.read_at(window, at_bytes).map_err(io)?;
+        file.read_at(window, start_bytes + at_bytes).map_err(io)?;
         at_bytes += part as u64;
         for bytes in window.as_chunks::<RECORD_BYTES>().0 {
-            let entry = UnverifiedRecord(bytes)
-                .verify(volume, Seal::Journal(generation))
+            // What an older generation left in the region is not worth a checksum.
+            let raw = UnverifiedRecord(bytes);
+            let entry = (raw.sequence() >= expected)
+                .then(|| raw.verify(volume, Seal::Journal(generation)))
+                .flatten()
                 .filter(|entry| entry.incarnation >= incarnation);
             let starts = found.entries.is_empty();
             match entry {
@@ -244,9 +374,7 @@ pub(crate) fn scan(
                 }
                 Some(entry) => {
                     whole = false;
-                    if entry.sequence >= expected {
-                        found.behind_gap.push(entry);
-                    }
+                    found.behind_gap.push(entry);
                 }
                 None => whole = false,
             }

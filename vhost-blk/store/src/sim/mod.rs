@@ -16,8 +16,8 @@ pub use failing_file::{FailingFile, Fault, FaultKind};
 pub use image::Image;
 pub use memory_file::MemoryFile;
 pub use places::{
-    BASE, FILE_NAMES, FILES, JOURNALS, LOG, Part, SUPERBLOCK, contents, each_file, memory_volume,
-    metadata, volume_files,
+    BASE, FILE_NAMES, FILES, LOG, Part, SUPERBLOCK, contents, each_file, memory_volume, metadata,
+    volume_files,
 };
 pub(crate) use trust::checksums_are_trusted;
 pub use trust::trusting_checksums;

@@ -12,25 +12,15 @@ use crate::units::in_memory;
 use crate::volume::VolumeFiles;
 
 /// Names of a volume's files; a file's place is its index here.
-pub const FILE_NAMES: [&str; 7] = [
-    "base",
-    "superblock",
-    "log",
-    "journal.0",
-    "journal.1",
-    "index.0",
-    "index.1",
-];
+pub const FILE_NAMES: [&str; 5] = ["base", "superblock", "log", "index.0", "index.1"];
 /// Files of a volume.
 pub const FILES: usize = FILE_NAMES.len();
 /// Place of the base.
 pub const BASE: usize = 0;
 /// Place of the superblock.
 pub const SUPERBLOCK: usize = 1;
-/// Place of the log.
+/// Place of the log, with the journals in it.
 pub const LOG: usize = 2;
-/// Places of the journals.
-pub const JOURNALS: [usize; 2] = [3, 4];
 
 /// Parts of a volume's files that hold metadata: place, offset and length in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,28 +35,37 @@ pub struct Part {
     pub journal: bool,
 }
 
-/// Where the metadata of a volume is.
-pub fn metadata(images: &[Image]) -> Vec<Part> {
-    let whole = |place: usize, journal| Part {
-        place,
-        offset_bytes: 0,
-        length_bytes: images.get(place).map_or(0, Image::len_bytes),
-        journal,
-    };
-    (SUPERBLOCK..FILES)
+/// Where the metadata of a volume is, whose journal regions are so long.
+pub fn metadata(images: &[Image], journal_region_bytes: u64) -> Vec<Part> {
+    let length = |place: usize| images.get(place).map_or(0, Image::len_bytes);
+    let whole = (SUPERBLOCK..FILES)
         .filter(|place| *place != LOG)
-        .map(|place| whole(place, JOURNALS.contains(&place)))
-        .collect()
+        .map(|place| Part {
+            place,
+            offset_bytes: 0,
+            length_bytes: length(place),
+            journal: false,
+        });
+    let regions = [0, journal_region_bytes].map(|offset_bytes| Part {
+        place: LOG,
+        offset_bytes,
+        length_bytes: length(LOG)
+            .saturating_sub(offset_bytes)
+            .min(journal_region_bytes),
+        journal: true,
+    });
+    whole.chain(regions).collect()
 }
 
-/// A volume's files, made one by one in the order of [`FILE_NAMES`].
+/// A volume's files, made one by one in the order of [`FILE_NAMES`]. The log has both of its handles on one.
 pub fn volume_files(mut at: impl FnMut(usize) -> Arc<dyn BlockFile>) -> VolumeFiles {
+    let (base, superblock, log) = (at(BASE), at(SUPERBLOCK), at(LOG));
     VolumeFiles {
-        base: at(0),
-        superblock: at(1),
-        log: at(2),
-        journal: [at(3), at(4)],
-        index: [at(5), at(6)],
+        base,
+        superblock,
+        journal: Arc::clone(&log),
+        log,
+        index: [at(3), at(4)],
     }
 }
 
@@ -76,8 +75,6 @@ pub fn each_file(files: &VolumeFiles) -> [&Arc<dyn BlockFile>; FILES] {
         &files.base,
         &files.superblock,
         &files.log,
-        &files.journal[0],
-        &files.journal[1],
         &files.index[0],
         &files.index[1],
     ]

@@ -22,6 +22,8 @@ use vhost_blk_store::{
 };
 
 pub const SECTOR: u64 = 512;
+/// Bytes of each of the two journals of [`small_options`].
+pub const JOURNAL_REGION: u64 = 32 << 10;
 
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -201,6 +203,7 @@ pub fn small_options(boot: u8) -> OpenOptions {
         segment_bytes: 8 * 4096,
         memtable_records: 24,
         journal_bytes: 40 * 64,
+        journal_region_bytes: JOURNAL_REGION,
         cache_pages: 2,
         journal_prewritten_bytes: 0,
         ..OpenOptions::default()
