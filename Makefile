@@ -17,7 +17,7 @@ PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images demo test test-quick test-machines bench window-figures crash-images kernel-cuts nightly fmt lint doc
+.PHONY: help deps images demo test test-quick test-machines bench window-figures crash-images kernel-cuts fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -73,7 +73,10 @@ crash-images: ## a few hundred thousand crash images of the store; a seed that f
 kernel-cuts: deps ## power cuts of a disk under real file systems with the store on them
 	VMSHADOW_KERNEL_CUTS=400 cargo test --locked -p vhost-blk-store --test kernel_cut -- --nocapture
 
-nightly: test crash-images kernel-cuts bench window-figures ## everything that takes long
+fuzz: deps ## two minutes of libFuzzer on each part of the store's metadata, behind the checksums
+	vhost-blk/store/fuzz/run 120
+
+nightly: test crash-images kernel-cuts fuzz bench window-figures ## everything that takes long
 
 fmt: ## format the code
 	@cargo fmt

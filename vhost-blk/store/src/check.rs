@@ -173,8 +173,7 @@ fn check_records(
             if let Location::Log(at) = location {
                 if at.0 >= log_blocks {
                     damage(format!("log block {} is behind the log's end (I2)", at.0));
-                }
-                if !used.insert(at.0) {
+                } else if !used.insert(at.0) {
                     damage(format!("log block {} serves two versions (I2)", at.0));
                 }
             }

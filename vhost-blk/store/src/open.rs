@@ -158,6 +158,22 @@ fn rewrite_journal(files: &VolumeFiles, loaded: &Loaded) -> Result<()> {
     Ok(())
 }
 
+/// What is named in the log is there. Memory for the allocation bitmap is taken only behind this.
+fn check_log(files: &VolumeFiles, loaded: &Loaded) -> Result<()> {
+    let length_bytes = files
+        .log
+        .len_bytes()
+        .map_err(io("measure", FileName::Log))?;
+    match loaded.named.iter().max() {
+        Some(last) if last.0 >= length_bytes.div_ceil(BLOCK_BYTES) => Err(StoreError::Corrupted {
+            file: FileName::Log,
+            offset_bytes: last.offset_bytes(),
+            what: "it ends before a block that a record names (I2)",
+        }),
+        Some(_) | None => Ok(()),
+    }
+}
+
 impl Volume {
     /// Adopts `base` with a new shadow storage directory, or opens the one that is there and recovers.
     /// The base is never converted: its bytes stay where they are.
@@ -197,6 +213,7 @@ impl Volume {
         if options.volume_id.is_some_and(|wanted| wanted != id) {
             return Err(StoreError::WrongVolume(id));
         }
+        check_log(&files, &loaded)?;
         let size_bytes = check_base(&files, &loaded, options)?;
         loaded.state.resize(size_bytes.div_ceil(BLOCK_BYTES));
         let report = RecoveryReport {

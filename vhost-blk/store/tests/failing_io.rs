@@ -171,7 +171,7 @@ fn accept(world: &mut World, before: &Model, op: &Op) {
 fn every_operation(kind: FaultKind) {
     let mut tried = 0;
     let methods = [Methods::Redirect, Methods::Copy, Methods::Mixed];
-    for (seed, methods) in (50..56).zip(methods.into_iter().cycle()) {
+    for (seed, methods) in (50..53).zip(methods) {
         let all = run(kind, u64::MAX / 2, seed, methods);
         for after in 0..all {
             let tale = harness::Tale(format!("{kind:?} {after} of {methods:?}, history {seed}"));

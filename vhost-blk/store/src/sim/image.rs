@@ -117,25 +117,34 @@ impl Image {
 
     /// Writes `length_bytes` times `byte`.
     pub fn fill(&mut self, byte: u8, offset_bytes: u64, length_bytes: u64) {
-        let page = [byte; in_memory(PAGE_BYTES)];
         if length_bytes == 0 {
             return;
         }
-        parts(
-            offset_bytes,
-            in_memory(length_bytes),
-            |number, within, part| {
-                if byte == 0 && part.len() == page.len() {
-                    self.pages.remove(&number);
-                } else if byte != 0 || self.pages.contains_key(&number) {
-                    let target = self
+        let end = offset_bytes + length_bytes;
+        if byte == 0 {
+            // However long it is, only pages that are there have to go.
+            let numbers = offset_bytes / PAGE_BYTES..end.div_ceil(PAGE_BYTES);
+            let there: Vec<u64> = self.pages.range(numbers).map(|page| *page.0).collect();
+            for number in there {
+                let from = in_memory(offset_bytes.saturating_sub(number * PAGE_BYTES));
+                let to = in_memory((end - number * PAGE_BYTES).min(PAGE_BYTES));
+                if let Some(page) = self.pages.get_mut(&number) {
+                    Arc::make_mut(page)[from..to].fill(0);
+                }
+            }
+        } else {
+            parts(
+                offset_bytes,
+                in_memory(length_bytes),
+                |number, within, part| {
+                    let page = self
                         .pages
                         .entry(number)
                         .or_insert_with(|| Arc::new([0; in_memory(PAGE_BYTES)]));
-                    Arc::make_mut(target)[within..within + part.len()].fill(byte);
-                }
-            },
-        );
+                    Arc::make_mut(page)[within..within + part.len()].fill(byte);
+                },
+            );
+        }
         self.length_bytes = self.length_bytes.max(offset_bytes + length_bytes);
     }
 
