@@ -16,7 +16,7 @@ use vhost_blk_store::{
     ByteRange, Maintenance, Method, NewSnapshot, View, Volume, VolumeFiles, check, dump,
 };
 
-use crate::harness::{Methods, Model, World, history, memory_files, small_options};
+use crate::harness::{JOURNAL_REGION, Methods, Model, World, history, memory_files, small_options};
 
 /// Histories whose volumes are edited.
 const VOLUMES: usize = 6;
@@ -111,7 +111,7 @@ pub(crate) fn run(target: Target, input: &[u8]) {
         return;
     };
     let mut images = worn()[usize::from(*first) % VOLUMES].clone();
-    let parts: Vec<Part> = metadata(&images)
+    let parts: Vec<Part> = metadata(&images, JOURNAL_REGION)
         .into_iter()
         .filter(|part| target.takes(*part) && part.length_bytes > 0)
         .collect();
