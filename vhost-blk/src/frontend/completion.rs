@@ -1,90 +1,159 @@
-//! Outcomes to the used ring, in the order of arrival.
+//! Requests that the guest has not been told of, and the order in which it is told.
 //!
-//! Called by `device` on the queue's thread. Knows nothing of what requests do.
+//! Called by `queue` on the queue's thread. Knows nothing of what requests do, nor of the used ring.
 //!
-//! Invariant: requests may *finish* in any order, but they are *published* in the order in which they arrived, so the
-//! used index never passes one that is unfinished. A front end that reconnects after this daemon was killed starts again
-//! at the used index: what lies behind it is exactly what was never answered, and repeating that is harmless. (In-flight
-//! tracking, which allows publication out of order, is to come.)
+//! Requests *finish* in any order. With in-flight tracking they are *published* as they finish: what a killed daemon had not
+//! answered is written down. Without it they are published in the order of arrival, so that the used index never passes one that
+//! is unfinished: a front end that reconnects then starts again at the used index, and what lies behind it is exactly what was
+//! never answered.
+//!
+//! Invariant: a head is in flight once at most. A guest that offers it again has broken its ring.
 
 use super::request::Answer;
 use crate::engine::{Outcome, Token};
 use std::collections::VecDeque;
 
-/// Requests of one queue that the guest has not been told of.
-#[derive(Debug, Default)]
-pub(super) struct InOrder {
-    /// Token of the first entry.
-    first: u64,
-    entries: VecDeque<Entry>,
+/// When requests are published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// As they arrived.
+    OfArrival,
+    /// As they finish.
+    OfCompletion,
 }
 
+/// The head is in flight already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct AlreadyInFlight;
+
+/// Requests of one ring.
 #[derive(Debug)]
-struct Entry {
-    head: u16,
+pub(super) struct InFlight {
+    order: Order,
+    /// By head.
+    slots: Vec<Option<Slot>>,
+    /// Heads: in the order of arrival, all of them; in the order of completion, only finished ones.
+    line: VecDeque<u16>,
+    count: usize,
+    arrivals: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    token: Token,
+    /// Where the answer goes; without one the chain is given back as it is.
     answer: Option<Answer>,
     outcome: Option<Outcome>,
 }
 
-impl InOrder {
-    /// A chain has arrived. Without an `answer` it is given back as it is.
-    pub(super) fn arrive(&mut self, head: u16, answer: Option<Answer>) -> Token {
-        let token = Token(self.first + self.entries.len() as u64);
-        let outcome = if answer.is_some() {
-            None
-        } else {
-            Some(Outcome::Failed)
+/// A request that the guest can be told of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Finished {
+    /// Its head.
+    pub(super) head: u16,
+    /// Where the answer goes.
+    pub(super) answer: Option<Answer>,
+    /// What became of it.
+    pub(super) outcome: Outcome,
+}
+
+impl InFlight {
+    /// For a ring of `size` entries.
+    pub(super) fn new(size: u16, order: Order) -> Self {
+        let size = usize::from(size);
+        Self {
+            order,
+            slots: vec![None; size],
+            line: VecDeque::with_capacity(size),
+            count: 0,
+            arrivals: 0,
+        }
+    }
+
+    /// A head was fetched from the ring.
+    pub(super) fn arrive(&mut self, head: u16) -> Result<Token, AlreadyInFlight> {
+        let slot = self
+            .slots
+            .get_mut(usize::from(head))
+            .ok_or(AlreadyInFlight)?;
+        if slot.is_some() {
+            return Err(AlreadyInFlight);
+        }
+        // The head says where to look, the rest that it is still the same request.
+        let token = Token(self.arrivals << 16 | u64::from(head));
+        *slot = Some(Slot {
+            token,
+            answer: None,
+            outcome: None,
+        });
+        self.arrivals += 1;
+        self.count += 1;
+        if self.order == Order::OfArrival {
+            self.line.push_back(head);
+        }
+        Ok(token)
+    }
+
+    /// Says where the answer of a request goes.
+    pub(super) fn will_answer(&mut self, token: Token, answer: Answer) {
+        if let Some(slot) = self.slot(token) {
+            slot.answer = Some(answer);
+        }
+    }
+
+    /// A request is over. One that is not known any more was given back.
+    pub(super) fn finish(&mut self, token: Token, outcome: Outcome) {
+        let Some(slot) = self.slot(token) else {
+            return;
         };
-        self.entries.push_back(Entry {
+        let first_time = slot.outcome.is_none();
+        slot.outcome = Some(outcome);
+        if first_time && self.order == Order::OfCompletion {
+            self.line.push_back(head_of(token));
+        }
+    }
+
+    fn slot(&mut self, token: Token) -> Option<&mut Slot> {
+        let slot = self.slots.get_mut(usize::from(head_of(token)))?.as_mut()?;
+        (slot.token == token).then_some(slot)
+    }
+
+    /// Takes the next request that the guest can be told of.
+    pub(super) fn next_finished(&mut self) -> Option<Finished> {
+        let head = *self.line.front()?;
+        let slot = self.slots.get_mut(usize::from(head))?;
+        let Slot {
+            answer,
+            outcome: Some(outcome),
+            ..
+        } = (*slot)?
+        else {
+            return None;
+        };
+        *slot = None;
+        self.line.pop_front();
+        self.count -= 1;
+        Some(Finished {
             head,
             answer,
             outcome,
-        });
-        token
-    }
-
-    /// A request is over.
-    pub(super) fn finish(&mut self, token: Token, outcome: Outcome) {
-        let place = token
-            .0
-            .checked_sub(self.first)
-            .and_then(|place| usize::try_from(place).ok());
-        if let Some(entry) = place.and_then(|place| self.entries.get_mut(place)) {
-            entry.outcome = Some(outcome);
-        }
-    }
-
-    /// Writes the answers of what is over and has nothing unfinished before it; calls `used(head, length)` for each, in
-    /// order. Answers how many there were.
-    pub(super) fn publish(&mut self, mut used: impl FnMut(u16, u32)) -> usize {
-        let mut count = 0;
-        while let Some(Entry {
-            head,
-            answer,
-            outcome: Some(outcome),
-        }) = self.entries.front()
-        {
-            let length = answer.as_ref().map_or(0, |answer| answer.write(*outcome));
-            used(*head, length);
-            self.entries.pop_front();
-            self.first += 1;
-            count += 1;
-        }
-        count
+        })
     }
 
     /// Number of requests that the guest has not been told of.
     pub(super) fn len(&self) -> usize {
-        self.entries.len()
+        self.count
     }
 
-    /// Forgets all of them; answers how many, which is how far the ring has to be turned back.
-    pub(super) fn give_back(&mut self) -> usize {
-        let count = self.entries.len();
-        self.first += count as u64;
-        self.entries.clear();
-        count
+    /// True if there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.count == 0
     }
+}
+
+fn head_of(token: Token) -> u16 {
+    // The lower 16 bits are the head.
+    u16::try_from(token.0 & u64::from(u16::MAX)).unwrap_or(u16::MAX)
 }
 
 #[cfg(test)]

@@ -3,24 +3,22 @@
 //! Called by the daemon, on a thread per volume. Knows vhost-user only as far as a connection begins and ends.
 //!
 //! Invariants:
-//! * The crate's object serves one connection only ("already claimed" otherwise), so each gets a new one.
 //! * A front end that goes away without a word is drained before the next is accepted: no I/O of the old one is in flight
 //!   when the new one starts.
-//! * A second front end is turned away at once; it would hang in its connect otherwise.
+//! * A second front end is turned away at once, and told of on the control socket; it would hang in its connect otherwise.
+//! * When the daemon stops, what is done is published before the front end is hung up on: from then on it counts by itself.
 
-use super::device::{Device, Memory};
+use super::handler::Handler;
 use crate::engine::{Kick, VolumeEngine};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use vhost::vhost_user::Listener;
-use vhost_user_backend::VhostUserDaemon;
-use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::epoll::EventSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use vhost::vhost_user::{BackendReqHandler, Error};
+use vhost_blk_wire::event::Event as WireEvent;
 
 /// A front end that reconnects may be seen before its old connection is known to be over.
 const HANG_UP_GRACE: Timespec = Timespec {
@@ -130,40 +128,32 @@ fn connection(
     stop: &Kick,
 ) -> io::Result<Option<Served>> {
     let name = &volume.settings.name;
-    let memory = Memory::new(GuestMemoryMmap::new());
-    let device = Arc::new(Device::new(Arc::clone(volume), memory.clone(), num_queues)?);
-    let mut daemon = VhostUserDaemon::new(format!("vhost {name}"), Arc::clone(&device), memory)
-        .map_err(crate_error)?;
-    let event = u64::from(device.kick_event());
-    for (handler, kick) in daemon.get_epoll_handlers().iter().zip(device.kicks()) {
-        handler.register_listener(kick.as_raw_fd(), EventSet::IN, event)?;
-    }
-    daemon
-        .start(&mut Listener::from(listener.try_clone()?))
-        .map_err(crate_error)?;
+    let (stream, _) = listener.accept()?;
+    let hang_up = stream.try_clone()?;
+    let handler = Handler::new(Arc::clone(volume), num_queues, stream.try_clone()?)?;
+    let handler = Arc::new(Mutex::new(handler));
+    let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
     tracing::info!(volume = %name, queues = num_queues, "front end connected");
 
     let over = Arc::new(Kick::new()?);
-    let hang_up = daemon.shutdown_handle();
-    let waiter = {
-        let over = Arc::clone(&over);
-        std::thread::Builder::new()
-            .name(format!("wait {name}"))
-            .spawn(move || {
-                let result = daemon.wait();
-                over.wake();
-                (daemon, result)
-            })?
-    };
+    let told = WakeAtEnd(Arc::clone(&over));
+    let reader = std::thread::Builder::new()
+        .name(format!("vhost {name}"))
+        .spawn(move || {
+            let _told = told;
+            loop {
+                if let Err(error) = requests.handle_request() {
+                    return error;
+                }
+            }
+        })?;
     let mut stopping = None;
     loop {
         match wait(listener, stop, Some(&over))? {
             Woken::Over => break,
             Woken::Stop => {
                 stopping = Some(Served::Stopped);
-                if let Some(hang_up) = &hang_up {
-                    hang_up.shutdown();
-                }
+                lock(&handler).close();
                 break;
             }
             Woken::Connection => {
@@ -175,38 +165,32 @@ fn connection(
             Woken::Nothing => {}
         }
     }
-    let (daemon, result) = waiter
-        .join()
-        .map_err(|_| io::Error::other("a thread has panicked"))?;
-    match result {
-        Ok(()) => tracing::info!(volume = %name, "front end disconnected"),
-        Err(error) => tracing::info!(volume = %name, %error, "front end disconnected"),
+    // The reader may be waiting for the rest of a message, or for the next.
+    if let Err(error) = hang_up.shutdown(Shutdown::Both) {
+        tracing::debug!(%error, "the front end has gone already");
     }
-    // The queues' threads still run: they wait for their I/O. Then the crate may drop them.
-    device.settle();
-    drop(daemon);
-    for fd in device.take_exit_fds() {
-        close_leaked(fd);
+    match reader.join() {
+        Ok(Error::Disconnected) => tracing::info!(volume = %name, "front end disconnected"),
+        Ok(error) => tracing::warn!(volume = %name, %error, "front end disconnected"),
+        Err(_) => tracing::error!(volume = %name, "the thread of a connection has panicked"),
     }
+    // Settled before the queues' threads end with the handler.
+    lock(&handler).settle();
+    drop(handler);
     Ok(stopping)
 }
 
-/// The crate's error carries what cannot be shared between threads, so only its text goes on.
-#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
-fn crate_error(error: vhost_user_backend::Error) -> io::Error {
-    io::Error::other(error.to_string())
+fn lock(handler: &Mutex<Handler>) -> std::sync::MutexGuard<'_, Handler> {
+    handler.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Closes an event descriptor that the vhost-user-backend crate has turned into a number and forgotten
-/// (`VringEpollHandler::new`).
-#[allow(
-    unsafe_code,
-    reason = "the crate hands the descriptor's number out and drops its owner"
-)]
-fn close_leaked(fd: RawFd) {
-    // SAFETY: the crate took the descriptor out of its owner with `into_raw_fd`; its event loop, the only other user of the
-    // number, was dropped and its thread joined.
-    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+/// Wakes when it is dropped, so that a thread's end is seen however it ends.
+struct WakeAtEnd(Arc<Kick>);
+
+impl Drop for WakeAtEnd {
+    fn drop(&mut self) {
+        self.0.wake();
+    }
 }
 
 /// Takes a second front end's connection and closes it.
@@ -214,6 +198,9 @@ fn refuse(volume: &VolumeEngine, listener: &UnixListener) -> io::Result<()> {
     let (connection, _) = listener.accept()?;
     drop(connection);
     tracing::warn!(volume = %volume.settings.name, "a second front end was turned away");
+    volume.tell(WireEvent::FrontEndRefused {
+        volume: volume.settings.name.clone(),
+    });
     Ok(())
 }
 

@@ -4,18 +4,26 @@
 //! engine's matter.
 //!
 //! * `listener`: one front end at a time on a socket that is kept; drains before it takes the next.
-//! * `device`: features, the thread of each queue, stopping a ring.
-//! * `config_space`: what the guest reads as the disk's properties.
+//! * `handler`: what a front end says on its connection.
+//! * `queue`: the handle of a queue's thread; `serving`: the thread itself.
+//! * `ring`, `chain`: a split virtqueue in guest memory, descriptor chains.
+//! * `inflight`: what the front end keeps for us while we may die.
 //! * `request`: descriptor chain to request; everything in it is hostile.
-//! * `completion`: outcomes to the used ring, in the order of arrival.
+//! * `completion`: what the guest has not been told of, and in which order it is.
+//! * `config_space`: what the guest reads as the disk's properties.
 
 #![deny(clippy::indexing_slicing)]
 
+mod chain;
 mod completion;
 mod config_space;
-mod device;
+mod handler;
+mod inflight;
 mod listener;
+mod queue;
 mod request;
+mod ring;
+mod serving;
 
 pub use config_space::QUEUES_MAX;
 pub use listener::{Served, SocketError, bind, serve};

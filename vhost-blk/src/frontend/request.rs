@@ -1,12 +1,14 @@
 //! A descriptor chain becomes a request, or an answer at once (virtio 1.2, 5.2.6).
 //!
-//! Called by `device` for every chain a guest makes available. Everything in a chain is chosen by a hostile guest:
+//! Called by `queue` for every chain a guest makes available. Everything in a chain is chosen by a hostile guest:
 //! addresses, lengths, flags, the header. Framing is not assumed: header and status may be split over or share descriptors with data
 //! (`VIRTIO_F_VERSION_1` implies any layout).
 //!
 //! Invariants: what is handed to the engine lies inside guest memory and inside the disk, is whole sectors, and at most
-//! [`DATA_BYTES_MAX`] long; nothing here allocates by a length that a guest has named.
+//! [`DATA_BYTES_MAX`] long; nothing here allocates by a length that a guest has named. The header is copied once: what was
+//! checked is what is used.
 
+use super::chain::Chain;
 use super::config_space::{CLEAR_SECTORS_MAX, SECTOR_BYTES};
 use crate::engine::{GuestBuffers, GuestRange, Op, Outcome, Request};
 use std::sync::Arc;
@@ -16,27 +18,14 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// `struct virtio_blk_req` before the data: type, reserved, sector.
-const HEADER_BYTES: u64 = 16;
+const HEADER_BYTES: usize = 16;
 /// `struct virtio_blk_discard_write_zeroes`: sector, count, flags.
-const CLEAR_SEGMENT_BYTES: u64 = 16;
+const CLEAR_SEGMENT_BYTES: usize = 16;
 /// Longest data of a request. Linux sends at most a few MiB.
 const DATA_BYTES_MAX: u64 = crate::engine::REQUEST_BYTES_MAX;
-/// Most descriptors of a chain: the longest ring.
-const DESCRIPTORS_MAX: usize = 1024;
-
-/// A descriptor as the guest wrote it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct RawDescriptor {
-    /// Guest-physical address.
-    pub(super) address: u64,
-    /// Length in bytes.
-    pub(super) length_bytes: u32,
-    /// The device writes to it.
-    pub(super) device_writes: bool,
-}
 
 /// What to do with a chain.
 #[derive(Debug)]
@@ -50,17 +39,17 @@ pub(super) enum Parsed {
 }
 
 /// Where the answer goes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Answer {
-    /// The status byte.
-    status: GuestBuffers,
+    /// Guest-physical address of the status byte.
+    status: u64,
     /// Bytes the device writes before the status byte when all goes well.
     pub(super) data_bytes: u32,
 }
 
 impl Answer {
     /// Writes the status byte; answers how many bytes of the chain were written.
-    pub(super) fn write(&self, outcome: Outcome) -> u32 {
+    pub(super) fn write(&self, memory: &GuestMemoryMmap, outcome: Outcome) -> u32 {
         use virtio_bindings::bindings::virtio_blk::{
             VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
         };
@@ -70,7 +59,7 @@ impl Answer {
             Outcome::Unsupported => (VIRTIO_BLK_S_UNSUPP, 0),
         };
         let status = u8::try_from(status).unwrap_or(u8::MAX);
-        match self.status.write_at(0, &[status]) {
+        match memory.write_obj(status, GuestAddress(self.status)) {
             Ok(()) => data_bytes.saturating_add(1),
             Err(_) => 0,
         }
@@ -88,41 +77,19 @@ pub(super) struct Disk<'a> {
     pub(super) serial: &'a str,
 }
 
-/// Makes sense of a chain.
-pub(super) fn parse(
-    memory: &Arc<GuestMemoryMmap>,
-    chain: impl Iterator<Item = RawDescriptor>,
-    disk: Disk<'_>,
-) -> Parsed {
-    let mut readable = Vec::new();
-    let mut writable = Vec::new();
-    for (count, descriptor) in chain.enumerate() {
-        if count >= DESCRIPTORS_MAX {
-            return Parsed::Unanswerable("the chain has too many descriptors");
-        }
-        let range = GuestRange {
-            address: descriptor.address,
-            length_bytes: descriptor.length_bytes,
-        };
-        if descriptor.device_writes {
-            writable.push(range);
-        } else if writable.is_empty() {
-            readable.push(range);
-        } else {
-            return Parsed::Unanswerable("a readable descriptor follows a writable one");
-        }
-    }
-    let Some(status) = take_last_byte(&mut writable) else {
+/// Makes sense of a chain; cuts header and status off it.
+pub(super) fn parse(memory: &Arc<GuestMemoryMmap>, chain: &mut Chain, disk: Disk<'_>) -> Parsed {
+    let Some(status) = take_last_byte(&mut chain.writable) else {
         return Parsed::Unanswerable("there is no status byte");
     };
-    let Ok(status) = GuestBuffers::new(Arc::clone(memory), &[status]) else {
+    if !memory.address_in_range(GuestAddress(status)) {
         return Parsed::Unanswerable("the status byte is not in guest memory");
-    };
+    }
     let mut answer = Answer {
         status,
         data_bytes: 0,
     };
-    match understand(memory, &mut readable, &writable, disk, &mut answer) {
+    match understand(memory, chain, disk, &mut answer) {
         Ok(Understood::Request(request)) => Parsed::Engine(request, answer),
         Ok(Understood::Answered) => Parsed::Now(Outcome::Done, answer),
         Err(outcome) => Parsed::Now(outcome, answer),
@@ -136,21 +103,16 @@ enum Understood {
 
 fn understand(
     memory: &Arc<GuestMemoryMmap>,
-    readable: &mut Vec<GuestRange>,
-    writable: &[GuestRange],
+    chain: &mut Chain,
     disk: Disk<'_>,
     answer: &mut Answer,
 ) -> Result<Understood, Outcome> {
-    let header = take_front(readable, HEADER_BYTES).ok_or(Outcome::Failed)?;
-    let header = buffers(memory, &header)?;
-    let mut kind = [0_u8; 4];
-    let mut sector = [0_u8; 8];
-    header.read_at(0, &mut kind).map_err(|_| Outcome::Failed)?;
-    header
-        .read_at(8, &mut sector)
-        .map_err(|_| Outcome::Failed)?;
-    let sector = u64::from_le_bytes(sector);
-    let request = match u32::from_le_bytes(kind) {
+    let header = take_front::<HEADER_BYTES>(memory, &mut chain.readable).ok_or(Outcome::Failed)?;
+    let [k0, k1, k2, k3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
+    let kind = u32::from_le_bytes([k0, k1, k2, k3]);
+    let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+    let (readable, writable) = (&mut chain.readable, &chain.writable);
+    let request = match kind {
         VIRTIO_BLK_T_IN => {
             let data = buffers(memory, writable)?;
             answer.data_bytes = u32::try_from(data.length_bytes()).map_err(|_| Outcome::Failed)?;
@@ -197,21 +159,35 @@ fn understand(
 /// Discard and write-zeroes. The device offers one segment per request.
 fn clear(
     memory: &Arc<GuestMemoryMmap>,
-    readable: &[GuestRange],
+    readable: &mut [GuestRange],
     disk: Disk<'_>,
     discard: bool,
 ) -> Result<Request, Outcome> {
-    let data = buffers(memory, readable)?;
-    if data.length_bytes() != CLEAR_SEGMENT_BYTES {
+    let segment = take_front::<CLEAR_SEGMENT_BYTES>(memory, readable).ok_or(Outcome::Failed)?;
+    if readable.iter().any(|range| range.length_bytes > 0) {
         return Err(Outcome::Failed);
     }
-    let mut sector = [0_u8; 8];
-    let mut sectors = [0_u8; 4];
-    let mut flags = [0_u8; 4];
-    data.read_at(0, &mut sector).map_err(|_| Outcome::Failed)?;
-    data.read_at(8, &mut sectors).map_err(|_| Outcome::Failed)?;
-    data.read_at(12, &mut flags).map_err(|_| Outcome::Failed)?;
-    let (sectors, flags) = (u32::from_le_bytes(sectors), u32::from_le_bytes(flags));
+    let [
+        s0,
+        s1,
+        s2,
+        s3,
+        s4,
+        s5,
+        s6,
+        s7,
+        c0,
+        c1,
+        c2,
+        c3,
+        f0,
+        f1,
+        f2,
+        f3,
+    ] = segment;
+    let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+    let sectors = u32::from_le_bytes([c0, c1, c2, c3]);
+    let flags = u32::from_le_bytes([f0, f1, f2, f3]);
     let may_unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
     let op = match (discard, may_unmap) {
         // 5.2.6.2: UNSUPP if an unknown flag is set, and if unmap is set on a discard.
@@ -224,7 +200,7 @@ fn clear(
         return Err(Outcome::Failed);
     }
     let length_bytes = u64::from(sectors) * SECTOR_BYTES;
-    let range = range(disk, u64::from_le_bytes(sector), length_bytes)?;
+    let range = range(disk, sector, length_bytes)?;
     Ok(request(op, range, GuestBuffers::empty(Arc::clone(memory))))
 }
 
@@ -255,8 +231,8 @@ fn range(disk: Disk<'_>, sector: u64, length_bytes: u64) -> Result<ByteRange, Ou
     })
 }
 
-/// Cuts the last byte off.
-fn take_last_byte(ranges: &mut Vec<GuestRange>) -> Option<GuestRange> {
+/// Cuts the last byte off; answers its address.
+fn take_last_byte(ranges: &mut Vec<GuestRange>) -> Option<u64> {
     loop {
         let last = ranges.last_mut()?;
         let Some(rest) = last.length_bytes.checked_sub(1) else {
@@ -264,57 +240,33 @@ fn take_last_byte(ranges: &mut Vec<GuestRange>) -> Option<GuestRange> {
             continue;
         };
         last.length_bytes = rest;
-        return Some(GuestRange {
-            address: last.address.checked_add(u64::from(rest))?,
-            length_bytes: 1,
-        });
+        return last.address.checked_add(u64::from(rest));
     }
 }
 
-/// Cuts the first bytes off; `None` if there are not so many.
-fn take_front(ranges: &mut Vec<GuestRange>, length_bytes: u64) -> Option<Vec<GuestRange>> {
-    let mut left = u32::try_from(length_bytes).ok()?;
-    let mut taken = Vec::new();
-    let mut rest = Vec::with_capacity(ranges.len());
-    for range in ranges.drain(..) {
-        let now = range.length_bytes.min(left);
-        left -= now;
-        if now > 0 {
-            taken.push(GuestRange {
-                address: range.address,
-                length_bytes: now,
-            });
+/// Copies the first bytes and cuts them off, leaving empty ranges; `None` if there are not so many in guest memory.
+fn take_front<const N: usize>(
+    memory: &GuestMemoryMmap,
+    ranges: &mut [GuestRange],
+) -> Option<[u8; N]> {
+    let mut taken = [0; N];
+    let mut rest = taken.as_mut_slice();
+    for range in ranges {
+        if rest.is_empty() {
+            break;
         }
-        if range.length_bytes > now {
-            rest.push(GuestRange {
-                address: range.address.checked_add(u64::from(now))?,
-                length_bytes: range.length_bytes - now,
-            });
-        }
+        let count = usize::try_from(range.length_bytes)
+            .unwrap_or(usize::MAX)
+            .min(rest.len());
+        let (now, later) = rest.split_at_mut(count);
+        memory.read_slice(now, GuestAddress(range.address)).ok()?;
+        let count = u32::try_from(count).ok()?;
+        range.address = range.address.checked_add(u64::from(count))?;
+        range.length_bytes -= count;
+        rest = later;
     }
-    *ranges = rest;
-    (left == 0).then_some(taken)
+    rest.is_empty().then_some(taken)
 }
 
 #[cfg(test)]
 mod tests;
-
-#[cfg(test)]
-pub(super) mod testing {
-    //! An answer for tests of other rooms.
-    use super::{Answer, GuestBuffers, GuestRange};
-    use std::sync::Arc;
-    use vm_memory::GuestMemoryMmap;
-
-    /// An answer whose status byte is the first of `memory`.
-    pub(crate) fn answer(memory: &Arc<GuestMemoryMmap>) -> Answer {
-        let byte = GuestRange {
-            address: 0,
-            length_bytes: 1,
-        };
-        Answer {
-            status: GuestBuffers::new(Arc::clone(memory), &[byte]).unwrap(),
-            data_bytes: 0,
-        }
-    }
-}

@@ -112,14 +112,17 @@ fn one_disk_is_not_served_by_two_daemons() {
 #[test]
 fn a_second_front_end_is_turned_away_at_once_and_the_first_goes_on() {
     let served = serve(&[]);
+    let mut control = Control::connect(&served.control);
     let mut first = Disk::attach(&served.socket, 1);
     let second = UnixStream::connect(&served.socket).unwrap();
     second
-        .set_read_timeout(Some(Duration::from_secs(10)))
+        .set_read_timeout(Some(Duration::from_secs(30)))
         .unwrap();
     let mut byte = [0];
-    let read = std::io::Read::read(&mut &second, &mut byte).unwrap();
-    assert_eq!(read, 0, "closed by the daemon");
+    let read = std::io::Read::read(&mut &second, &mut byte);
+    assert!(matches!(read, Ok(0)), "closed by the daemon: {read:?}");
+    let told = control.wait_for_event("FRONT_END_REFUSED");
+    assert_eq!(told["volume"], "disk");
     first.first().write(0, &[1; 512]).unwrap();
 }
 

@@ -23,6 +23,21 @@ pub enum Event {
         /// Volume by name.
         volume: String,
     },
+    /// A front end was turned away: the volume has one already.
+    FrontEndRefused {
+        /// Volume by name.
+        volume: String,
+    },
+    /// A queue is not served any more: its ring makes no sense, or its thread has died. It is served again when the front end
+    /// starts it again.
+    QueueFailed {
+        /// Volume by name.
+        volume: String,
+        /// Queue by number.
+        queue: u16,
+        /// Why.
+        reason: String,
+    },
     /// A disk failed: the volume refuses everything until the daemon is restarted.
     VolumePoisoned {
         /// Volume by name.

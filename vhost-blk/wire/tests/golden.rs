@@ -74,6 +74,8 @@ fn name(event: &Event) -> &'static str {
     match event {
         Event::VolumeConnected { .. } => "VOLUME_CONNECTED",
         Event::VolumeDisconnected { .. } => "VOLUME_DISCONNECTED",
+        Event::FrontEndRefused { .. } => "FRONT_END_REFUSED",
+        Event::QueueFailed { .. } => "QUEUE_FAILED",
         Event::VolumePoisoned { .. } => "VOLUME_POISONED",
         Event::ShadowStorageFull { .. } => "SHADOW_STORAGE_FULL",
         Event::SnapshotSetCommitted { .. } => "SNAPSHOT_SET_COMMITTED",
@@ -100,5 +102,5 @@ fn every_event_keeps_its_bytes() {
         assert_eq!(name(&serde_json::from_value(message).unwrap()), file);
         events += 1;
     }
-    assert_eq!(events, 9, "an event has no file");
+    assert_eq!(events, 11, "an event has no file");
 }

@@ -1,6 +1,7 @@
 //! What chains become, and that no chain breaks anything.
 
-use super::{Disk, Parsed, RawDescriptor, parse};
+use super::super::chain::{Chain, Descriptor, FLAG_WRITE};
+use super::{Disk, Parsed, parse};
 use crate::engine::testing::memory;
 use crate::engine::{Op, Outcome, Request};
 use proptest::prelude::*;
@@ -19,19 +20,35 @@ const STATUS: u64 = 0x200;
 /// Last bytes of the first region; what follows is not mapped.
 const BORDER: u64 = 0x1_0000;
 
-fn readable(address: u64, length_bytes: u32) -> RawDescriptor {
-    RawDescriptor {
+fn readable(address: u64, length_bytes: u32) -> Descriptor {
+    Descriptor {
         address,
         length_bytes,
-        device_writes: false,
+        flags: 0,
+        next: 0,
     }
 }
 
-fn writable(address: u64, length_bytes: u32) -> RawDescriptor {
-    RawDescriptor {
-        device_writes: true,
+fn writable(address: u64, length_bytes: u32) -> Descriptor {
+    Descriptor {
+        flags: FLAG_WRITE,
         ..readable(address, length_bytes)
     }
+}
+
+/// Parses what a chain of these descriptors names.
+fn parsed(
+    memory: &Arc<GuestMemoryMmap>,
+    descriptors: impl IntoIterator<Item = Descriptor>,
+    disk: Disk<'_>,
+) -> Parsed {
+    let mut chain = Chain::default();
+    for descriptor in descriptors {
+        if let Err(bad) = chain.push(descriptor) {
+            return Parsed::Unanswerable(bad.0);
+        }
+    }
+    parse(memory, &mut chain, disk)
 }
 
 fn with_header(kind: u32, sector: u64) -> Arc<GuestMemoryMmap> {
@@ -57,7 +74,7 @@ fn status(memory: &Arc<GuestMemoryMmap>, parsed: Parsed) -> u8 {
     let Parsed::Now(outcome, answer) = parsed else {
         panic!("{parsed:?}")
     };
-    answer.write(outcome);
+    answer.write(memory, outcome);
     memory.read_obj(GuestAddress(STATUS)).unwrap()
 }
 
@@ -79,7 +96,7 @@ fn a_read_names_its_range_and_its_memory() {
         writable(DATA, 4096),
         writable(STATUS, 1),
     ];
-    let Parsed::Engine(request, answer) = parse(&memory, chain.into_iter(), DISK) else {
+    let Parsed::Engine(request, answer) = parsed(&memory, chain, DISK) else {
         panic!()
     };
     assert_eq!(request.op, Op::Read);
@@ -88,8 +105,8 @@ fn a_read_names_its_range_and_its_memory() {
         (4096, 4096)
     );
     assert_eq!(request.buffers.length_bytes(), 4096);
-    assert_eq!(answer.write(Outcome::Done), 4097);
-    assert_eq!(answer.write(Outcome::Failed), 1);
+    assert_eq!(answer.write(&memory, Outcome::Done), 4097);
+    assert_eq!(answer.write(&memory, Outcome::Failed), 1);
 }
 
 #[test]
@@ -102,11 +119,11 @@ fn header_and_status_may_share_descriptors_with_data_or_be_split() {
         writable(STATUS, 0),
         writable(STATUS, 1),
     ];
-    let request = engine(parse(&memory, chain.into_iter(), DISK));
+    let request = engine(parsed(&memory, chain, DISK));
     assert_eq!(request.range.length_bytes, 512);
     let memory = with_header(IN, 0);
     let chain = [readable(HEADER, 16), writable(STATUS - 512, 513)];
-    let request = engine(parse(&memory, chain.into_iter(), DISK));
+    let request = engine(parsed(&memory, chain, DISK));
     assert_eq!(request.buffers.length_bytes(), 512);
 }
 
@@ -126,7 +143,7 @@ fn a_request_outside_the_disk_is_an_error_and_nothing_else() {
             writable(DATA, length),
             writable(STATUS, 1),
         ];
-        let parsed = parse(&memory, chain.into_iter(), DISK);
+        let parsed = parsed(&memory, chain, DISK);
         assert_eq!(
             status(&memory, parsed),
             IOERR,
@@ -140,10 +157,7 @@ fn an_unknown_kind_is_unsupported() {
     for kind in [2, 10, 14, 99, u32::MAX] {
         let memory = with_header(kind, 0);
         let chain = [readable(HEADER, 16), writable(STATUS, 1)];
-        assert_eq!(
-            status(&memory, parse(&memory, chain.into_iter(), DISK)),
-            UNSUPP
-        );
+        assert_eq!(status(&memory, parsed(&memory, chain, DISK)), UNSUPP);
     }
 }
 
@@ -160,7 +174,7 @@ fn the_serial_is_twenty_bytes_padded_with_zeroes() {
         writable(DATA, 20),
         writable(STATUS, 1),
     ];
-    let parsed = parse(&memory, chain.into_iter(), disk);
+    let parsed = parsed(&memory, chain, disk);
     assert_eq!(status(&memory, parsed), OK);
     let mut id = [0; 20];
     memory.read_slice(&mut id, GuestAddress(DATA)).unwrap();
@@ -188,7 +202,7 @@ fn clear_segment(
         readable(DATA, 16),
         writable(STATUS, 1),
     ];
-    let parsed = parse(&memory, chain.into_iter(), DISK);
+    let parsed = parsed(&memory, chain, DISK);
     (memory, parsed)
 }
 
@@ -242,17 +256,11 @@ fn a_read_only_disk_takes_no_change() {
             readable(DATA, 512),
             writable(STATUS, 1),
         ];
-        assert_eq!(
-            status(&memory, parse(&memory, chain.into_iter(), disk)),
-            IOERR
-        );
+        assert_eq!(status(&memory, parsed(&memory, chain, disk)), IOERR);
     }
     let memory = with_header(FLUSH, 0);
     let chain = [readable(HEADER, 16), writable(STATUS, 1)];
-    assert_eq!(
-        engine(parse(&memory, chain.into_iter(), disk)).op,
-        Op::Flush
-    );
+    assert_eq!(engine(parsed(&memory, chain, disk)).op, Op::Flush);
 }
 
 #[test]
@@ -280,10 +288,7 @@ fn memory_that_is_not_there_costs_the_request() {
         ],
     ] {
         let memory = with_header(IN, 0);
-        assert_eq!(
-            status(&memory, parse(&memory, chain.into_iter(), DISK)),
-            IOERR
-        );
+        assert_eq!(status(&memory, parsed(&memory, chain, DISK)), IOERR);
     }
 }
 
@@ -298,7 +303,7 @@ fn without_a_place_for_the_status_a_chain_goes_back_as_it_is() {
         vec![readable(HEADER, 16); 2000],
     ] {
         let memory = with_header(IN, 0);
-        let parsed = parse(&memory, chain.into_iter(), DISK);
+        let parsed = parsed(&memory, chain, DISK);
         assert!(matches!(parsed, Parsed::Unanswerable(_)), "{parsed:?}");
     }
 }
@@ -318,13 +323,13 @@ proptest! {
     ) {
         let memory = with_header(kind, sector);
         let mut chain = vec![readable(HEADER, 16)];
-        chain.extend(descriptors.into_iter().map(|(address, length_bytes, device_writes)| RawDescriptor {
-            address, length_bytes, device_writes,
+        chain.extend(descriptors.into_iter().map(|(address, length_bytes, device_writes)| Descriptor {
+            address, length_bytes, flags: if device_writes { FLAG_WRITE } else { 0 }, next: 0,
         }));
         // Writable ones last, so that more than the first check is reached.
-        chain.sort_by_key(|descriptor| descriptor.device_writes);
+        chain.sort_by_key(|descriptor| descriptor.flags);
         let disk = Disk { read_only, ..DISK };
-        if let Parsed::Engine(request, answer) = parse(&memory, chain.into_iter(), disk) {
+        if let Parsed::Engine(request, answer) = parsed(&memory, chain, disk) {
             prop_assert!(request.range.offset_bytes + request.range.length_bytes <= disk.size_bytes);
             prop_assert!(!read_only || !request.op.changes_disk());
             if matches!(request.op, Op::Read | Op::Write) {
@@ -333,7 +338,7 @@ proptest! {
                 let mut copy = vec![0; usize::try_from(request.range.length_bytes).unwrap()];
                 request.buffers.read_at(0, &mut copy).unwrap();
             }
-            answer.write(Outcome::Failed);
+            answer.write(&memory, Outcome::Failed);
         }
     }
 }

@@ -9,7 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -90,17 +92,51 @@ impl SharedRam {
     }
 }
 
+/// In-flight memory; outlives daemons, as a front end keeps it.
+pub(crate) struct InFlightMemory {
+    pub(crate) shape: VhostUserInflight,
+    pub(crate) file: File,
+}
+
 /// A connection with one running queue.
 pub(crate) struct RawFrontEnd {
     pub(crate) frontend: Frontend,
     pub(crate) ram: Arc<SharedRam>,
     kick: EventFd,
-    _call: EventFd,
+    call: EventFd,
 }
 
 impl RawFrontEnd {
     /// Connects and starts queue 0 at the ring position `base`.
     pub(crate) fn start(socket: &Path, ram: Arc<SharedRam>, base: u16) -> Self {
+        let guest = Self::connect(socket, ram);
+        guest.start_ring(base);
+        guest
+    }
+
+    /// Connects and starts queue 0 with in-flight memory, which the daemon makes if there is none yet. The position is what
+    /// QEMU says after it has lost a daemon: the used index.
+    pub(crate) fn start_tracked(
+        socket: &Path,
+        ram: Arc<SharedRam>,
+        memory: &mut Option<InFlightMemory>,
+    ) -> Self {
+        let mut guest = Self::connect(socket, ram);
+        let memory = memory.get_or_insert_with(|| {
+            let wanted = VhostUserInflight::new(0, 0, 1, RING);
+            let (shape, file) = guest.frontend.get_inflight_fd(&wanted).unwrap();
+            InFlightMemory { shape, file }
+        });
+        guest
+            .frontend
+            .set_inflight_fd(&memory.shape, memory.file.as_raw_fd())
+            .unwrap();
+        guest.start_ring(guest.ram.used_index());
+        guest
+    }
+
+    /// Connects and negotiates, with guest memory but no ring.
+    pub(crate) fn connect(socket: &Path, ram: Arc<SharedRam>) -> Self {
         let deadline = Instant::now() + Duration::from_secs(20);
         let mut frontend = loop {
             // A connection that is turned away fails at the first answer.
@@ -119,22 +155,40 @@ impl RawFrontEnd {
             .set_protocol_features(
                 VhostUserProtocolFeatures::CONFIG
                     | VhostUserProtocolFeatures::REPLY_ACK
-                    | VhostUserProtocolFeatures::MQ,
+                    | VhostUserProtocolFeatures::MQ
+                    | VhostUserProtocolFeatures::RESET_DEVICE
+                    | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
             )
             .unwrap();
+        // What can be acknowledged is: a message has taken effect when its call returns.
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         // Everything but EVENT_IDX, so that notifications need no bookkeeping here.
         frontend.set_features(features & !(1 << 29)).unwrap();
+        let guest = Self {
+            frontend,
+            ram,
+            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(EFD_NONBLOCK).unwrap(),
+        };
+        guest.share_memory();
+        guest
+    }
+
+    /// Sends the memory table, for the first time or again.
+    pub(crate) fn share_memory(&self) {
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
             memory_size: RAM_BYTES,
             userspace_addr: USER_ADDRESS,
             mmap_offset: 0,
-            mmap_handle: ram.file.as_raw_fd(),
+            mmap_handle: self.ram.file.as_raw_fd(),
         };
-        frontend.set_mem_table(&[region]).unwrap();
-        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-        let call = EventFd::new(EFD_NONBLOCK).unwrap();
-        frontend.set_vring_num(0, RING).unwrap();
+        self.frontend.set_mem_table(&[region]).unwrap();
+    }
+
+    /// Starts queue 0.
+    pub(crate) fn start_ring(&self, base: u16) {
+        self.frontend.set_vring_num(0, RING).unwrap();
         let ring = VringConfigData {
             queue_max_size: RING,
             queue_size: RING,
@@ -144,17 +198,29 @@ impl RawFrontEnd {
             avail_ring_addr: USER_ADDRESS + AVAILABLE,
             log_addr: None,
         };
-        frontend.set_vring_addr(0, &ring).unwrap();
-        frontend.set_vring_base(0, base).unwrap();
-        frontend.set_vring_call(0, &call).unwrap();
-        frontend.set_vring_kick(0, &kick).unwrap();
-        frontend.set_vring_enable(0, true).unwrap();
-        Self {
-            frontend,
-            ram,
-            kick,
-            _call: call,
-        }
+        self.frontend.set_vring_addr(0, &ring).unwrap();
+        self.frontend.set_vring_base(0, base).unwrap();
+        self.frontend.set_vring_call(0, &self.call).unwrap();
+        self.frontend.set_vring_kick(0, &self.kick).unwrap();
+        self.enable_ring(true);
+    }
+
+    /// SET_VRING_ENABLE for queue 0.
+    pub(crate) fn enable_ring(&self, enable: bool) {
+        let mut frontend = self.frontend.clone();
+        frontend.set_vring_enable(0, enable).unwrap();
+    }
+
+    /// Gives the running ring another descriptor to kick by.
+    pub(crate) fn change_kick(&mut self) {
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        self.frontend.set_vring_kick(0, &kick).unwrap();
+        self.kick = kick;
+    }
+
+    /// Takes the interrupts so far; false if there was none.
+    pub(crate) fn take_interrupts(&self) -> bool {
+        self.call.read().is_ok()
     }
 
     pub(crate) fn kick(&self) {
@@ -164,16 +230,31 @@ impl RawFrontEnd {
     /// Puts a write of one sector-aligned piece into slot `slot` of descriptors (three each), and makes it available at
     /// `position`.
     pub(crate) fn offer_write(&self, position: u16, slot: u16, sector: u64, bytes: &[u8]) {
-        let place = FREE + u64::from(slot) * 0x2_0000;
+        self.ram.write(data_place(slot), bytes);
+        self.offer(
+            position,
+            slot,
+            1,
+            sector,
+            u32::try_from(bytes.len()).unwrap(),
+        );
+    }
+
+    /// The same for a read; what was read is in [`Self::data`].
+    pub(crate) fn offer_read(&self, position: u16, slot: u16, sector: u64, length: u32) {
+        self.offer(position, slot, 0, sector, length);
+    }
+
+    fn offer(&self, position: u16, slot: u16, kind: u32, sector: u64, length: u32) {
+        let place = place(slot);
         let mut header = Vec::new();
-        header.extend(1_u32.to_le_bytes());
+        header.extend(kind.to_le_bytes());
         header.extend(0_u32.to_le_bytes());
         header.extend(sector.to_le_bytes());
         self.ram.write(place, &header);
-        self.ram.write(place + 0x100, &[0xee]);
-        self.ram.write(place + 0x1000, bytes);
+        self.forget_status(slot);
         let first = slot * 3;
-        let length = u32::try_from(bytes.len()).unwrap();
+        let data_flags = if kind == 0 { NEXT | WRITE } else { NEXT };
         let chain = [
             Descriptor {
                 address: place,
@@ -182,9 +263,9 @@ impl RawFrontEnd {
                 next: first + 1,
             },
             Descriptor {
-                address: place + 0x1000,
+                address: data_place(slot),
                 length,
-                flags: NEXT,
+                flags: data_flags,
                 next: first + 2,
             },
             Descriptor {
@@ -201,9 +282,19 @@ impl RawFrontEnd {
         self.ram.set_available_index(position.wrapping_add(1));
     }
 
+    /// Makes the status byte of a slot one that no device writes.
+    pub(crate) fn forget_status(&self, slot: u16) {
+        self.ram.write(place(slot) + 0x100, &[0xee]);
+    }
+
+    /// First bytes of a slot's data.
+    pub(crate) fn data<const N: usize>(&self, slot: u16) -> [u8; N] {
+        self.ram.read(data_place(slot))
+    }
+
     /// Status byte of a slot; 0xee: not answered.
     pub(crate) fn status(&self, slot: u16) -> u8 {
-        let [status] = self.ram.read(FREE + u64::from(slot) * 0x2_0000 + 0x100);
+        let [status] = self.ram.read(place(slot) + 0x100);
         status
     }
 
@@ -224,4 +315,12 @@ impl RawFrontEnd {
             .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
             .unwrap();
     }
+}
+
+fn place(slot: u16) -> u64 {
+    FREE + u64::from(slot) * 0x2_0000
+}
+
+fn data_place(slot: u16) -> u64 {
+    place(slot) + 0x1000
 }
