@@ -10,14 +10,14 @@ MAKEFLAGS += --no-builtin-rules
 PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
             qemu-system-x86 qemu-utils qemu-system-common
 # For the tests and measurements only: a person who runs the demo need not have them.
-test test-quick test-machines kernel-cuts nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
+test test-quick test-machines kernel-cuts kills nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
 bench nightly: PACKAGES += fio qemu-system-common linux-perf
 TRIPLE := x86_64-unknown-linux-gnu
 PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images demo test test-quick test-machines bench window-figures crash-images kernel-cuts fuzz nightly fmt lint doc
+.PHONY: help deps images demo test test-quick test-machines bench window-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -70,13 +70,19 @@ window-figures: images ## boot, freeze to thaw, hold and each step, over 50 sets
 crash-images: ## a few hundred thousand crash images of the store; a seed that fails is printed, with the way to see it again
 	cargo test --locked -p vhost-blk-store --test crash_consistency nightly_crash_images -- --ignored --nocapture
 
+kills: images ## kill -9 under full load: 1,000 times on raw rings, 100 times under a real machine
+	@echo "kills: a thousand on raw rings"
+	VHOST_BLK_LOG=error VMSHADOW_KILLS=$${VMSHADOW_KILLS:-1000} cargo test --locked -p vhost-blk --test daemon kills:: -- --nocapture
+	echo "kills: a hundred under a machine"
+	VMSHADOW_QEMU_KILLS=$${VMSHADOW_QEMU_KILLS:-100} cargo test --locked -p vmshadow-tests --test a_daemon_dies_often -- --nocapture
+
 kernel-cuts: deps ## power cuts of a disk under real file systems with the store on them
 	VMSHADOW_KERNEL_CUTS=400 cargo test --locked -p vhost-blk-store --test kernel_cut -- --nocapture
 
 fuzz: deps ## two minutes of libFuzzer on each part of the store's metadata, behind the checksums
 	vhost-blk/store/fuzz/run 120
 
-nightly: test crash-images kernel-cuts fuzz bench window-figures ## everything that takes long
+nightly: test crash-images kernel-cuts kills fuzz bench window-figures ## everything that takes long
 
 fmt: ## format the code
 	@cargo fmt

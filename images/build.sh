@@ -13,7 +13,7 @@ target=${CARGO_TARGET_DIR:-$top/target}
 cache=$target/images
 triple=x86_64-unknown-linux-gnu
 programs=$target/$triple/release
-guest_programs=(guest-agent sqlite-writer guest-shell guest-load)
+guest_programs=(guest-agent sqlite-writer guest-shell guest-load guest-writers)
 
 say() { echo "images: $*" >&2; }
 

@@ -74,17 +74,18 @@ impl Daemon {
 
     /// Starts it without waiting for anything.
     pub(crate) fn launch(arguments: Vec<String>) -> Self {
-        Self::launch_with(arguments, Stdio::inherit())
+        Self::launch_with(arguments, Stdio::inherit(), None)
     }
 
     /// The same; what it tells goes to a file.
     pub(crate) fn launch_telling(arguments: Vec<String>, told: &Path) -> Self {
         let told = std::fs::File::create(told).unwrap();
-        Self::launch_with(arguments, told.into())
+        Self::launch_with(arguments, told.into(), Some("info"))
     }
 
-    fn launch_with(arguments: Vec<String>, stderr: Stdio) -> Self {
+    fn launch_with(arguments: Vec<String>, stderr: Stdio, level: Option<&str>) -> Self {
         let child = Command::new(env!("CARGO_BIN_EXE_vhost-blk"))
+            .envs(level.map(|level| ("VHOST_BLK_LOG", level)))
             .arg("serve")
             .args(&arguments)
             .stdin(Stdio::null())

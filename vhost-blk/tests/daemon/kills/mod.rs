@@ -99,7 +99,7 @@ impl Campaign {
                 requester.read_all(control);
             }
             if life != Life::Starting {
-                let time = Duration::from_millis(random.random_range(5..160));
+                let time = Duration::from_millis(random.random_range(5..250));
                 let victim = &victim;
                 scope.spawn(move || victim.kill_within(time));
             }

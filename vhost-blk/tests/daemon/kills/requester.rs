@@ -86,7 +86,7 @@ impl Requester {
                 _ if kept > 0 => self.read_one(&mut control),
                 _ => Some(()),
             };
-            std::thread::sleep(Duration::from_micros(self.random.random_range(0..8000)));
+            std::thread::sleep(Duration::from_micros(self.random.random_range(0..3000)));
         }
     }
 
