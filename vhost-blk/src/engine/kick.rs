@@ -17,7 +17,9 @@ pub struct Kick {
     fd: OwnedFd,
     /// Somebody has written, or is about to.
     rung: AtomicBool,
-    /// The kernel was told that it may write.
+    /// The kernel may write by itself now.
+    kernel_may: AtomicBool,
+    /// The kernel may have written since the last clear.
     kernel: AtomicBool,
 }
 
@@ -31,6 +33,7 @@ impl Kick {
         Ok(Self {
             fd,
             rung: AtomicBool::new(false),
+            kernel_may: AtomicBool::new(false),
             kernel: AtomicBool::new(false),
         })
     }
@@ -48,15 +51,20 @@ impl Kick {
         }
     }
 
-    /// The kernel may write to the descriptor by itself from now on: the next clear has to look.
-    pub(super) fn expect_kernel(&self) {
-        self.kernel.store(true, Ordering::Relaxed);
+    /// The kernel may write to the descriptor by itself from now on, or not any more: clears have to look as long as it may,
+    /// and once after. On the thread that waits only.
+    pub(super) fn let_kernel(&self, may: bool) {
+        self.kernel_may.store(may, Ordering::Relaxed);
+        if may {
+            self.kernel.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Takes all wake-ups so far. On the thread that waits only.
     pub fn clear(&self) {
         let rung = self.rung.swap(false, Ordering::SeqCst);
-        if !self.kernel.swap(false, Ordering::Relaxed) && !rung {
+        let may = self.kernel_may.load(Ordering::Relaxed);
+        if !self.kernel.swap(may, Ordering::Relaxed) && !rung {
             return;
         }
         let mut count = [0_u8; 8];
@@ -110,15 +118,22 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_writes_is_taken_when_it_was_expected() {
+    fn what_the_kernel_writes_is_taken_as_long_as_it_may_and_once_after() {
         let kick = Kick::new().unwrap();
-        kick.expect_kernel();
-        rustix::io::write(&kick, &[1_u8; 8]).unwrap();
+        let kernel_writes = || rustix::io::write(&kick, &[1_u8; 8]).unwrap();
+        kick.let_kernel(true);
+        kernel_writes();
         kick.clear();
         assert!(!is_readable(&kick));
-        kick.expect_kernel();
+        // Between a clear and the end of its leave.
+        kernel_writes();
+        kick.let_kernel(false);
+        assert!(is_readable(&kick));
+        kick.clear();
+        assert!(!is_readable(&kick));
+        kick.let_kernel(true);
         kick.clear();
         kick.wake();
-        assert!(is_readable(&kick), "an expectation is no wake-up");
+        assert!(is_readable(&kick), "a leave is no wake-up");
     }
 }

@@ -187,6 +187,7 @@ impl Worker {
         self.decide_mover();
         if let Mover::Ring(ring) = &mut self.mover {
             ring.disarm();
+            self.kick.let_kernel(false);
         }
         self.collect();
         loop {
@@ -218,7 +219,7 @@ impl Worker {
     pub fn arm(&mut self) -> bool {
         match &mut self.mover {
             Mover::Ring(ring) if !ring.is_idle() => {
-                self.kick.expect_kernel();
+                self.kick.let_kernel(true);
                 ring.arm()
             }
             Mover::Ring(_) | Mover::Sync | Mover::Undecided => false,
