@@ -3,8 +3,8 @@
 //! Called by everything that has news for a queue: the io_uring (completions), the hands (blocking work is done), the
 //! barrier (writes may go on) and the device (stop). Knows nothing of why.
 //!
-//! Invariants: a wake-up that comes after [`Kick::clear`] makes the descriptor readable; several before it cost one system
-//! call, and a clear without any costs none.
+//! Invariants: a wake-up that comes after [`Kick::clear`] makes the descriptor readable; a descriptor that is readable is
+//! read by the next clear but one at the latest; a clear with nothing to take costs no system call.
 
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Debug)]
 pub struct Kick {
     fd: OwnedFd,
-    /// Somebody has written, or is about to.
+    /// Somebody has written since the last clear, or is about to.
     rung: AtomicBool,
     /// The kernel may write by itself now.
     kernel_may: AtomicBool,
@@ -40,15 +40,15 @@ impl Kick {
 
     /// Wakes the event loop. Cannot fail in a way that loses the wake-up: a full counter is readable too.
     pub fn wake(&self) {
-        if self.rung.swap(true, Ordering::SeqCst) {
-            return;
-        }
+        // Said before and after: a clear in between may find nothing yet, and the next one has to look again.
+        self.rung.store(true, Ordering::SeqCst);
         // Any number but zero will do, so the byte order is of no matter.
         if let Err(error) = rustix::io::write(&self.fd, &[1_u8; 8])
             && error != rustix::io::Errno::AGAIN
         {
             tracing::error!(%error, "cannot wake a queue");
         }
+        self.rung.store(true, Ordering::SeqCst);
     }
 
     /// The kernel may write to the descriptor by itself from now on, or not any more: clears have to look as long as it may,
@@ -68,12 +68,10 @@ impl Kick {
             return;
         }
         let mut count = [0_u8; 8];
-        match rustix::io::read(&self.fd, &mut count) {
-            Ok(_) => {}
-            // Who rang has not written yet: the next clear takes it.
-            Err(rustix::io::Errno::AGAIN) if rung => self.rung.store(true, Ordering::SeqCst),
-            Err(rustix::io::Errno::AGAIN) => {}
-            Err(error) => tracing::error!(%error, "cannot read a wake-up"),
+        if let Err(error) = rustix::io::read(&self.fd, &mut count)
+            && error != rustix::io::Errno::AGAIN
+        {
+            tracing::error!(%error, "cannot read a wake-up");
         }
     }
 }
@@ -115,6 +113,39 @@ mod tests {
             kick.clear();
             assert!(!is_readable(&kick));
         }
+    }
+
+    #[test]
+    fn no_wake_up_is_lost_between_two_threads() {
+        let kick = Kick::new().unwrap();
+        let sent = std::sync::atomic::AtomicU64::new(0);
+        let rounds = 20_000;
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..rounds {
+                        sent.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                        kick.wake();
+                    }
+                });
+            }
+            let mut leave = false;
+            while sent.load(std::sync::atomic::Ordering::SeqCst) < 2 * rounds {
+                let mut wait = [PollFd::new(&kick, PollFlags::IN)];
+                let long = Timespec {
+                    tv_sec: 10,
+                    tv_nsec: 0,
+                };
+                assert_eq!(
+                    poll(&mut wait, Some(&long)).unwrap(),
+                    1,
+                    "a wake-up is lost"
+                );
+                leave = !leave;
+                kick.let_kernel(leave);
+                kick.clear();
+            }
+        });
     }
 
     #[test]

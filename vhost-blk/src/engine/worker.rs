@@ -192,6 +192,8 @@ impl Worker {
         self.collect();
         loop {
             self.start_due();
+            // Some need no transfer, or none of theirs could start.
+            self.moves_over();
             self.hand_over_all();
             if !self.submit_transfers() {
                 return;

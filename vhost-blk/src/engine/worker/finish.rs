@@ -55,7 +55,7 @@ impl Worker {
     }
 
     /// Ends requests all of whose transfers are over, or brings them to their next stage.
-    fn moves_over(&mut self) {
+    pub(super) fn moves_over(&mut self) {
         if self.moved.is_empty() {
             return;
         }

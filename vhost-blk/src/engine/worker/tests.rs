@@ -279,3 +279,16 @@ fn a_request_done_whole_waits_for_an_overlapping_one_that_has_to_be_prepared() {
         }
     }
 }
+
+#[test]
+fn a_read_of_nothing_but_zeroes_ends_in_the_pass_that_started_it() {
+    let (volume, _directory) = volume(SIZE);
+    let mut queue = Queue::new(&volume);
+    take_snapshot(&volume, Method::RedirectOnWrite);
+    queue.fill(3);
+    assert_eq!(queue.run(Op::Write, 0, 8192), Outcome::Done);
+    assert_eq!(queue.run(Op::Discard, 0, 8192), Outcome::Done);
+    let read = queue.start(Op::Read, 0, 4096);
+    assert_eq!(queue.done.last(), Some(&(read, Outcome::Done)));
+    assert_eq!(queue.first_byte(), 0);
+}
