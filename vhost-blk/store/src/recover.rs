@@ -487,3 +487,6 @@ fn decide(
         .any(|entry| entry.sequence > watermark && entry.record.data().is_some());
     Ok(decided)
 }
+
+#[cfg(all(test, feature = "sim"))]
+mod tests;

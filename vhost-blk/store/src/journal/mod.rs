@@ -327,6 +327,8 @@ pub(crate) fn scan(
     floor: Incarnation,
 ) -> Result<Scan> {
     const CHUNK_RECORDS: usize = 1024;
+    // Opening does not read all of a large region to find out that it is empty.
+    const GAP_BYTES: u64 = 4 << 20;
     let start_bytes = region_start(region_bytes, generation);
     let io = |source| StoreError::Io {
         op: "read",
@@ -347,7 +349,7 @@ pub(crate) fn scan(
     let (mut expected, mut incarnation, mut whole) = (first, floor, true);
     let mut chunk = vec![0; CHUNK_RECORDS * RECORD_BYTES];
     let mut at_bytes = 0;
-    while at_bytes < length_bytes {
+    while at_bytes < length_bytes && at_bytes - found.end_bytes < GAP_BYTES {
         let part = in_memory((length_bytes - at_bytes).min(chunk.len() as u64));
         let Some(window) = chunk.get_mut(..part) else {
             break;
