@@ -78,7 +78,7 @@ pub(crate) fn load(
     cache_pages: usize,
 ) -> Result<Option<Loaded>> {
     let (superblock, other_slot_damaged) = match superblock::load(&*files.superblock)? {
-        SlotsFound::Blank => return Ok(None),
+        SlotsFound::Blank => return check_unused(files).map(|()| None),
         SlotsFound::Valid {
             current,
             other_damaged,
@@ -151,6 +151,29 @@ pub(crate) fn load(
         same_boot,
         chain,
     }))
+}
+
+/// A volume that has a history and no superblock has lost it, and must not be adopted anew. An adoption that was
+/// not finished leaves a journal of one record.
+fn check_unused(files: &VolumeFiles) -> Result<()> {
+    let mut start = [0; PAGE_BYTES];
+    files
+        .journal
+        .read_at(&mut start, 0)
+        .map_err(|source| StoreError::Io {
+            op: "read",
+            file: FileName::Journal,
+            offset_bytes: 0,
+            source,
+        })?;
+    if start.iter().skip(RECORD_BYTES).any(|byte| *byte != 0) {
+        return Err(corrupted(
+            FileName::Superblock,
+            0,
+            "it is blank, and the journal is not: it is lost",
+        ));
+    }
+    Ok(())
 }
 
 /// Reads every page of the run once: checks it, notes its fences and its log blocks.
