@@ -12,12 +12,18 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use vhost_blk_wire::types::Method;
 
 /// Longest serial a guest can read, in bytes (`VIRTIO_BLK_ID_BYTES`).
 const SERIAL_BYTES_MAX: usize = 20;
 /// Most disks of one daemon.
 const DISKS_MAX: usize = 256;
+
+/// Looking for so long costs little more than a sleep and a wake-up, and is QEMU's default for its own I/O threads.
+const POLL_US: u32 = 32;
+/// Longer than any gap that looking could pay for.
+const POLL_US_MAX: u32 = 100_000;
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -94,6 +100,9 @@ pub struct ServeArgs {
     /// Most bytes the shadow storage of a disk may grow to; writes that need more are held [default: no limit]
     #[arg(long, value_name = "BYTES")]
     pub shadow_limit: Option<u64>,
+    /// Longest time, in microseconds, that a queue's thread looks for work before it sleeps; 0: it sleeps at once [default: 32]
+    #[arg(long, value_name = "N")]
+    pub poll_max_us: Option<u32>,
     /// Open a base that was changed by somebody else while snapshots needed it unchanged
     #[arg(long)]
     pub force_base: bool,
@@ -112,6 +121,7 @@ struct ConfigFile {
     method: Option<MethodFlag>,
     num_queues: Option<u16>,
     shadow_limit: Option<u64>,
+    poll_max_us: Option<u32>,
     #[serde(default)]
     disk: Vec<DiskEntry>,
 }
@@ -164,6 +174,8 @@ pub struct Config {
     pub engine: EngineKind,
     /// Most bytes of each disk's shadow storage.
     pub shadow_limit_bytes: u64,
+    /// Longest time that a queue's thread looks for work before it sleeps.
+    pub poll_max: Duration,
     /// Open a base that was changed by somebody else.
     pub force_base: bool,
 }
@@ -231,11 +243,20 @@ pub fn resolve(args: &ServeArgs) -> Result<Config, ConfigError> {
         direct: !args.no_direct && file.direct.unwrap_or(true),
         engine: args.engine.or(file.engine).unwrap_or(EngineKind::Auto),
         shadow_limit_bytes: args.shadow_limit.or(file.shadow_limit).unwrap_or(u64::MAX),
+        poll_max: poll_max(args.poll_max_us.or(file.poll_max_us))?,
         force_base: args.force_base,
         disks,
     };
     ensure_unique(&config)?;
     Ok(config)
+}
+
+fn poll_max(wanted_us: Option<u32>) -> Result<Duration, ConfigError> {
+    let us = wanted_us.unwrap_or(POLL_US);
+    if us > POLL_US_MAX {
+        return invalid(format!("poll-max-us is at most {POLL_US_MAX}"));
+    }
+    Ok(Duration::from_micros(u64::from(us)))
 }
 
 fn read_file(path: &Path) -> Result<ConfigFile, ConfigError> {

@@ -8,7 +8,7 @@
 use crate::config::{Config, DiskConfig};
 use crate::control::{self, Events};
 use crate::engine::{EngineKind, Kick, Ring, SnapshotSets, VolumeEngine, VolumeSettings};
-use crate::frontend::{self, SocketError};
+use crate::frontend::{self, Serving, SocketError};
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -212,11 +212,15 @@ impl Fronts {
         };
         for ((disk, volume), listener) in config.disks.iter().zip(sets.volumes()).zip(listeners) {
             let stop = Arc::new(Kick::new()?);
-            let (volume, num_queues) = (Arc::clone(volume), disk.num_queues);
+            let volume = Arc::clone(volume);
+            let serving = Serving {
+                num_queues: disk.num_queues,
+                poll_max: config.poll_max,
+            };
             fronts.stops.push(Arc::clone(&stop));
             let thread = std::thread::Builder::new().name(format!("front {}", disk.name));
             fronts.threads.push(thread.spawn(move || {
-                if let Err(error) = frontend::serve(&volume, &listener, num_queues, &stop) {
+                if let Err(error) = frontend::serve(&volume, &listener, serving, &stop) {
                     tracing::error!(volume = %volume.settings.name, %error, "front ends are not served any more");
                 }
             })?);

@@ -22,6 +22,19 @@ fn one_disk_needs_a_file_and_a_socket_only() {
     assert_eq!(disk.method, Method::Row);
     assert!(config.direct);
     assert_eq!(config.control, None);
+    assert_eq!(config.poll_max.as_micros(), 32);
+}
+
+#[test]
+fn looking_for_work_can_be_limited_or_switched_off() {
+    let with = |us| {
+        let flags = ["--disk", "/d/a", "--socket", "/s/a", "--poll-max-us", us];
+        configure(&flags).map(|config| config.poll_max.as_micros())
+    };
+    assert_eq!(with("0"), Ok(0));
+    assert_eq!(with("200"), Ok(200));
+    assert!(with("100001").is_err());
+    assert!(with("-1").is_err());
 }
 
 #[test]

@@ -11,6 +11,7 @@
 
 use super::config_space::{self, QUEUE_SIZE_MAX};
 use super::inflight::Region;
+use super::listener::Serving;
 use super::queue::{Memory, Queue, Shared, Stop};
 use crate::engine::VolumeEngine;
 use std::fs::File;
@@ -63,19 +64,20 @@ fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
 }
 
 impl Handler {
-    /// A device with `num_queues` queues for the front end at the other end of `connection`.
+    /// A device for the front end at the other end of `connection`.
     pub(super) fn new(
         volume: Arc<VolumeEngine>,
-        num_queues: u16,
+        serving: Serving,
         connection: UnixStream,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             volume,
             memory: Memory::new(GuestMemoryMmap::new()),
             connection,
+            poll_max: serving.poll_max,
         });
         let size_max = u16::try_from(QUEUE_SIZE_MAX).unwrap_or(u16::MAX);
-        let queues = (0..usize::from(num_queues))
+        let queues = (0..usize::from(serving.num_queues))
             .map(|index| Queue::new(&shared, index, size_max))
             .collect::<io::Result<_>>()?;
         Ok(Self {

@@ -17,6 +17,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vhost_blk_wire::event::Event as WireEvent;
 
@@ -88,6 +89,15 @@ pub enum Served {
     Stopped,
 }
 
+/// How front ends of a disk are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Serving {
+    /// Queues; a front end may use fewer.
+    pub num_queues: u16,
+    /// Longest time a queue's thread looks for work before it sleeps.
+    pub poll_max: Duration,
+}
+
 /// Serves one front end after the other until `stop` is woken.
 ///
 /// # Errors
@@ -95,7 +105,7 @@ pub enum Served {
 pub fn serve(
     volume: &Arc<VolumeEngine>,
     listener: &UnixListener,
-    num_queues: u16,
+    serving: Serving,
     stop: &Kick,
 ) -> io::Result<Served> {
     loop {
@@ -108,7 +118,7 @@ pub fn serve(
             refuse(volume, listener)?;
             continue;
         };
-        let ended = connection(volume, listener, num_queues, stop);
+        let ended = connection(volume, listener, serving, stop);
         drop(attached);
         match ended {
             Ok(Some(served)) => return Ok(served),
@@ -124,16 +134,16 @@ pub fn serve(
 fn connection(
     volume: &Arc<VolumeEngine>,
     listener: &UnixListener,
-    num_queues: u16,
+    serving: Serving,
     stop: &Kick,
 ) -> io::Result<Option<Served>> {
     let name = &volume.settings.name;
     let (stream, _) = listener.accept()?;
     let hang_up = stream.try_clone()?;
-    let handler = Handler::new(Arc::clone(volume), num_queues, stream.try_clone()?)?;
+    let handler = Handler::new(Arc::clone(volume), serving, stream.try_clone()?)?;
     let handler = Arc::new(Mutex::new(handler));
     let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
-    tracing::info!(volume = %name, queues = num_queues, "front end connected");
+    tracing::info!(volume = %name, queues = serving.num_queues, "front end connected");
 
     let over = Arc::new(Kick::new()?);
     let told = WakeAtEnd(Arc::clone(&over));

@@ -6,6 +6,7 @@
 //! * `listener`: one front end at a time on a socket that is kept; drains before it takes the next.
 //! * `handler`: what a front end says on its connection.
 //! * `queue`: the handle of a queue's thread; `serving`: the thread itself.
+//! * `polling`: how long a queue's thread goes on looking before it sleeps.
 //! * `ring`, `chain`: a split virtqueue in guest memory, descriptor chains.
 //! * `inflight`: what the front end keeps for us while we may die.
 //! * `request`: descriptor chain to request; everything in it is hostile.
@@ -20,10 +21,11 @@ mod config_space;
 mod handler;
 mod inflight;
 mod listener;
+mod polling;
 mod queue;
 mod request;
 mod ring;
 mod serving;
 
 pub use config_space::QUEUES_MAX;
-pub use listener::{Served, SocketError, bind, serve};
+pub use listener::{Served, Serving, SocketError, bind, serve};

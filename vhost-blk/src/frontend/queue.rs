@@ -41,6 +41,8 @@ pub(super) struct Shared {
     pub(super) memory: Memory,
     /// The front end's connection.
     pub(super) connection: UnixStream,
+    /// Longest time a thread looks for work before it sleeps.
+    pub(super) poll_max: Duration,
 }
 
 impl Shared {

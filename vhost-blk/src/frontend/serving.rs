@@ -11,6 +11,7 @@
 use super::chain::Chain;
 use super::completion::{InFlight, Order as Publication};
 use super::inflight::{BadTracking, Recovered, Region, Tracker};
+use super::polling::Polling;
 use super::queue::{Ask, ErrorCall, Order, Shared, Stop, Vring};
 use super::request::{Disk, Parsed, parse};
 use super::ring::{Layout, Ring, RingBroken};
@@ -54,6 +55,7 @@ pub(super) struct Server {
     /// Heads of a publication, kept for their room.
     batch: Vec<u16>,
     running: Option<Running>,
+    polling: Polling,
 }
 
 /// A ring that has been started.
@@ -82,6 +84,7 @@ impl Server {
         watch(&epoll, &*wake, epoll::EventFlags::IN)?;
         Ok(Self {
             worker: Worker::new(Arc::clone(&shared.volume), Arc::clone(&wake)),
+            polling: Polling::new(shared.poll_max),
             shared,
             index,
             vring,
@@ -115,7 +118,15 @@ impl Server {
                     }
                 }
             }
-            if self.pass() || self.has_more() || self.worker.arm() {
+            if self.pass() {
+                self.polling.worked();
+                continue;
+            }
+            if self.polling.look_again() {
+                std::hint::spin_loop();
+                continue;
+            }
+            if self.has_more() || self.worker.arm() {
                 continue;
             }
             self.sleep()?;

@@ -50,6 +50,64 @@ fn sigterm_drains_closes_and_exits_with_zero() {
 }
 
 #[test]
+fn sigterm_under_load_leaves_a_clean_volume() {
+    let served = serve(&[]);
+    let mut disk = Disk::attach(&served.socket, 2);
+    for queue in &mut disk.queues {
+        for request in 0..32 {
+            queue.start_write(request as u64 * 65536, request * 65536, 65536, request);
+        }
+        queue.complete_within(0, Duration::ZERO);
+    }
+    assert_eq!(served.daemon.terminate().code(), Some(0));
+    let base = served.scratch.path("disk.raw");
+    let shadow_storage = served.scratch.path("disk.raw.shadow");
+    let options = vhost_blk_store::OpenOptions::default();
+    let (_, report) = vhost_blk_store::Volume::adopt(&base, &shadow_storage, &options).unwrap();
+    assert!(report.clean && !report.created, "{report:?}");
+}
+
+#[test]
+fn a_front_end_that_is_quiet_costs_no_processor_time() {
+    let served = serve(&[]);
+    let mut disk = Disk::attach(&served.socket, 2);
+    for queue in &mut disk.queues {
+        for _ in 0..200 {
+            queue.write(0, &[1; 512]).unwrap();
+        }
+    }
+    // Maintenance may have something to do after the writes; the threads of the queues have not.
+    let ticks = || queue_ticks(served.daemon.id());
+    let mut last = ticks();
+    wait_until("the queues' threads asleep", || {
+        std::thread::sleep(Duration::from_millis(200));
+        let now = ticks();
+        std::mem::replace(&mut last, now.clone()) == now
+    });
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(ticks(), last, "ticks of 10 ms within a second");
+}
+
+/// Processor time of the threads of the queues, in ticks.
+fn queue_ticks(process: u32) -> Vec<(String, u64)> {
+    let mut found = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{process}/task")).unwrap() {
+        let task = task.unwrap().path();
+        let stat = std::fs::read_to_string(task.join("stat")).unwrap();
+        let (name, rest) = stat.rsplit_once(')').unwrap();
+        if !name.contains("(queue") {
+            continue;
+        }
+        let fields: Vec<&str> = rest.split_whitespace().collect();
+        let ticks = [fields[11], fields[12]].map(|field| field.parse::<u64>().unwrap());
+        found.push((task.display().to_string(), ticks[0] + ticks[1]));
+    }
+    assert!(!found.is_empty(), "the threads have other names");
+    found.sort();
+    found
+}
+
+#[test]
 fn sockets_are_for_their_owner_only() {
     let served = serve(&[]);
     for socket in [&served.socket, &served.control] {

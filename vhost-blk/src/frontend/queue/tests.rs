@@ -6,6 +6,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use vhost_blk_wire::event::Event;
 use vm_memory::GuestMemoryMmap;
 
@@ -24,6 +25,7 @@ fn told(
         volume,
         memory: Memory::new(GuestMemoryMmap::new()),
         connection,
+        poll_max: Duration::ZERO,
     });
     let (asks, incoming) = channel();
     let (done, answer) = sync_channel(1);

@@ -186,19 +186,43 @@ impl RawFrontEnd {
         self.frontend.set_mem_table(&[region]).unwrap();
     }
 
-    /// Starts queue 0.
-    pub(crate) fn start_ring(&self, base: u16) {
-        self.frontend.set_vring_num(0, RING).unwrap();
+    /// Sends a memory table with a region that is longer than its file.
+    pub(crate) fn share_more_than_there_is(&self) -> vhost::Result<()> {
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: 0,
+            memory_size: RAM_BYTES + 4096,
+            userspace_addr: USER_ADDRESS,
+            mmap_offset: 0,
+            mmap_handle: self.ram.file.as_raw_fd(),
+        };
+        self.frontend.set_mem_table(&[region]).map(|_| ())
+    }
+
+    /// SET_VRING_ADDR, so many bytes behind the usual places.
+    pub(crate) fn move_ring(&self, by: u64) -> vhost::Result<()> {
         let ring = VringConfigData {
             queue_max_size: RING,
             queue_size: RING,
             flags: 0,
-            desc_table_addr: USER_ADDRESS + TABLE,
-            used_ring_addr: USER_ADDRESS + USED,
-            avail_ring_addr: USER_ADDRESS + AVAILABLE,
+            desc_table_addr: USER_ADDRESS + TABLE + by,
+            used_ring_addr: USER_ADDRESS + USED + by,
+            avail_ring_addr: USER_ADDRESS + AVAILABLE + by,
             log_addr: None,
         };
-        self.frontend.set_vring_addr(0, &ring).unwrap();
+        self.frontend.set_vring_addr(0, &ring)
+    }
+
+    /// Asks for in-flight memory and gives it back to the daemon.
+    pub(crate) fn track(&mut self) -> vhost::Result<()> {
+        let wanted = VhostUserInflight::new(0, 0, 1, RING);
+        let (shape, file) = self.frontend.get_inflight_fd(&wanted)?;
+        self.frontend.set_inflight_fd(&shape, file.as_raw_fd())
+    }
+
+    /// Starts queue 0.
+    pub(crate) fn start_ring(&self, base: u16) {
+        self.frontend.set_vring_num(0, RING).unwrap();
+        self.move_ring(0).unwrap();
         self.frontend.set_vring_base(0, base).unwrap();
         self.frontend.set_vring_call(0, &self.call).unwrap();
         self.frontend.set_vring_kick(0, &self.kick).unwrap();
