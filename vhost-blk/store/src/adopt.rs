@@ -82,7 +82,11 @@ impl VolumeFiles {
             base,
             superblock,
             log,
-            journal: meta("log", FileName::Journal)?,
+            journal: {
+                let journal = open(&shadow_storage.join("log"), FileName::Journal, false, true)?;
+                journal.advise_random();
+                Arc::new(journal)
+            },
             index: [
                 meta("index.0", FileName::Index)?,
                 meta("index.1", FileName::Index)?,
@@ -118,7 +122,8 @@ pub(crate) fn format(files: &VolumeFiles, size_bytes: u64, options: &OpenOptions
             "a journal region is 16 KiB to 1 GiB, in blocks of 4096 bytes",
         ));
     }
-    let zeroes = vec![0; 1 << 16];
+    // A page at a time, for the same reason that readahead is off: no large folios.
+    let zeroes = vec![0; 4096];
     for start in [0, region_bytes] {
         let end = start + options.journal_prewritten_bytes.min(region_bytes);
         let mut at = start;
