@@ -94,7 +94,7 @@ impl DiskFile {
     /// Asks for a page cache in single pages: no readahead through this handle, and so no large folios, each of which
     /// would be written back whole for one record in it. Advice: where it is not taken, nothing breaks.
     pub fn advise_random(&self) {
-        let _: Result<(), _> = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::Random);
+        rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::Random).ok();
     }
 
     /// Whether I/O goes past the page cache.
