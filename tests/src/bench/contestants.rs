@@ -101,6 +101,8 @@ impl Contestant for Ours {
 pub enum Arrangement {
     /// The file itself.
     Raw,
+    /// No file: what the client and the ring alone allow.
+    Null,
     /// A fresh overlay.
     Overlay(Overlay),
     /// A fresh copy-before-write target.
@@ -113,6 +115,7 @@ impl Arrangement {
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "QSD raw",
+            Self::Null => "QSD null-co",
             Self::Overlay(Overlay::Clusters64K) => "QSD overlay",
             Self::Overlay(Overlay::ExtendedL2) => "QSD overlay l2ext",
             Self::CopyBeforeWrite => "QSD cbw",
@@ -144,14 +147,16 @@ impl Peer {
     ) -> Result<Self> {
         let directory = place.directory(&arrangement.name().replace(' ', "-"))?;
         let base = directory.join("base.raw");
-        place.file(&base, size_bytes)?;
+        if arrangement != Arrangement::Null {
+            place.file(&base, size_bytes)?;
+        }
         let mut peer = Self {
             arrangement,
             directory,
             base,
             size_bytes,
             queues,
-            fresh: arrangement != Arrangement::Raw,
+            fresh: !matches!(arrangement, Arrangement::Raw | Arrangement::Null),
             running: None,
         };
         peer.restart()?;
@@ -167,6 +172,7 @@ impl Peer {
         fs::create_dir(&run)?;
         let daemon = match self.arrangement {
             Arrangement::Raw => StorageDaemon::raw(&run, &self.base, self.queues)?,
+            Arrangement::Null => StorageDaemon::null(&run, self.size_bytes)?,
             Arrangement::Overlay(kind) => StorageDaemon::overlay(&run, &self.base, kind)?,
             Arrangement::CopyBeforeWrite => {
                 StorageDaemon::copy_before_write(&run, &self.base, self.size_bytes)?

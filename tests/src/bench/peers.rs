@@ -64,6 +64,12 @@ impl StorageDaemon {
         )
     }
 
+    /// Over nothing: reads and writes are answered at once.
+    pub fn null(directory: &Path, size_bytes: u64) -> Result<Self> {
+        let node = format!("driver=null-co,node-name=disk,read-zeroes=off,size={size_bytes}");
+        Self::start(directory, &[node], 1)
+    }
+
     /// Over a fresh overlay of a raw file: QEMU's snapshot just taken.
     pub fn overlay(directory: &Path, base: &Path, kind: Overlay) -> Result<Self> {
         let overlay = directory.join("overlay.qcow2");

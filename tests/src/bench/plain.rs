@@ -14,10 +14,11 @@ use super::daemon;
 use super::job::{Job, Op, Pattern};
 use super::place::Place;
 use super::report::{Goal, Quantity};
-use super::rounds::interleaved;
+use super::rounds::{Contestant, interleaved};
 
 const FIGURE: u8 = 1;
 const POLLING: &str = "--poll-max-us";
+const RAM: &str = "RAM";
 
 /// Measures the figure.
 pub fn run(bench: &mut Bench) -> Result<()> {
@@ -28,8 +29,23 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     one_queue(bench, &disk)
 }
 
+type Goals<'a> = &'a [(Quantity, &'a str, Goal)];
+
+fn contest(
+    bench: &mut Bench,
+    place: &Place,
+    job: &Job,
+    contestants: &mut [&mut dyn Contestant],
+    goals: Goals<'_>,
+) -> Result<()> {
+    let device = place.device.as_ref().filter(|_| place.name == RAM);
+    let measured = interleaved(bench, contestants, job, device)?;
+    let workload = format!("{}, {}", job.name, place.name);
+    bench.report.contest(FIGURE, &workload, &measured, goals);
+    Ok(())
+}
+
 fn one_queue(bench: &mut Bench, place: &Place) -> Result<()> {
-    let in_memory = place.device.is_some() && place.name == "RAM";
     let size_bytes = bench.size(512 << 20, 64 << 20);
     let spec = |name| OursSpec {
         name,
@@ -37,67 +53,37 @@ fn one_queue(bench: &mut Bench, place: &Place) -> Result<()> {
         arguments: &[],
         queues: 1,
     };
-    let device = in_memory.then_some(place.device.as_ref()).flatten();
     let mut ours = Ours::start(bench, place, spec("vmshadow"))?;
     let mut raw = Peer::start(place, Arrangement::Raw, size_bytes, 1)?;
     let mut fio = Fio::on(place, size_bytes)?;
+    let mut beside = Beside::start(bench, place, size_bytes)?;
     for op in [Op::Read, Op::Write] {
-        let job = Job::random(op, 32, size_bytes);
-        let workload = format!("{}, {}", job.name, place.name);
         let goals = [
             (Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.5)),
             (Quantity::Rate, "fio", Goal::RatioAtLeast(0.9)),
             (Quantity::Processor, "QSD raw", Goal::RatioAtMost(0.75)),
         ];
-        if place.name == "RAM" {
-            let mut again = Ours::start(bench, place, spec("vmshadow again"))?;
-            let all = interleaved(
-                bench,
-                &mut [&mut ours, &mut raw, &mut fio, &mut again],
-                &job,
-                device,
-            )?;
-            bench.report.contest(FIGURE, &workload, &all, &goals);
-        } else {
-            let all = interleaved(bench, &mut [&mut ours, &mut raw, &mut fio], &job, device)?;
-            bench.report.contest(FIGURE, &workload, &all, &goals);
-        }
+        let mut all: Vec<&mut dyn Contestant> = vec![&mut ours, &mut raw, &mut fio];
+        all.extend(beside.again.as_mut().map(|one| one as &mut dyn Contestant));
+        all.extend(beside.null.as_mut().map(|one| one as &mut dyn Contestant));
+        let job = Job::random(op, 32, size_bytes);
+        contest(bench, place, &job, &mut all, &goals)?;
     }
-    let polls = daemon::takes(&bench.vhost_blk, POLLING)?;
-    let mut sleeping = if polls {
-        let arguments = &[POLLING, "0"];
-        Some(Ours::start(
-            bench,
-            place,
-            OursSpec {
-                arguments,
-                ..spec("vmshadow, no polling")
-            },
-        )?)
-    } else {
-        bench.report.note(
-            FIGURE,
-            format!("this daemon has no {POLLING}: QD1 is without polling"),
-        );
-        None
-    };
     for op in [Op::Read, Op::Write] {
-        let job = Job::random(op, 1, size_bytes);
-        let workload = format!("{}, {}", job.name, place.name);
         let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.3))];
-        let all = match &mut sleeping {
-            Some(sleeping) => interleaved(
-                bench,
-                &mut [&mut ours, &mut raw, &mut fio, sleeping],
-                &job,
-                device,
-            )?,
-            None => interleaved(bench, &mut [&mut ours, &mut raw, &mut fio], &job, device)?,
-        };
-        bench.report.contest(FIGURE, &workload, &all, &goals);
+        let mut all: Vec<&mut dyn Contestant> = vec![&mut ours, &mut raw, &mut fio];
+        all.extend(
+            beside
+                .sleeping
+                .as_mut()
+                .map(|one| one as &mut dyn Contestant),
+        );
+        all.extend(beside.null.as_mut().map(|one| one as &mut dyn Contestant));
+        let job = Job::random(op, 1, size_bytes);
+        contest(bench, place, &job, &mut all, &goals)?;
     }
-    drop(sleeping);
-    if place.name == "RAM" {
+    drop(beside);
+    if place.name == RAM {
         idle(bench, &ours, &raw)?;
     }
     for op in [Op::Read, Op::Write] {
@@ -110,17 +96,59 @@ fn one_queue(bench: &mut Bench, place: &Place) -> Result<()> {
             block_bytes: 1 << 20,
             ..Job::random(op, 8, size_bytes)
         };
-        let workload = format!("{}, {}", job.name, place.name);
         let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.0))];
-        let all = interleaved(bench, &mut [&mut ours, &mut raw, &mut fio], &job, device)?;
-        bench.report.contest(FIGURE, &workload, &all, &goals);
+        contest(
+            bench,
+            place,
+            &job,
+            &mut [&mut ours, &mut raw, &mut fio],
+            &goals,
+        )?;
     }
     Ok(())
 }
 
+/// Who else is of interest in some workloads.
+struct Beside {
+    /// Ours once more: the machine's noise.
+    again: Option<Ours>,
+    /// Ours without polling, if it polls.
+    sleeping: Option<Ours>,
+    /// What the client and the ring allow.
+    null: Option<Peer>,
+}
+
+impl Beside {
+    fn start(bench: &mut Bench, place: &Place, size_bytes: u64) -> Result<Self> {
+        let in_memory = place.name == RAM;
+        let spec = |name| OursSpec {
+            name,
+            size_bytes,
+            arguments: &[],
+            queues: 1,
+        };
+        let again = in_memory.then(|| Ours::start(bench, place, spec("vmshadow again")));
+        let null = in_memory.then(|| Peer::start(place, Arrangement::Null, size_bytes, 1));
+        let polls = daemon::takes(&bench.vhost_blk, POLLING)?;
+        let sleeping = polls.then(|| {
+            let arguments = &[POLLING, "0"];
+            let spec = spec("vmshadow, no polling");
+            Ours::start(bench, place, OursSpec { arguments, ..spec })
+        });
+        if !polls && in_memory {
+            let note = format!("this daemon has no {POLLING}: QD1 is without polling");
+            bench.report.note(FIGURE, note);
+        }
+        Ok(Self {
+            again: again.transpose()?,
+            sleeping: sleeping.transpose()?,
+            null: null.transpose()?,
+        })
+    }
+}
+
 /// What a daemon spends in a second in which nothing happens, right after it was busy.
 fn idle(bench: &mut Bench, ours: &Ours, raw: &Peer) -> Result<()> {
-    use super::rounds::Contestant;
     const SPAN: Duration = Duration::from_secs(1);
     let spent = |pid: Option<u32>| -> Result<Vec<f64>> {
         let Some(pid) = pid else {

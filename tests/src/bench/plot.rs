@@ -15,57 +15,73 @@ pub struct Series {
 }
 
 const WIDTH: f64 = 860.0;
-const STYLE: &str = "<style>text{font:13px sans-serif;fill:#24292f}.t{font-weight:bold;font-size:15px}.s{font-size:11px;fill:#57606a}\
-.g{stroke:#8c959f;stroke-width:1;fill:none}.goal{stroke:#cf222e;stroke-width:2}.c0{fill:#0969da;stroke:#0969da}.c1{fill:#bc4c00;stroke:#bc4c00}\
+const STYLE: &str = "<style>text{font:13px sans-serif;fill:#24292f}.t{font-weight:bold;font-size:15px}.h{font-weight:bold}.s{font-size:11px;fill:#57606a}\
+.g{stroke:#8c959f;stroke-width:1;fill:none;opacity:.6}.goal{stroke:#cf222e;stroke-width:2}.c0{fill:#0969da;stroke:#0969da}.c1{fill:#bc4c00;stroke:#bc4c00}\
 .c2{fill:#1a7f37;stroke:#1a7f37}.c3{fill:#8250df;stroke:#8250df}.l{fill:none;stroke-width:2}\
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.s{fill:#9198a1}}</style>";
 
-/// Bars of our rate by each peer's, one per line that has a ratio of this unit. A red mark stands at the goal.
+/// Bars of our rate by each peer's, one per line that has a ratio, below the name of its workload. The axis is logarithmic with equality in the
+/// middle: a bar to the right is faster than the peer, one to the left slower. A red mark stands at the goal.
 #[must_use]
 pub fn ratio_bars(title: &str, lines: &[&Line]) -> String {
-    const LABEL: f64 = 370.0;
-    const ROW: f64 = 22.0;
-    const TOP: f64 = 56.0;
-    let ratios = lines
-        .iter()
-        .filter_map(|line| line.ratio)
-        .map(|ratio| ratio.high);
-    let most = ratios.fold(2.0_f64, f64::max).min(12.0);
-    let x = |ratio: f64| LABEL + ratio.clamp(0.0, most) / most * (WIDTH - LABEL - 70.0);
-    let height = TOP + ROW * lines.len() as f64 + 16.0;
-    let mut svg = opened(height, title);
-    svg += &text(
-        20.0,
-        42.0,
-        "s",
-        "ours / peer's, median of the rounds with quartiles; red: the goal; grey: equal",
-    );
-    for (number, line) in lines.iter().enumerate() {
+    const LEFT: f64 = 210.0;
+    const RIGHT: f64 = WIDTH - 80.0;
+    const TOP: f64 = 66.0;
+    const ROW: f64 = 20.0;
+    const MOST: f64 = 16.0;
+    let x = |ratio: f64| {
+        let share = ratio.clamp(1.0 / MOST, MOST).log2() / MOST.log2();
+        LEFT + (share + 1.0) / 2.0 * (RIGHT - LEFT)
+    };
+    let mut rows = String::new();
+    let mut y = TOP;
+    let mut last = "";
+    for line in lines {
         let (Some(ratio), Some((peer, _))) = (line.ratio, line.peer.as_ref()) else {
             continue;
         };
-        let y = TOP + ROW * number as f64;
-        svg += &text(20.0, y + 13.0, "", &format!("{} : {peer}", line.workload));
-        svg += &format!(
-            "<rect class='c0' x='{LABEL}' y='{:.1}' width='{:.1}' height='{}' fill-opacity='.75'/>",
-            y + 2.0,
-            x(ratio.median) - LABEL,
+        if line.workload != last {
+            last = &line.workload;
+            rows += &text(20.0, y + 15.0, "h", last);
+            y += ROW;
+        }
+        rows += &text(36.0, y + 14.0, "", peer);
+        let (from, to) = (x(ratio.median.min(1.0)), x(ratio.median.max(1.0)));
+        let class = if ratio.median < 1.0 { "c1" } else { "c0" };
+        rows += &format!(
+            "<rect class='{class}' x='{from:.1}' y='{:.1}' width='{:.1}' height='{}' fill-opacity='.75'/>",
+            y + 3.0,
+            to - from,
             ROW - 6.0
         );
-        let middle = y + ROW / 2.0 - 1.0;
-        svg += &segment("g", (x(ratio.low), middle), (x(ratio.high), middle));
+        let middle = y + ROW / 2.0;
+        rows += &segment("g", (x(ratio.low), middle), (x(ratio.high), middle));
         if let Some(Goal::RatioAtLeast(goal) | Goal::RatioAtMost(goal)) = line.goal {
-            svg += &segment("goal", (x(goal), y), (x(goal), y + ROW - 2.0));
+            rows += &segment("goal", (x(goal), y + 1.0), (x(goal), y + ROW - 1.0));
         }
-        svg += &text(
-            x(ratio.high.max(ratio.median)) + 6.0,
-            y + 13.0,
-            "",
-            &format!("{:.2}x", ratio.median),
-        );
+        rows += &text(RIGHT + 14.0, y + 14.0, "", &format!("{:.2}x", ratio.median));
+        y += ROW;
     }
-    svg += &segment("g", (x(1.0), TOP - 4.0), (x(1.0), height - 12.0));
-    svg + "</svg>\n"
+    let mut svg = opened(y + 14.0, title);
+    svg += &text(
+        20.0,
+        44.0,
+        "s",
+        "vmshadow / peer, median of the rounds with quartiles; red: the goal",
+    );
+    for (ratio, name) in [
+        (0.125, "1/8"),
+        (0.25, "1/4"),
+        (0.5, "1/2"),
+        (1.0, "1"),
+        (2.0, "2"),
+        (4.0, "4"),
+        (8.0, "8"),
+    ] {
+        svg += &text(x(ratio) - 6.0, TOP - 4.0, "s", name);
+        svg += &segment("g", (x(ratio), TOP), (x(ratio), y));
+    }
+    svg + &rows + "</svg>\n"
 }
 
 /// Curves over a logarithmic x.
@@ -173,15 +189,16 @@ mod tests {
     }
 
     #[test]
-    fn bars_are_as_long_as_their_ratios() {
+    fn bars_are_as_long_as_the_logarithm_of_their_ratios() {
         let mut report = Report::default();
         let goal = Some(Goal::RatioAtLeast(1.5));
-        report.compare(1, "a & b", "IOPS", &[2.0], "QSD <raw>", &[1.0], goal);
-        report.compare(1, "c", "IOPS", &[1.0], "fio", &[1.0], None);
+        report.compare(1, "a & b", "IOPS", &[4.0], "QSD <raw>", &[1.0], goal);
+        report.compare(1, "a & b", "IOPS", &[1.0], "fio", &[2.0], None);
         let lines: Vec<&Line> = report.lines().iter().collect();
         let svg = ratio_bars("title", &lines);
         well_formed(&svg);
-        assert!(svg.contains("a &amp; b : QSD &lt;raw&gt;"), "{svg}");
+        assert_eq!(svg.matches("a &amp; b").count(), 1);
+        assert!(svg.contains("QSD &lt;raw&gt;"), "{svg}");
         let widths: Vec<f64> = svg
             .split("<rect")
             .skip(1)

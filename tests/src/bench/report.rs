@@ -307,6 +307,13 @@ impl Report {
             let Some(group) = grouped.get(&key) else {
                 continue;
             };
+            let is_zero = |line: &&Line| {
+                let peer = line.peer.as_ref().map_or(0.0, |peer| peer.1.median);
+                line.goal.is_none() && line.ours.median == 0.0 && peer == 0.0
+            };
+            if group.iter().all(is_zero) {
+                continue;
+            }
             let ours = group
                 .first()
                 .map(|line| with_spread(&line.ours))
@@ -425,7 +432,7 @@ fn with_spread(spread: &Spread) -> String {
     )
 }
 
-/// Three digits, thousands as `k`, millions as `M`.
+/// Three digits, whole numbers as they are, thousands as `k`, millions as `M`.
 #[must_use]
 pub fn number(value: f64) -> String {
     let (scaled, suffix) = match value.abs() {
@@ -434,7 +441,7 @@ pub fn number(value: f64) -> String {
         _ => (value, ""),
     };
     let digits = match scaled.abs() {
-        size if size >= 100.0 || size == 0.0 => 0,
+        size if size >= 100.0 || (suffix.is_empty() && size.fract() == 0.0) => 0,
         size if size >= 10.0 => 1,
         _ => 2,
     };
@@ -534,13 +541,31 @@ mod tests {
             table.contains(">= 1.5x QSD raw: 1.60 [1.55 to 1.65], met"),
             "{table}"
         );
-        assert!(table.contains("<= 64.0: 70.0, NOT MET"), "{table}");
+        assert!(table.contains("<= 64: 70, NOT MET"), "{table}");
         let widths: Vec<_> = table
             .lines()
             .filter(|line| line.starts_with('|'))
             .map(str::len)
             .collect();
         assert!(widths.windows(2).all(|pair| pair[0] == pair[1]), "{table}");
+    }
+
+    #[test]
+    fn a_table_leaves_out_what_is_zero_for_everybody() {
+        let mut report = sample();
+        report.compare(
+            1,
+            "read",
+            "bytes written",
+            &[0.0; 3],
+            "QSD raw",
+            &[0.0; 3],
+            None,
+        );
+        report.compare(1, "read", "syncs", &[0.0; 3], "QSD raw", &[1.0; 3], None);
+        let table = report.table(1, "title");
+        assert!(!table.contains("bytes written"), "{table}");
+        assert!(table.contains("syncs"), "{table}");
     }
 
     #[test]
@@ -554,6 +579,7 @@ mod tests {
     #[test]
     fn numbers_have_three_digits() {
         assert_eq!(number(0.0), "0");
+        assert_eq!(number(64.0), "64");
         assert_eq!(number(1.234), "1.23");
         assert_eq!(number(57_123.0), "57.1k");
         assert_eq!(number(4096.0), "4096");

@@ -32,6 +32,7 @@ pub fn describe(bench: &Bench) -> Result<Vec<(&'static str, String)>> {
         ("vmshadow", version(&bench.vhost_blk, "--version") + ": vhost-blk serve, O_DIRECT, io_uring"),
         ("QSD", of("qemu-storage-daemon")),
         ("QSD raw", "driver=file,cache.direct=on,aio=io_uring, one queue".to_owned()),
+        ("QSD null-co", "no file behind it: what the client and the ring alone allow on this machine".to_owned()),
         ("QSD overlay", "fresh qcow2 over raw, clusters of 64 KiB; files as in QSD raw".to_owned()),
         ("QSD overlay l2ext", "the same with clusters of 128 KiB and extended_l2".to_owned()),
         ("QSD cbw", "copy-before-write filter over raw into a fresh qcow2, clusters of 64 KiB; does not sync the copy".to_owned()),
