@@ -17,7 +17,7 @@ PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images demo test test-quick test-machines bench window-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
+.PHONY: help deps images demo test test-quick test-machines bench bench-figures window-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -63,6 +63,10 @@ test-machines: images ## the tests that start real machines
 
 bench: images ## the disk beside its peers: tables, target/bench/report.json and drawings (root: files in RAM)
 	@$(PROGRAMS)/bench
+
+bench-figures: ## keep the drawings of the last `make bench` where the documents show them
+	@mkdir -p tests/figures
+	cp target/bench/*.svg tests/figures/
 
 window-figures: images ## boot, freeze to thaw, hold and each step, over 50 sets under load
 	@$(PROGRAMS)/window-figures
