@@ -3,26 +3,20 @@
 //! Called by `main`. The only room that names all others.
 //!
 //! Order of starting: open and recover every volume, once no I/O of a killed predecessor is in flight; resolve sets; then sockets. Order
-//! of stopping (SIGTERM, SIGINT): front ends are drained and hung up, open sets undone, maintenance ended, stores closed.
+//! of stopping (SIGTERM, SIGINT): front ends are drained and hung up, open sets undone, background work ended, stores closed.
 
 use crate::config::{Config, DiskConfig};
 use crate::control::{self, Events};
-use crate::engine::{EngineKind, Kick, Ring, SnapshotSets, VolumeEngine, VolumeSettings};
+use crate::engine::{EngineKind, Kick, Ring, SnapshotSets, Upkeep, VolumeEngine, VolumeSettings};
 use crate::frontend::{self, Serving, SocketError};
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use vhost_blk_store::{Maintenance, OpenOptions, StoreError, Volume, resolve_sets};
+use vhost_blk_store::{OpenOptions, StoreError, Volume, resolve_sets};
 
-/// Blocks that one background step may touch: bounds how long a request can wait behind it.
-const MAINTENANCE_BLOCKS: u64 = 256;
-/// Pause between background steps while there is work: the guest comes first.
-const MAINTENANCE_PAUSE: Duration = Duration::from_millis(2);
-/// Pause while there is none.
-const MAINTENANCE_IDLE: Duration = Duration::from_millis(250);
 /// Longest wait for I/O of a killed predecessor to end.
 const FENCE_MAX: Duration = Duration::from_secs(10);
 
@@ -98,14 +92,14 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
     let control = config.control.as_deref().map(frontend::bind).transpose()?;
 
     let fronts = Fronts::start(config, &sets, listeners)?;
-    let maintenance = MaintenanceThread::start(Arc::clone(&sets))?;
+    let upkeep = Upkeep::start(Arc::clone(&sets))?;
     tracing::info!(disks = config.disks.len(), "serving");
     runtime.block_on(control::serve(control, &sets, &events, stop_signal))?;
 
     tracing::info!("stopping");
     fronts.stop();
     sets.undo_all();
-    maintenance.stop();
+    upkeep.stop();
     runtime.shutdown_timeout(Duration::from_secs(5));
     for socket in config
         .disks
@@ -236,71 +230,6 @@ impl Fronts {
             if thread.join().is_err() {
                 tracing::error!("a front thread has panicked");
             }
-        }
-    }
-}
-
-/// The thread that does the stores' background work.
-struct MaintenanceThread {
-    stop: Arc<(Mutex<bool>, Condvar)>,
-    thread: JoinHandle<()>,
-}
-
-impl MaintenanceThread {
-    fn start(sets: Arc<SnapshotSets>) -> io::Result<Self> {
-        let stop = Arc::new((Mutex::new(false), Condvar::new()));
-        let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("maintenance".to_owned())
-            .spawn(move || {
-                loop {
-                    let more = sets
-                        .volumes()
-                        .iter()
-                        .map(maintain)
-                        .fold(false, |any, more| any | more);
-                    let pause = if more {
-                        MAINTENANCE_PAUSE
-                    } else {
-                        MAINTENANCE_IDLE
-                    };
-                    let guard = stopped.0.lock().unwrap_or_else(PoisonError::into_inner);
-                    let (stop, _) = stopped
-                        .1
-                        .wait_timeout_while(guard, pause, |stop| !*stop)
-                        .unwrap_or_else(PoisonError::into_inner);
-                    if *stop {
-                        return;
-                    }
-                }
-            })?;
-        Ok(Self { stop, thread })
-    }
-
-    fn stop(self) {
-        *self.stop.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.stop.1.notify_all();
-        if self.thread.join().is_err() {
-            tracing::error!("the maintenance thread has panicked");
-        }
-    }
-}
-
-/// One background step of a volume; true if there is more to do.
-fn maintain(volume: &Arc<VolumeEngine>) -> bool {
-    let Some(step) = volume.maintain(MAINTENANCE_BLOCKS) else {
-        return false;
-    };
-    if volume.lacks_room() {
-        volume.try_room_again();
-    }
-    volume.tell_if_poisoned();
-    match step {
-        Ok(Maintenance::More) => true,
-        Ok(Maintenance::Idle) | Err(StoreError::Poisoned) => false,
-        Err(error) => {
-            tracing::warn!(volume = %volume.settings.name, %error, "a background step failed");
-            false
         }
     }
 }

@@ -60,6 +60,7 @@ impl FakeStorage {
                 snapshots: 0,
                 shadow_used_bytes: 0,
                 shadow_allocated_bytes: 0,
+                shadow_ahead_bytes: 0,
                 plain: true,
             })
             .collect();

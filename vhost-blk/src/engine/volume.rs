@@ -6,10 +6,11 @@
 use super::barrier::Barrier;
 use super::blocking::Hand;
 use super::kick::Kick;
+use super::upkeep::{Alarm, Arrivals};
 use super::witness::Witness;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use vhost_blk_store::{Maintenance, StoreError, Volume};
 use vhost_blk_wire::event::Event as WireEvent;
@@ -70,6 +71,10 @@ pub struct VolumeEngine {
     notice: Notice,
     /// One per queue of the front end that is connected.
     kicks: Mutex<Vec<Weak<Kick>>>,
+    /// What each queue has got, connected or not any more.
+    arrivals: Mutex<Vec<Weak<Arrivals>>>,
+    /// Rings for the thread that makes room.
+    alarm: OnceLock<Arc<Alarm>>,
     /// Requests that wait for another queue's write.
     pub(super) overlapping: AtomicUsize,
     /// Requests that wait for room.
@@ -85,7 +90,7 @@ pub struct VolumeEngine {
     maintenance_step: Mutex<()>,
     /// The driver can flush; one that cannot expects every write to be durable.
     driver_flushes: AtomicBool,
-    attached: Mutex<bool>,
+    attached: Mutex<Attachment>,
     poisoned_told: AtomicBool,
 }
 
@@ -112,6 +117,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Whose the volume's data are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Attachment {
+    /// Nobody's: a front end may connect.
+    Free,
+    /// A front end is connected.
+    FrontEnd,
+    /// Something is done to them that no front end may see half done.
+    Detached,
+}
+
+/// Gives the volume free at the end of [`VolumeEngine::while_detached`], however it ends.
+struct Detached<'a>(&'a VolumeEngine);
+
+impl Drop for Detached<'_> {
+    fn drop(&mut self) {
+        *self.0.attachment() = Attachment::Free;
+    }
+}
+
 /// A front end is connected as long as this lives.
 #[derive(Debug)]
 pub struct Attached {
@@ -120,7 +145,7 @@ pub struct Attached {
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        *self.volume.attachment() = false;
+        *self.volume.attachment() = Attachment::Free;
         self.volume.tell(WireEvent::VolumeDisconnected {
             volume: self.volume.settings.name.clone(),
         });
@@ -147,6 +172,8 @@ impl VolumeEngine {
             store,
             notice,
             kicks: Mutex::new(Vec::new()),
+            arrivals: Mutex::new(Vec::new()),
+            alarm: OnceLock::new(),
             overlapping: AtomicUsize::new(0),
             without_room: AtomicUsize::new(0),
             news: AtomicU64::new(0),
@@ -154,7 +181,7 @@ impl VolumeEngine {
             quiet_until: Arc::new(Mutex::new(None)),
             maintenance_step: Mutex::new(()),
             driver_flushes: AtomicBool::new(true),
-            attached: Mutex::new(false),
+            attached: Mutex::new(Attachment::Free),
             poisoned_told: AtomicBool::new(false),
         }))
     }
@@ -203,6 +230,34 @@ impl VolumeEngine {
         let mut kicks = self.kicks.lock().unwrap_or_else(PoisonError::into_inner);
         kicks.retain(|kick| kick.strong_count() > 0);
         kicks.push(Arc::downgrade(kick));
+    }
+
+    /// A counter for the requests of one more queue.
+    pub(super) fn count_arrivals(&self) -> Arc<Arrivals> {
+        let counter = Arc::default();
+        let mut arrivals = lock(&self.arrivals);
+        arrivals.retain(|counter| counter.strong_count() > 0);
+        arrivals.push(Arc::downgrade(&counter));
+        counter
+    }
+
+    /// A number that changes when requests come.
+    pub(super) fn arrivals(&self) -> u64 {
+        let arrivals = lock(&self.arrivals);
+        let live = arrivals.iter().filter_map(Weak::upgrade);
+        live.fold(0, |sum, counter| sum.wrapping_add(counter.count()))
+    }
+
+    pub(super) fn set_alarm(&self, alarm: &Arc<Alarm>) {
+        // A second thread of background work would be a mistake of the daemon; the first one stays in charge.
+        let _already = self.alarm.set(Arc::clone(alarm));
+    }
+
+    /// Writes wait for room: background work looks for it at once.
+    pub(super) fn ask_for_room(&self) {
+        if let Some(alarm) = self.alarm.get() {
+            alarm.ring();
+        }
     }
 
     /// Wakes all queues: parked requests are tried again.
@@ -263,13 +318,14 @@ impl VolumeEngine {
         }
     }
 
-    /// A front end has connected. `None` if there is one already.
+    /// A front end has connected. `None` if there is one already, or none may be now.
     #[must_use]
     pub fn attach(self: &Arc<Self>) -> Option<Attached> {
         let mut attached = self.attachment();
-        if std::mem::replace(&mut *attached, true) {
+        if *attached != Attachment::Free {
             return None;
         }
+        *attached = Attachment::FrontEnd;
         drop(attached);
         self.tell(WireEvent::VolumeConnected {
             volume: self.settings.name.clone(),
@@ -279,12 +335,16 @@ impl VolumeEngine {
         })
     }
 
-    /// Runs `work` while no front end can connect; `None` if one is.
+    /// Runs `work` while no front end can connect; `None` if one is, or if such work is under way.
     pub fn while_detached<T>(&self, work: impl FnOnce(&Volume) -> T) -> Option<T> {
-        let attached = self.attachment();
-        if *attached {
+        let mut attached = self.attachment();
+        if *attached != Attachment::Free {
             return None;
         }
+        *attached = Attachment::Detached;
+        // The work may take long, and others want to know meanwhile.
+        drop(attached);
+        let _detached = Detached(self);
         Some(work(&self.store))
     }
 
@@ -302,16 +362,17 @@ impl VolumeEngine {
             size_bytes: self.store.size_bytes(),
             method: self.settings.method,
             read_only: self.settings.read_only,
-            connected: *self.attachment(),
+            connected: *self.attachment() == Attachment::FrontEnd,
             poisoned: status.poisoned,
-            snapshots: u32::try_from(self.store.snapshots().len()).unwrap_or(u32::MAX),
+            snapshots: u32::try_from(status.snapshots).unwrap_or(u32::MAX),
             shadow_used_bytes: status.log_used_bytes,
             shadow_allocated_bytes: status.log_backed_bytes,
+            shadow_ahead_bytes: status.log_ahead_bytes,
             plain: status.plain,
         }
     }
 
-    fn attachment(&self) -> MutexGuard<'_, bool> {
+    fn attachment(&self) -> MutexGuard<'_, Attachment> {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

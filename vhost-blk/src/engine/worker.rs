@@ -25,6 +25,7 @@ use super::pool::Pool;
 use super::request::{Outcome, Request, Token};
 use super::ring::{Completed, Ring};
 use super::slab::Slab;
+use super::upkeep::Arrivals;
 use super::volume::{EngineKind, VolumeEngine};
 use super::witness::Arrival;
 use parking::{Parked, Parking, Waits};
@@ -35,6 +36,7 @@ use vhost_blk_store::{ByteRange, DataFile, ReadPlan, StoreError, WritePlan};
 #[derive(Debug)]
 pub struct Worker {
     volume: Arc<VolumeEngine>,
+    arrivals: Arc<Arrivals>,
     kick: Arc<Kick>,
     inbox: Arc<Inbox>,
     mover: Mover,
@@ -141,6 +143,7 @@ impl Worker {
             .max()
             .unwrap_or(1);
         Self {
+            arrivals: volume.count_arrivals(),
             inbox: Inbox::new(Arc::clone(&kick)),
             volume,
             kick,
@@ -161,6 +164,7 @@ impl Worker {
 
     /// Takes a request over. It starts with the next [`Self::run`] or [`Self::poll`].
     pub fn submit(&mut self, token: Token, request: Request) {
+        self.arrivals.note();
         let arrival = self.volume.witness.arrived(request.op, request.range);
         self.arrived.push(Job {
             token,

@@ -47,6 +47,9 @@ impl Shared {
 
     fn step_ahead_of(&self, ahead: &mut Ahead, segments: u64, budget_blocks: u64) -> Result<bool> {
         if ahead.segment.is_none() {
+            if self.is_reserve_lent() {
+                return Ok(false);
+            }
             let taken = {
                 let mut core = self.core();
                 let number = core.space.take_bare_segment(segments);
@@ -106,8 +109,7 @@ impl Shared {
         source: std::io::Error,
     ) -> Result<bool> {
         // A part of it may have its space: given back, since a full file system needs it elsewhere.
-        let (start_bytes, length_bytes) = self.core().space.segment_bytes(number);
-        let released = self.files.log.release(start_bytes, length_bytes);
+        let released = self.release_segment(number);
         self.core().space.released(number);
         if source.kind() == std::io::ErrorKind::StorageFull && released.is_ok() {
             return Ok(false);

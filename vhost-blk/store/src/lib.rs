@@ -41,6 +41,7 @@ mod plan;
 mod prepare;
 mod read_path;
 mod recover;
+mod reserve;
 mod sets;
 mod settle;
 #[cfg(feature = "sim")]

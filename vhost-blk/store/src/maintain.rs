@@ -1,10 +1,10 @@
 //! Background work, one bounded step per call.
 //!
 //! The daemon's background thread calls it. It decides only what comes next; the work is in
-//! `ahead`, `checkpoint`, `settle` and `space`.
+//! `ahead`, `checkpoint`, `reserve`, `settle` and `space`.
 
 use crate::checkpoint::Turn;
-use crate::error::{FileName, Result, StoreError};
+use crate::error::{Result, StoreError};
 use crate::settle::SettleStep;
 use crate::units::in_memory;
 use crate::volume::{Maintenance as Work, Shared, Sweep, Volume, lock};
@@ -29,6 +29,17 @@ impl Volume {
         let mut work = lock(&self.shared.maintenance);
         self.shared.maintain(&mut work, budget_blocks)
     }
+
+    /// Whether writes would soon have to wait for a checkpoint, so that maintenance should not be slow now.
+    pub fn is_pressed(&self) -> bool {
+        self.shared.core().is_over_bounds(&self.shared.options, 2)
+    }
+
+    /// Whether maintenance is on its way to give back space that nobody needs.
+    pub fn is_reclaiming(&self) -> bool {
+        let core = self.shared.core();
+        core.reclaim || core.sweep != Sweep::Idle || core.space.is_scanning()
+    }
 }
 
 impl Shared {
@@ -50,7 +61,13 @@ impl Shared {
         }
         let budget_blocks = (budget_blocks / 2).max(1);
         let ahead = self.step_ahead(&mut work.ahead, budget_blocks)?;
-        let rest = self.maintain_index(work, budget_blocks)?;
+        let rest = match self.maintain_index(work, budget_blocks) {
+            Err(StoreError::NoSpace) if self.lend_reserve(&work.reserve)? => Maintenance::More,
+            rest => rest?,
+        };
+        if work.checkpoint.is_none() && self.core().sweep == Sweep::Idle {
+            self.keep_reserve(&mut work.reserve)?;
+        }
         Ok(if ahead { Maintenance::More } else { rest })
     }
 
@@ -83,7 +100,8 @@ impl Shared {
             self.begin_checkpoint(work, Turn::Keep)?;
             self.run_checkpoint(work)?;
         }
-        self.make_room_ahead(&mut work.ahead)
+        self.make_room_ahead(&mut work.ahead)?;
+        self.keep_reserve(&mut work.reserve)
     }
 
     /// Frees what a durable checkpoint dropped and no older I/O reads (I6); gives idle segments back.
@@ -116,14 +134,8 @@ impl Shared {
         let Some(number) = segment else {
             return Ok(false);
         };
-        let (offset_bytes, length_bytes) = self.core().space.segment_bytes(number);
-        let result = self.files.log.release(offset_bytes, length_bytes);
+        let released = self.release_segment(number);
         self.core().space.released(number);
-        result.map(|()| true).map_err(|source| StoreError::Io {
-            op: "release",
-            file: FileName::Log,
-            offset_bytes,
-            source,
-        })
+        released.map(|()| true)
     }
 }

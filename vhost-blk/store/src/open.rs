@@ -287,6 +287,7 @@ impl Volume {
                 checkpoint: None,
                 settle,
                 ahead: Default::default(),
+                reserve: Default::default(),
             }),
             files,
             core: Mutex::new(core),

@@ -116,6 +116,9 @@ impl Shared {
 
     /// Sets space aside for a segment of the log.
     pub(crate) fn back_segment(&self, number: u64) -> Result<()> {
+        if self.is_reserve_lent() {
+            return Err(StoreError::NoSpace);
+        }
         let (offset_bytes, length_bytes) = self.core().space.segment_bytes(number);
         match self.files.log.allocate(offset_bytes, length_bytes) {
             Ok(()) => {

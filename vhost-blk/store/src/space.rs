@@ -28,7 +28,7 @@ pub(crate) struct LogRun {
 #[derive(Clone, Copy, Debug, Default)]
 struct Segment {
     backed: bool,
-    /// Its hole is being punched, or it is being made ready: nothing may be allocated in it.
+    /// Its hole is being punched, or it is being made ready, or it is in the reserve: nothing may be allocated in it.
     closed: bool,
 }
 
@@ -346,6 +346,17 @@ impl Space {
         if free + self.segment_blocks / 2 >= ahead.max(1) * self.segment_blocks {
             return None;
         }
+        self.close_bare()
+    }
+
+    /// Takes a segment for the reserve, if the log may have at least so many. Nothing is allocated in it until
+    /// [`Space::released`].
+    pub(crate) fn take_reserve(&mut self, segments_min: u64) -> Option<u64> {
+        let is_large = self.limit_blocks / self.segment_blocks >= segments_min;
+        is_large.then(|| self.close_bare()).flatten()
+    }
+
+    fn close_bare(&mut self) -> Option<u64> {
         let mut bare = self.open_bare.iter();
         let number = match bare.find(|number| self.allocated.count_in(**number) == 0) {
             Some(number) => *number,

@@ -18,6 +18,7 @@ use crate::error::{FileName, Result, StoreError};
 use crate::io::BlockFile;
 use crate::journal::{Journal, Record};
 use crate::pins::{PinGeneration, Pins};
+use crate::reserve::Reserve;
 use crate::settle::Settle;
 use crate::snapshot_table::SnapshotInfo;
 use crate::space::{LogRun, Space};
@@ -153,6 +154,8 @@ pub(crate) struct Gate {
     pub(crate) plain: AtomicBool,
     pub(crate) poisoned: AtomicBool,
     pub(crate) closed: AtomicBool,
+    /// The reserve's space is with the index: no write takes any more from the file system.
+    pub(crate) reserve_lent: AtomicBool,
     /// New writes are refused while a snapshot is taken.
     pub(crate) held: AtomicBool,
     pub(crate) writes_in_flight: AtomicU64,
@@ -209,6 +212,7 @@ pub(crate) struct Maintenance {
     pub(crate) checkpoint: Option<Checkpoint>,
     pub(crate) settle: Settle,
     pub(crate) ahead: Ahead,
+    pub(crate) reserve: Reserve,
 }
 
 /// Everything behind a volume.

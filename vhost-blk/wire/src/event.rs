@@ -4,6 +4,16 @@ use crate::types::SnapshotInfo;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+/// Why snapshots were deleted that nobody asked to delete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeletionReason {
+    /// The shadow storage was full; these were the oldest by copy-on-write.
+    NoRoom,
+    /// The volume went back to a snapshot that is older.
+    Reverted,
+}
+
 /// An event; its name on the wire is the variant in upper case with underscores.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(
@@ -73,6 +83,9 @@ pub enum Event {
     SnapshotsDeleted {
         /// Which.
         snapshots: Vec<Uuid>,
+        /// Why, if nobody asked for it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<DeletionReason>,
     },
     /// A long-running job has made progress or ended.
     JobProgress {

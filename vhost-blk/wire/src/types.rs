@@ -55,6 +55,9 @@ pub struct VolumeInfo {
     pub shadow_used_bytes: u64,
     /// Shadow storage allocated from its file system, in bytes.
     pub shadow_allocated_bytes: u64,
+    /// Zeroes written to the shadow storage since the daemon's start, ahead of its use, in bytes: what it cost that first writes are cheap.
+    #[serde(default)]
+    pub shadow_ahead_bytes: u64,
     /// All data is in the base: it could be used without vmshadow.
     pub plain: bool,
 }

@@ -20,6 +20,7 @@ fn volume(name: &str) -> VolumeInfo {
         snapshots: 0,
         shadow_used_bytes: 0,
         shadow_allocated_bytes: 0,
+        shadow_ahead_bytes: 0,
         plain: true,
     }
 }

@@ -327,7 +327,7 @@ impl SnapshotSets {
     }
 
     /// Takes an event into account and carries out what follows from it.
-    fn feed(&self, set: &Arc<Set>, event: Event) -> Result<(), SetError> {
+    pub(super) fn feed(&self, set: &Arc<Set>, event: Event) -> Result<(), SetError> {
         let mut events = vec![event];
         while let Some(event) = events.pop() {
             tracing::debug!(set = %set.id, ?event, "set");

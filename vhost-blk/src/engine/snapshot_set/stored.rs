@@ -2,13 +2,14 @@
 //!
 //! Called by `control` and by the other rooms of `snapshot_set`. Knows open sets only to keep its hands off them.
 
+use super::super::snapshot_state::Event;
 use super::super::volume::VolumeEngine;
 use super::error::{SetError, store_error};
 use super::sets::SnapshotSets;
 use std::sync::Arc;
 use uuid::Uuid;
 use vhost_blk_store as store;
-use vhost_blk_wire::event::Event as WireEvent;
+use vhost_blk_wire::event::{DeletionReason, Event as WireEvent};
 use vhost_blk_wire::types::{Method, SnapshotInfo, SnapshotState};
 
 impl SnapshotSets {
@@ -66,16 +67,29 @@ impl SnapshotSets {
         if stored.is_empty() {
             return Err(SetError::NoSuchSet(id));
         }
-        let mut deleted = Vec::new();
-        for (volume, snapshot) in stored {
-            volume
-                .store()
-                .delete_snapshot(snapshot.snapshot.into())
-                .map_err(|error| store_error(volume, error))?;
-            deleted.push(snapshot.snapshot);
+        let (volumes, deleted): (Vec<_>, Vec<_>) = stored
+            .into_iter()
+            .map(|(volume, snapshot)| (Arc::clone(volume), snapshot.snapshot))
+            .unzip();
+        let ids = deleted.clone();
+        let results = self.crew.on_all(volumes.len(), move |place| {
+            let (volume, id) = (volumes.get(place)?, ids.get(place)?);
+            let result = volume.store().delete_snapshot((*id).into());
+            Some(result.map_err(|error| store_error(volume, error)))
+        });
+        // Whatever could be deleted is, and is told.
+        let (mut gone, mut failed) = (Vec::new(), None);
+        for (id, result) in deleted.into_iter().zip(results) {
+            match result.flatten() {
+                Some(Ok(())) => gone.push(id),
+                Some(Err(error)) => failed = failed.or(Some(error)),
+                None => failed = failed.or(Some(SetError::NoSuchSnapshot(id))),
+            }
         }
-        self.tell(&WireEvent::SnapshotsDeleted { snapshots: deleted });
-        Ok(())
+        if !gone.is_empty() {
+            self.tell_deleted(gone, None);
+        }
+        failed.map_or(Ok(()), Err)
     }
 
     /// `snapshot-delete`.
@@ -94,10 +108,47 @@ impl SnapshotSets {
             .store()
             .delete_snapshot(id.into())
             .map_err(|error| store_error(volume, error))?;
-        self.tell(&WireEvent::SnapshotsDeleted {
-            snapshots: vec![id],
-        });
+        self.tell_deleted(vec![id], None);
         Ok(())
+    }
+
+    fn tell_deleted(&self, snapshots: Vec<Uuid>, reason: Option<DeletionReason>) {
+        self.tell(&WireEvent::SnapshotsDeleted { snapshots, reason });
+    }
+
+    /// Gives up the oldest snapshot by copy-on-write of a volume whose shadow storage is full; false if there is none. Kept ones
+    /// first; an open set is undone.
+    pub(in super::super) fn drop_for_room(&self, volume: &Arc<VolumeEngine>) -> bool {
+        let stored = volume.store().snapshots();
+        let of = |state| {
+            let mut oldest_first = stored.iter();
+            oldest_first.find(|snapshot| {
+                snapshot.method == store::Method::CopyOnWrite && snapshot.state == state
+            })
+        };
+        if let Some(oldest) = of(store::SnapshotState::Kept) {
+            let id = oldest.snapshot_id.into();
+            if let Err(error) = volume.store().delete_snapshot(oldest.snapshot_id) {
+                tracing::error!(volume = %volume.settings.name, snapshot = %id, %error,
+                    "a snapshot could not be dropped for room");
+                return false;
+            }
+            tracing::warn!(volume = %volume.settings.name, snapshot = %id,
+                "the oldest snapshot was dropped: shadow storage is full");
+            self.tell_deleted(vec![id], Some(DeletionReason::NoRoom));
+            return true;
+        }
+        let Some(open) = of(store::SnapshotState::Provisional) else {
+            return false;
+        };
+        let why = format!(
+            "the shadow storage of volume {:?} is full",
+            volume.settings.name
+        );
+        // One that a restart has left has no coordinator here who could be told: it is not ours to drop.
+        self.find(open.set_id.into())
+            .and_then(|set| self.feed(&set, Event::Abort(why)))
+            .is_ok()
     }
 
     /// `snapshot-revert`.
@@ -105,16 +156,29 @@ impl SnapshotSets {
     /// # Errors
     /// See [`SetError`].
     pub fn revert(&self, id: Uuid) -> Result<(), SetError> {
-        let (volume, _) = self.find_snapshot(id)?;
+        let (volume, target) = self.find_snapshot(id)?;
         if self.lock().values().any(|set| set.has(volume)) {
             return Err(SetError::InvalidState(
                 "a set is open on this volume".to_owned(),
             ));
         }
+        let newer: Vec<Uuid> = volume
+            .store()
+            .snapshots()
+            .into_iter()
+            .filter(|snapshot| snapshot.epoch.0 > target.epoch)
+            .map(|snapshot| snapshot.snapshot_id.into())
+            .collect();
         let reverted = volume.while_detached(|store| store.revert(id.into()));
         reverted
-            .ok_or_else(|| SetError::InvalidState("a front end is connected".to_owned()))?
-            .map_err(|error| store_error(volume, error))
+            .ok_or_else(|| {
+                SetError::InvalidState("a front end is connected, or a revert goes on".to_owned())
+            })?
+            .map_err(|error| store_error(volume, error))?;
+        if !newer.is_empty() {
+            self.tell_deleted(newer, Some(DeletionReason::Reverted));
+        }
+        Ok(())
     }
 
     /// What the stores know of a set.

@@ -252,6 +252,8 @@ impl Set {
             self.release_writes()
         };
         let released = Instant::now();
+        // Nothing waits for a background step any more.
+        self.lock().quiet.clear();
         let (drained, snapshots) = begun?;
         if late {
             return Err(SetError::HoldBroken(

@@ -10,7 +10,6 @@ use super::super::volume::VolumeEngine;
 use super::{Job, Outcome, Worker};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vhost_blk_wire::event::Event as WireEvent;
 
 /// What a request waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,10 +36,8 @@ impl Waits {
             }
             Parked::WithoutRoom => {
                 if volume.without_room.fetch_add(1, Ordering::SeqCst) == 0 {
-                    tracing::warn!(volume = %volume.settings.name, "shadow storage is full: writes wait");
-                    volume.tell(WireEvent::ShadowStorageFull {
-                        volume: volume.settings.name.clone(),
-                    });
+                    // Told when background work has found none either.
+                    volume.ask_for_room();
                 }
             }
         }
