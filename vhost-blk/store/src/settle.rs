@@ -153,6 +153,8 @@ impl Shared {
         let mut records: Vec<Record> = Vec::new();
         for (block, _) in &batch.blocks {
             if !core.settling.remove(&block.0) {
+                // A write took it out: another pass comes for it.
+                settle.due = true;
                 continue;
             }
             settle.settled_in_pass += 1;
@@ -169,10 +171,12 @@ impl Shared {
                 }),
             }
         }
+        let before = core.changes;
         if !records.is_empty() {
             core.record(self, &records)?;
         }
-        settle.seen_changes = core.changes;
+        // Its own alone: what writes changed meanwhile may be behind the cursor.
+        settle.seen_changes += core.changes - before;
         if settle.cursor.is_none() {
             core.reclaim |= settle.settled_in_pass > 0;
         }
