@@ -34,8 +34,10 @@ pub(super) struct Inbox {
 pub(super) enum Report {
     /// The plan is ready for its data.
     Prepared(u32, Result<WritePlan, StoreError>),
-    /// The whole request is done, or a flush.
-    Finished(u32, Result<(), StoreError>),
+    /// A whole request has been tried.
+    Performed(u32, Performed),
+    /// A flush is done.
+    Flushed(u32, Result<(), StoreError>),
 }
 
 impl Inbox {
@@ -62,6 +64,14 @@ impl Inbox {
         drop(reports);
         self.kick.wake();
     }
+}
+
+/// What became of a whole request.
+#[derive(Debug)]
+pub(super) struct Performed {
+    pub(super) result: Result<(), StoreError>,
+    /// It has claimed blocks, and may have changed some of them, even if it failed.
+    pub(super) touched: bool,
 }
 
 /// What a hand is asked to do.
@@ -122,12 +132,16 @@ impl Hand {
                         .map(|(number, _)| Report::Prepared(*number, Err(StoreError::Poisoned))),
                 ),
                 Task::Whole(number, _) => {
-                    inbox.put([Report::Finished(number, Err(StoreError::Poisoned))]);
+                    let gone = Performed {
+                        result: Err(StoreError::Poisoned),
+                        touched: true,
+                    };
+                    inbox.put([Report::Performed(number, gone)]);
                 }
                 Task::Flush(numbers) => inbox.put(
                     numbers
                         .iter()
-                        .map(|number| Report::Finished(*number, Err(StoreError::Poisoned))),
+                        .map(|number| Report::Flushed(*number, Err(StoreError::Poisoned))),
                 ),
             }
         }
@@ -180,14 +194,14 @@ fn work(store: &Volume, incoming: &Receiver<Order>) {
             report_plans(prepared.err().as_ref(), plans, owners);
         }
         for (number, inbox, request) in wholes {
-            inbox.put([Report::Finished(number, perform(store, &request))]);
+            inbox.put([Report::Performed(number, perform(store, &request))]);
         }
         if !flushes.is_empty() {
             let failure = store.flush().err();
             for (numbers, inbox) in flushes {
                 inbox.put(numbers.into_iter().map(|number| {
                     let result = failure.as_ref().map_or(Ok(()), |error| Err(same(error)));
-                    Report::Finished(number, result)
+                    Report::Flushed(number, result)
                 }));
             }
         }
@@ -222,48 +236,55 @@ fn report_plans(
 }
 
 /// Does a whole request by the store's blocking drivers. Repeating it after an error is harmless.
-pub(super) fn perform(store: &Volume, request: &Request) -> Result<(), StoreError> {
+pub(super) fn perform(store: &Volume, request: &Request) -> Performed {
     let range = ByteRange::new(request.range.offset_bytes, request.range.length_bytes);
-    match request.op {
+    let mut done_bytes = 0;
+    let result = match request.op {
         Op::Flush => store.flush(),
         Op::Discard => store.discard_at(range),
         Op::WriteZeroes { may_unmap } => store.write_zeroes_at(range, may_unmap),
-        Op::Read => in_pieces(range, |piece, done, buffer| {
+        Op::Read => in_pieces(range, &mut done_bytes, |piece, done, buffer| {
             store.read_at(View::Head, piece.offset_bytes, buffer)?;
             request
                 .buffers
                 .write_at(done, buffer)
                 .map_err(|error| memory_error(piece, error))
         }),
-        Op::Write => in_pieces(range, |piece, done, buffer| {
+        Op::Write => in_pieces(range, &mut done_bytes, |piece, done, buffer| {
             let buffers: &GuestBuffers = &request.buffers;
             buffers
                 .read_at(done, buffer)
                 .map_err(|error| memory_error(piece, error))?;
             store.write_at(piece.offset_bytes, buffer)
         }),
+    };
+    // These two come before anything is claimed.
+    let refused = matches!(result, Err(StoreError::Overlaps | StoreError::Busy));
+    Performed {
+        touched: !refused || done_bytes > 0,
+        result,
     }
 }
 
-/// Walks over a range with a buffer of bounded size.
+/// Walks over a range with a buffer of bounded size; counts what is done.
 fn in_pieces(
     range: ByteRange,
+    done_bytes: &mut u64,
     mut step: impl FnMut(ByteRange, u64, &mut [u8]) -> Result<(), StoreError>,
 ) -> Result<(), StoreError> {
     let longest = range.length_bytes.min(PIECE_BYTES_MAX);
     let mut buffer = vec![0_u8; usize::try_from(longest).unwrap_or_default()];
-    let mut done = 0;
-    while done < range.length_bytes {
-        let length = (range.length_bytes - done).min(PIECE_BYTES_MAX);
-        let piece = ByteRange::new(range.offset_bytes + done, length);
+    while *done_bytes < range.length_bytes {
+        let length = (range.length_bytes - *done_bytes).min(PIECE_BYTES_MAX);
+        let piece = ByteRange::new(range.offset_bytes + *done_bytes, length);
         let Some(part) = buffer.get_mut(..usize::try_from(length).unwrap_or_default()) else {
             return Err(StoreError::OutOfRange {
                 offset_bytes: piece.offset_bytes,
                 length_bytes: length,
             });
         };
-        step(piece, done, part)?;
-        done += length;
+        step(piece, *done_bytes, part)?;
+        *done_bytes += length;
     }
     Ok(())
 }

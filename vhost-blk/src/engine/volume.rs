@@ -79,8 +79,10 @@ pub struct VolumeEngine {
     pub(super) overlapping: AtomicUsize,
     /// Requests that wait for room.
     pub(super) without_room: AtomicUsize,
-    /// Counts what parked requests wait for: the end of a hold or of another write, room.
+    /// Counts what parked requests wait for: the end of a hold or of another write.
     news: AtomicU64,
+    /// How often something happened that may have made room.
+    chances_of_room: AtomicU64,
     /// False: every write is flushed before it is acknowledged. Outlives a front end: a guest that has switched its
     /// write cache off does not say so again when its front end reconnects.
     write_cache: AtomicBool,
@@ -101,6 +103,15 @@ impl std::fmt::Debug for VolumeEngine {
             .field("settings", &self.settings)
             .finish_non_exhaustive()
     }
+}
+
+/// How often parked requests had reason to be tried again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct News {
+    /// Ends of holds and of writes that others waited for.
+    pub(super) ends: u64,
+    /// Chances that there is room.
+    pub(super) chances_of_room: u64,
 }
 
 /// Maintenance stays away from the volume as long as this lives.
@@ -177,6 +188,7 @@ impl VolumeEngine {
             overlapping: AtomicUsize::new(0),
             without_room: AtomicUsize::new(0),
             news: AtomicU64::new(0),
+            chances_of_room: AtomicU64::new(0),
             write_cache: AtomicBool::new(true),
             quiet_until: Arc::new(Mutex::new(None)),
             maintenance_step: Mutex::new(()),
@@ -277,12 +289,16 @@ impl VolumeEngine {
 
     /// There may be room again: requests that wait for it are tried once more.
     pub fn try_room_again(&self) {
+        self.chances_of_room.fetch_add(1, Ordering::SeqCst);
         self.wake_queues();
     }
 
-    /// How much has happened that parked requests may wait for.
-    pub(super) fn news(&self) -> u64 {
-        self.news.load(Ordering::SeqCst)
+    /// What has happened so far that parked requests may wait for.
+    pub(super) fn news(&self) -> News {
+        News {
+            ends: self.news.load(Ordering::SeqCst),
+            chances_of_room: self.chances_of_room.load(Ordering::SeqCst),
+        }
     }
 
     /// Keeps maintenance away while a set is marked, but no longer than a window may last: a coordinator that marks and never

@@ -26,7 +26,7 @@ use super::request::{Outcome, Request, Token};
 use super::ring::{Completed, Ring};
 use super::slab::Slab;
 use super::upkeep::Arrivals;
-use super::volume::{EngineKind, VolumeEngine};
+use super::volume::{EngineKind, News, VolumeEngine};
 use super::witness::Arrival;
 use parking::{Parked, Parking, Waits};
 use std::sync::Arc;
@@ -74,8 +74,8 @@ struct Job {
     token: Token,
     request: Request,
     arrival: Arrival,
-    /// The volume's count of news before the last attempt.
-    tried_at: u64,
+    /// The volume's news before the last attempt.
+    tried_at: News,
     /// Others know that it waits, until it has begun.
     waits: Option<Waits>,
 }
@@ -170,7 +170,7 @@ impl Worker {
             token,
             request,
             arrival,
-            tried_at: 0,
+            tried_at: News::default(),
             waits: None,
         });
     }

@@ -62,7 +62,7 @@ pub(in super::super) struct Transfer {
     pub(super) number: u64,
     pub(in super::super) file: DataFile,
     pub(in super::super) span: Span,
-    pub(super) memory: Memory,
+    pub(in super::super) memory: Memory,
     vectors: Vectors,
     left_bytes: u64,
 }

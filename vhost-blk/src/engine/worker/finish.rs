@@ -3,7 +3,7 @@
 //! Called at both ends of a pass. Everything that ended since the last look is taken together, so that the records of all
 //! its writes are appended at once.
 
-use super::super::blocking::{Report, same};
+use super::super::blocking::{Performed, Report, same};
 use super::super::request::Outcome;
 use super::super::ring::{Completed, Memory};
 use super::copy::owner;
@@ -26,7 +26,8 @@ impl Worker {
         for report in self.inbox.take() {
             match report {
                 Report::Prepared(number, plan) => self.prepared(number, plan),
-                Report::Finished(number, result) => self.finished_by_hand(number, result),
+                Report::Performed(number, performed) => self.performed(number, performed),
+                Report::Flushed(number, result) => self.flushed(number, result),
             }
         }
         self.moves_over();
@@ -153,32 +154,38 @@ impl Worker {
             }
             // The hand has dropped the plan, and with it the claim on its blocks.
             Err(error) => match remedy(&error) {
-                Remedy::Park(why) => self.park_again(number, why),
+                Remedy::Park(why) => self.park_again(number, why, true),
                 Remedy::Fail => self.write_over(number, Some(Err(error))),
             },
         }
     }
 
-    fn finished_by_hand(&mut self, number: u32, result: Result<(), StoreError>) {
+    fn performed(&mut self, number: u32, performed: Performed) {
+        let Performed { result, touched } = performed;
         let Some(running) = self.running.get(number) else {
             return;
         };
-        let whole = matches!(running.stage, Stage::Whole);
         if let Err(error) = &result
-            && whole
             && let Remedy::Park(why) = remedy(error)
         {
-            self.park_again(number, why);
-        } else if whole && running.job.request.op.changes_disk() {
+            self.park_again(number, why, touched);
+        } else if running.job.request.op.changes_disk() {
             self.write_over(number, Some(result));
-        } else if let Some(running) = self.running.remove(number) {
+        } else {
+            self.flushed(number, result);
+        }
+    }
+
+    fn flushed(&mut self, number: u32, result: Result<(), StoreError>) {
+        if let Some(running) = self.running.remove(number) {
             let outcome = self.outcome(&running.job, result);
             self.done.push((running.job.token, outcome));
         }
     }
 
-    /// What a hand could not do now waits for news, as what could not be planned does.
-    fn park_again(&mut self, number: u32, why: Parked) {
+    /// What a hand could not do now waits for news, as what could not be planned does. `touched`: blocks were claimed, and some
+    /// of them may have changed. If not, nobody is woken: two that wait for a third would wake each other for ever.
+    fn park_again(&mut self, number: u32, why: Parked, touched: bool) {
         let Some(Running {
             mut job,
             ticket,
@@ -188,12 +195,14 @@ impl Worker {
         else {
             return;
         };
-        if matches!(stage, Stage::Whole) {
-            // A part of it may have been done: marks that came meanwhile count it now.
+        if touched && matches!(stage, Stage::Whole) {
+            // Marks that came meanwhile count what was done of it now.
             self.landed(&mut job);
         }
         drop(ticket);
-        self.wake_overlapping();
+        if touched {
+            self.wake_overlapping();
+        }
         self.park(job, why);
     }
 

@@ -6,7 +6,7 @@
 //! Invariant: an attempt is repeated only when there are news that came after it began, or when the request has just become
 //! known as waiting (what it waits for may have ended before that). So nothing is missed, and nothing burns.
 
-use super::super::volume::VolumeEngine;
+use super::super::volume::{News, VolumeEngine};
 use super::{Job, Outcome, Worker};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -71,8 +71,13 @@ struct Waiting {
 }
 
 impl Waiting {
-    fn is_due(&self, news: u64) -> bool {
-        self.try_at_once || self.job.tried_at != news
+    fn is_due(&self, news: News) -> bool {
+        self.try_at_once
+            || match self.why {
+                Parked::Held | Parked::Overlapping => self.job.tried_at.ends != news.ends,
+                // There is no use in trying before there may be room.
+                Parked::WithoutRoom => self.job.tried_at.chances_of_room != news.chances_of_room,
+            }
     }
 }
 
@@ -87,8 +92,8 @@ impl Parking {
         self.waiting.clear();
     }
 
-    /// True if there is something to be tried, the volume's count of news being `news`.
-    pub(super) fn is_due(&self, news: u64) -> bool {
+    /// True if there is something to be tried, the volume's news being `news`.
+    pub(super) fn is_due(&self, news: News) -> bool {
         self.waiting.iter().any(|waiting| waiting.is_due(news))
     }
 }
@@ -133,7 +138,7 @@ impl Worker {
         self.flush_synchronous_writes();
     }
 
-    fn attempt(&mut self, mut job: Job, news: u64) {
+    fn attempt(&mut self, mut job: Job, news: News) {
         job.tried_at = news;
         match self.start(job) {
             Started::Running => {}

@@ -4,7 +4,7 @@
 //! synchronous engine, which does the whole request at once.
 
 use super::super::barrier::Ticket;
-use super::super::blocking::{Task, perform};
+use super::super::blocking::{Performed, Task, perform};
 use super::super::buffers::GuestBuffers;
 use super::super::pool::{PRIVATE_BYTES_MAX, PrivateBuffer};
 use super::super::request::{Op, Outcome, Request};
@@ -61,11 +61,13 @@ impl Worker {
     /// The synchronous engine: the queue's thread does all of it.
     fn do_whole_here(&mut self, mut job: Job, ticket: Option<Ticket>) -> Started {
         let changes = job.request.op.changes_disk();
-        let result = perform(self.volume.store(), &job.request);
-        // A part may have been done before the rest was refused: the witness counts it now.
-        self.landed(&mut job);
+        let Performed { result, touched } = perform(self.volume.store(), &job.request);
+        if touched {
+            // Also what was done in part, before the rest was refused.
+            self.landed(&mut job);
+        }
         drop(ticket);
-        if changes {
+        if changes && touched {
             self.wake_overlapping();
         }
         if let Err(error) = &result

@@ -1,5 +1,7 @@
 //! The worker against a real store on a temporary file, on the test's own thread.
 
+mod faults;
+
 use super::Worker;
 use crate::engine::testing::{memory, volume};
 use crate::engine::{GuestBuffers, GuestRange, Kick, Op, Outcome, Request, Token, VolumeEngine};
