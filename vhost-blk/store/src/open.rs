@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use crate::adopt::{base_length, format, io};
 use crate::checkpoint::Turn;
 use crate::error::{FileName, Result, StoreError};
+use crate::io::AlignedBuffer;
 use crate::journal::{Journal, Record, region_start};
 use crate::layout::RECORD_BYTES;
 use crate::pins::Pins;
@@ -100,6 +101,7 @@ fn finish_recovery(
         || !loaded.superblock.clean
     {
         files.base.sync_data().map_err(io("sync", FileName::Base))?;
+        rewrite_copies(files, loaded)?;
         files.log.sync_data().map_err(io("sync", FileName::Log))?;
         rewrite_journal(files, loaded)?;
         journal.append(
@@ -154,6 +156,31 @@ fn rewrite_journal(files: &VolumeFiles, loaded: &Loaded) -> Result<()> {
                 .map_err(io("write", FileName::Journal))?;
             at += part as u64;
         }
+    }
+    Ok(())
+}
+
+/// The same for preserved copies: the guest was told of its write's failure, but the snapshot's reader was not.
+fn rewrite_copies(files: &VolumeFiles, loaded: &Loaded) -> Result<()> {
+    for run in &loaded.copies {
+        let offset_bytes = run.start.offset_bytes();
+        let mut bytes = AlignedBuffer::new(in_memory(run.count * BLOCK_BYTES));
+        let failed = |op| {
+            move |source| StoreError::Io {
+                op,
+                file: FileName::Log,
+                offset_bytes,
+                source,
+            }
+        };
+        files
+            .log
+            .read_at(&mut bytes, offset_bytes)
+            .map_err(failed("read"))?;
+        files
+            .log
+            .write_at(&bytes, offset_bytes)
+            .map_err(failed("write"))?;
     }
     Ok(())
 }

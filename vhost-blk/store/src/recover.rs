@@ -10,6 +10,7 @@ use crate::index::{Fences, Index, Location, Run};
 use crate::io::AlignedBuffer;
 use crate::journal::{Entry, Journal, Place, Record, Scan, UnverifiedRecord, scan};
 use crate::layout::{self, LIVE, PAGE_BYTES, RECORD_BYTES, Seal};
+use crate::space::LogRun;
 use crate::state::State;
 use crate::superblock::{self, SlotsFound, Superblock};
 use crate::units::{BLOCK_BYTES, BootId, Generation, Incarnation, LogBlock, Sequence, in_memory};
@@ -34,6 +35,8 @@ pub(crate) struct Loaded {
     pub(crate) kept_through: Sequence,
     /// A sealed record that holds is above the watermark: its data must not change before a RESTART.
     pub(crate) unconfirmed: bool,
+    /// Preserved copies that hold and that no round has confirmed.
+    pub(crate) copies: Vec<LogRun>,
     /// Records kept that no COMMIT covered, and records dropped.
     pub(crate) tail_records: u64,
     pub(crate) dropped_records: u64,
@@ -145,6 +148,7 @@ pub(crate) fn load(
         incarnation,
         kept_through: decided.through,
         unconfirmed: decided.unconfirmed,
+        copies: decided.copies,
         tail_records: decided.tail_records,
         dropped_records: decided.dropped_records,
         replayed_records,
@@ -406,6 +410,7 @@ struct Decided {
     kept: Vec<Entry>,
     through: Sequence,
     unconfirmed: bool,
+    copies: Vec<LogRun>,
     tail_records: u64,
     dropped_records: u64,
 }
@@ -422,6 +427,7 @@ fn decide(
         kept: Vec::new(),
         through: superblock.first_sequence,
         unconfirmed: false,
+        copies: Vec::new(),
         tail_records: 0,
         dropped_records: 0,
     };
@@ -504,6 +510,14 @@ fn decide(
             decided.dropped_records += 1;
         }
     }
+    decided.copies = decided
+        .kept
+        .iter()
+        .filter(|entry| {
+            entry.sequence > watermark && matches!(entry.record, Record::Preserve { .. })
+        })
+        .filter_map(|entry| entry.record.data().map(|(run, _)| run))
+        .collect();
     decided.unconfirmed = decided
         .kept
         .iter()

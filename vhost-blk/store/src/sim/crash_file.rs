@@ -61,6 +61,9 @@ struct DiskState {
     writes: u64,
     /// The file whose next sync fails.
     failing_sync: Option<usize>,
+    /// Syncs of any file until one fails.
+    syncs_left: Option<u64>,
+    syncs: u64,
 }
 
 impl DiskState {
@@ -102,6 +105,8 @@ impl CrashDisk {
             every_writes,
             writes: 0,
             failing_sync: None,
+            syncs_left: None,
+            syncs: 0,
         };
         CrashDisk {
             state: Arc::new(Mutex::new(state)),
@@ -124,6 +129,16 @@ impl CrashDisk {
     /// Makes the next sync of the file at `place` fail, and lose for good what it should have written.
     pub fn fail_next_sync(&self, place: usize) {
         lock(&self.state).failing_sync = Some(place);
+    }
+
+    /// Makes one sync fail, after `syncs` more of any file, and lose for good what it should have written.
+    pub fn fail_sync_after(&self, syncs: u64) {
+        lock(&self.state).syncs_left = Some(syncs);
+    }
+
+    /// Syncs so far, of all files.
+    pub fn syncs(&self) -> u64 {
+        lock(&self.state).syncs
     }
 
     /// Records a point now.
@@ -293,10 +308,11 @@ impl BlockFile for CrashFile {
     fn sync_data(&self) -> io::Result<()> {
         let mut state = lock(&self.disk.state);
         state.record(Moment::BeforeSync);
-        let fails = state
-            .failing_sync
-            .take_if(|place| *place == self.place)
-            .is_some();
+        let here = state.failing_sync.take_if(|place| *place == self.place);
+        let now = state.syncs_left.take_if(|left| *left == 0);
+        state.syncs_left = state.syncs_left.map(|left| left - 1);
+        state.syncs += 1;
+        let fails = here.is_some() || now.is_some();
         let file = &mut state.files[self.place];
         for write in std::mem::take(&mut file.pending).iter() {
             // A failed sync leaves pages that are marked clean and are not on the disk: later syncs pass
