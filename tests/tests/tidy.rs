@@ -18,7 +18,9 @@ use vmshadow_tests::harness::image::project;
 const ROOMS: &[(&str, &[&str])] = &[
     (
         "vhost-blk",
-        &["daemon", "config", "control", "frontend", "engine"],
+        &[
+            "daemon", "handover", "config", "control", "frontend", "engine",
+        ],
     ),
     (
         "guest-agent",

@@ -106,6 +106,10 @@ pub struct ServeArgs {
     /// Open a base that was changed by somebody else while snapshots needed it unchanged
     #[arg(long)]
     pub force_base: bool,
+    /// Take the disks over from the daemon that serves them on --control, with the connections of its front ends: guests do not notice.
+    /// Without such a daemon, or if it refuses, nothing is served
+    #[arg(long)]
+    pub replace: bool,
     /// TOML file with the same settings
     #[arg(long, value_name = "FILE", conflicts_with_all = ["disk", "socket"])]
     pub config: Option<PathBuf>,
@@ -178,6 +182,8 @@ pub struct Config {
     pub poll_max: Duration,
     /// Open a base that was changed by somebody else.
     pub force_base: bool,
+    /// Take over from a running daemon.
+    pub replace: bool,
 }
 
 /// What is wrong with the flags or the file.
@@ -245,6 +251,7 @@ pub fn resolve(args: &ServeArgs) -> Result<Config, ConfigError> {
         shadow_limit_bytes: args.shadow_limit.or(file.shadow_limit).unwrap_or(u64::MAX),
         poll_max: poll_max(args.poll_max_us.or(file.poll_max_us))?,
         force_base: args.force_base,
+        replace: args.replace,
         disks,
     };
     ensure_unique(&config)?;

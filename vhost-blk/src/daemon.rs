@@ -7,16 +7,19 @@
 
 use crate::config::{Config, DiskConfig};
 use crate::control::{self, Events};
-use crate::engine::{EngineKind, Kick, Ring, SnapshotSets, Upkeep, VolumeEngine, VolumeSettings};
-use crate::frontend::{self, Serving, SocketError};
+use crate::engine::{EngineKind, Ring, SnapshotSets, Upkeep, VolumeEngine, VolumeSettings};
+use crate::frontend::{self, Ending, Resumed, Serving, SocketError};
+use crate::handover::{Given, GivenDisk, HandoverError, Outcome, Taking};
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vhost_blk_store::{OpenOptions, StoreError, Volume, resolve_sets};
 
+/// Longest wait for the last user of a store before it is handed over.
+const RELEASE_MAX: Duration = Duration::from_secs(5);
 /// Longest wait for I/O of a killed predecessor to end.
 const FENCE_MAX: Duration = Duration::from_secs(10);
 
@@ -38,6 +41,9 @@ pub enum DaemonError {
     /// A socket cannot be had.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// `--replace` failed; the other daemon serves.
+    #[error("not taken over")]
+    Handover(#[from] HandoverError),
     /// `--engine uring` on a machine without it.
     #[error("--engine uring")]
     NoRing(#[source] crate::engine::RingUnavailable),
@@ -55,7 +61,7 @@ pub enum DaemonError {
     },
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves until SIGTERM or SIGINT, or until another daemon has taken over.
 ///
 /// # Errors
 /// [`DaemonError`].
@@ -63,11 +69,52 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
     if config.engine == EngineKind::Uring {
         Ring::probe().map_err(DaemonError::NoRing)?;
     }
+    let mut start = if config.replace {
+        let (taking, given) = Taking::ask(config)?;
+        Start::Taken(taking, given)
+    } else {
+        Start::Fresh
+    };
+    loop {
+        let (given, to) = match serve(config, start)? {
+            Served::Stopped => return Ok(()),
+            Served::HandedOver(given, to) => (given, to),
+        };
+        match given.give(&to) {
+            Outcome::Taken => {
+                tracing::info!("handed over");
+                return Ok(());
+            }
+            Outcome::Kept(why) => {
+                tracing::warn!(why, "not handed over: serving again");
+                start = Start::Again(given);
+            }
+        }
+    }
+}
+
+/// What the daemon begins with.
+enum Start {
+    /// Nothing.
+    Fresh,
+    /// Another daemon's disks; it takes them back unless it is told that they are served.
+    Taken(Taking, Given),
+    /// Its own, which another daemon could not take.
+    Again(Given),
+}
+
+/// How serving ended.
+enum Served {
+    Stopped,
+    HandedOver(Given, UnixStream),
+}
+
+fn serve(config: &Config, start: Start) -> Result<Served, DaemonError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     // From here on a signal ends the daemon in order, however early it comes.
-    let stop_signal = {
+    let mut stop_signal = {
         let _inside = runtime.enter();
         control::StopSignal::new()?
     };
@@ -81,26 +128,69 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
             VolumeEngine::new(settings(config, disk), Arc::clone(store), events.notice())
         })
         .collect::<io::Result<Vec<_>>>()?;
+    let released: Vec<_> = stores.iter().map(Arc::downgrade).collect();
     drop(stores);
     let sets = SnapshotSets::new(volumes);
+    let (doors, control) = doors(config, &sets, start)?;
+    let for_next = control.as_ref().map(UnixListener::try_clone).transpose()?;
 
-    let listeners = config
-        .disks
-        .iter()
-        .map(|disk| frontend::bind(&disk.socket))
-        .collect::<Result<Vec<_>, _>>()?;
-    let control = config.control.as_deref().map(frontend::bind).transpose()?;
-
-    let fronts = Fronts::start(config, &sets, listeners)?;
+    let fronts = Fronts::start(config, &sets, doors)?;
     let upkeep = Upkeep::start(Arc::clone(&sets))?;
     tracing::info!(disks = config.disks.len(), "serving");
-    runtime.block_on(control::serve(control, &sets, &events, stop_signal))?;
+    let ended = runtime.block_on(control::serve(control, &sets, &events, &mut stop_signal))?;
 
-    tracing::info!("stopping");
-    fronts.stop();
-    sets.undo_all();
-    upkeep.stop();
-    runtime.shutdown_timeout(Duration::from_secs(5));
+    match ended {
+        control::Ended::Stopped => {
+            tracing::info!("stopping");
+            fronts.stop();
+            sets.undo_all();
+            upkeep.stop();
+            runtime.shutdown_timeout(Duration::from_secs(5));
+            remove_sockets(config);
+            close_all(config, &sets)?;
+            Ok(Served::Stopped)
+        }
+        control::Ended::HandOver(to) => {
+            tracing::info!("handing over");
+            // While the guests go on: what is synced here does not lengthen their wait.
+            upkeep.stop();
+            for volume in sets.volumes() {
+                if let Err(error) = volume.store().flush() {
+                    tracing::warn!(volume = %volume.settings.name, %error, "cannot flush");
+                }
+            }
+            // One that was opened a moment ago must not hold the rings.
+            sets.undo_all();
+            let disks = fronts.hand_over();
+            runtime.shutdown_timeout(Duration::from_secs(1));
+            if let Err(error) = close_all(config, &sets) {
+                tracing::warn!(error = %error, "the next daemon recovers");
+            }
+            drop(sets);
+            wait_released(&released);
+            let given = Given {
+                disks,
+                control: for_next,
+            };
+            Ok(Served::HandedOver(given, to))
+        }
+    }
+}
+
+/// Waits until nobody holds the stores any more: their locks have to be free for the next daemon. One that reads a snapshot out to a
+/// client that does not read may hold on; the next daemon waits for that, or gives up.
+fn wait_released(stores: &[Weak<Volume>]) {
+    let deadline = Instant::now() + RELEASE_MAX;
+    while stores.iter().any(|store| store.strong_count() > 0) {
+        if Instant::now() > deadline {
+            tracing::warn!("a disk is still in use");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn remove_sockets(config: &Config) {
     for socket in config
         .disks
         .iter()
@@ -111,7 +201,79 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
             tracing::warn!(socket = %socket.display(), %error, "cannot remove the socket");
         }
     }
-    close_all(config, &sets)
+}
+
+fn serving(config: &Config, disk: &DiskConfig) -> Serving {
+    Serving {
+        num_queues: disk.num_queues,
+        poll_max: config.poll_max,
+    }
+}
+
+/// Where the front ends of a volume come in.
+struct Door {
+    listener: UnixListener,
+    /// One that is in already.
+    resumed: Option<Resumed>,
+}
+
+/// Makes or takes over the sockets. Behind this, what was taken over is ours.
+fn doors(
+    config: &Config,
+    sets: &SnapshotSets,
+    start: Start,
+) -> Result<(Vec<Door>, Option<UnixListener>), DaemonError> {
+    let (taking, given) = match start {
+        Start::Fresh => {
+            let listeners = config.disks.iter().map(|disk| {
+                Ok(Door {
+                    listener: frontend::bind(&disk.socket)?,
+                    resumed: None,
+                })
+            });
+            let doors = listeners.collect::<Result<_, DaemonError>>()?;
+            let control = config.control.as_deref().map(frontend::bind).transpose()?;
+            return Ok((doors, control));
+        }
+        Start::Taken(taking, given) => (Some(taking), given),
+        Start::Again(given) => (None, given),
+    };
+    let mut doors = Vec::new();
+    let mut given_disks = given.disks;
+    for (disk, volume) in config.disks.iter().zip(sets.volumes()) {
+        let place = given_disks.iter().position(|one| one.volume == disk.name);
+        let Some(given) = place.map(|place| given_disks.swap_remove(place)) else {
+            // Its front thread had failed before.
+            let listener = frontend::bind(&disk.socket)?;
+            doors.push(Door {
+                listener,
+                resumed: None,
+            });
+            continue;
+        };
+        let resumed = given
+            .session
+            .map(|session| Resumed::prepare(volume, serving(config, disk), session));
+        let resumed = match resumed.transpose() {
+            Err(error) if taking.is_none() => {
+                // The session closes here, and the front end connects again.
+                tracing::error!(volume = %disk.name, %error, "a session cannot be taken up again");
+                None
+            }
+            resumed => resumed.map_err(|source| HandoverError::Unfit {
+                volume: disk.name.clone(),
+                source,
+            })?,
+        };
+        doors.push(Door {
+            listener: given.listener,
+            resumed,
+        });
+    }
+    if let Some(taking) = taking {
+        taking.taken().map_err(HandoverError::Io)?;
+    }
+    Ok((doors, given.control))
 }
 
 fn settings(config: &Config, disk: &DiskConfig) -> VolumeSettings {
@@ -190,46 +352,70 @@ fn close_all(config: &Config, sets: &SnapshotSets) -> Result<(), DaemonError> {
 
 /// The threads that take front ends.
 struct Fronts {
-    stops: Vec<Arc<Kick>>,
-    threads: Vec<JoinHandle<()>>,
+    endings: Vec<Arc<Ending>>,
+    threads: Vec<JoinHandle<Option<GivenDisk>>>,
 }
 
 impl Fronts {
-    fn start(
-        config: &Config,
-        sets: &SnapshotSets,
-        listeners: Vec<UnixListener>,
-    ) -> io::Result<Self> {
+    fn start(config: &Config, sets: &SnapshotSets, doors: Vec<Door>) -> io::Result<Self> {
         let mut fronts = Self {
-            stops: Vec::new(),
+            endings: Vec::new(),
             threads: Vec::new(),
         };
-        for ((disk, volume), listener) in config.disks.iter().zip(sets.volumes()).zip(listeners) {
-            let stop = Arc::new(Kick::new()?);
-            let volume = Arc::clone(volume);
-            let serving = Serving {
-                num_queues: disk.num_queues,
-                poll_max: config.poll_max,
-            };
-            fronts.stops.push(Arc::clone(&stop));
+        for ((disk, volume), door) in config.disks.iter().zip(sets.volumes()).zip(doors) {
+            let ending = Arc::new(Ending::new()?);
+            let (volume, serving) = (Arc::clone(volume), serving(config, disk));
+            fronts.endings.push(Arc::clone(&ending));
             let thread = std::thread::Builder::new().name(format!("front {}", disk.name));
-            fronts.threads.push(thread.spawn(move || {
-                if let Err(error) = frontend::serve(&volume, &listener, serving, &stop) {
-                    tracing::error!(volume = %volume.settings.name, %error, "front ends are not served any more");
-                }
-            })?);
+            fronts
+                .threads
+                .push(thread.spawn(move || front(&volume, door, serving, &ending))?);
         }
         Ok(fronts)
     }
 
     fn stop(self) {
-        for stop in &self.stops {
-            stop.wake();
+        self.end(Ending::stop);
+    }
+
+    /// Stops all rings; the disks without their stores.
+    fn hand_over(self) -> Vec<GivenDisk> {
+        self.end(Ending::hand_over)
+    }
+
+    fn end(self, how: impl Fn(&Ending)) -> Vec<GivenDisk> {
+        for ending in &self.endings {
+            how(ending);
         }
+        let mut given = Vec::new();
         for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("a front thread has panicked");
+            match thread.join() {
+                Ok(disk) => given.extend(disk),
+                Err(_) => tracing::error!("a front thread has panicked"),
             }
+        }
+        given
+    }
+}
+
+/// Serves the front ends of a volume; what is handed over, if that is how it ended.
+fn front(
+    volume: &Arc<VolumeEngine>,
+    door: Door,
+    serving: Serving,
+    ending: &Ending,
+) -> Option<GivenDisk> {
+    let Door { listener, resumed } = door;
+    match frontend::serve(volume, &listener, serving, ending, resumed) {
+        Ok(frontend::Served::Stopped) => None,
+        Ok(frontend::Served::HandedOver(session)) => Some(GivenDisk {
+            volume: volume.settings.name.clone(),
+            listener,
+            session: session.map(|session| *session),
+        }),
+        Err(error) => {
+            tracing::error!(volume = %volume.settings.name, %error, "front ends are not served any more");
+            None
         }
     }
 }

@@ -5,6 +5,7 @@
 //!
 //! Rooms, from the guest to the disk; each may name only rooms below it (see `ARCHITECTURE.md`):
 //! * [`daemon`]: puts the rooms together, stops them in order.
+//! * [`handover`]: one daemon gives everything to the next.
 //! * [`config`]: flags and file to a checked configuration.
 //! * [`control`]: the QMP-framed control socket. Enters from the side.
 //! * [`frontend`]: vhost-user and virtio.
@@ -16,3 +17,4 @@ pub mod control;
 pub mod daemon;
 pub mod engine;
 pub mod frontend;
+pub mod handover;

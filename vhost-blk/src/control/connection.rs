@@ -21,6 +21,7 @@ use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use vhost_blk_wire::frame::JsonStream;
 use vhost_blk_wire::qmp::{
@@ -38,16 +39,28 @@ const DESCRIPTORS_MAX: usize = 16;
 pub(super) struct Server {
     pub(super) sets: Arc<SnapshotSets>,
     pub(super) events: Events,
+    /// Where a hand-over is told to the daemon.
+    hand_over: mpsc::Sender<std::os::unix::net::UnixStream>,
     next_number: AtomicU64,
 }
 
 impl Server {
-    pub(super) fn new(sets: Arc<SnapshotSets>, events: Events) -> Self {
+    pub(super) fn new(
+        sets: Arc<SnapshotSets>,
+        events: Events,
+        hand_over: mpsc::Sender<std::os::unix::net::UnixStream>,
+    ) -> Self {
         Self {
             sets,
             events,
+            hand_over,
             next_number: AtomicU64::new(1),
         }
+    }
+
+    /// Tells the daemon to hand over to who is at the other end; false if it does so already.
+    pub(super) fn begin_hand_over(&self, to: std::os::unix::net::UnixStream) -> bool {
+        self.hand_over.try_send(to).is_ok()
     }
 
     /// A number that was not given before: of a connection, a mark, a job.

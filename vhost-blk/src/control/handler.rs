@@ -6,16 +6,20 @@ use super::connection::{Client, version};
 use super::export;
 use crate::engine::{SetError, Watched};
 use serde_json::Value;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost_blk_wire::command::{
-    COMMAND_NAMES, Command, CommandInfo, Empty, Getfd, QmpCapabilities, QueryCommands,
-    QuerySnapshots, QueryVersion, QueryVolumes, QueryWrites, SnapshotDelete, SnapshotRead,
-    SnapshotRevert, SnapshotSetAbort, SnapshotSetCommit, SnapshotSetCommitted, SnapshotSetDelete,
-    SnapshotSetHold, SnapshotSetKeep, SnapshotSetMark, SnapshotSetPrepare, SnapshotSetRelease,
-    VolumeCommitted, WriteMark, WriteMarked, WriteUnmark,
+    COMMAND_NAMES, Command, CommandInfo, Empty, Getfd, HandOver, HandOverVolume, QmpCapabilities,
+    QueryCommands, QuerySnapshots, QueryVersion, QueryVolumes, QueryWrites, SnapshotDelete,
+    SnapshotRead, SnapshotRevert, SnapshotSetAbort, SnapshotSetCommit, SnapshotSetCommitted,
+    SnapshotSetDelete, SnapshotSetHold, SnapshotSetKeep, SnapshotSetMark, SnapshotSetPrepare,
+    SnapshotSetRelease, VolumeCommitted, WriteMark, WriteMarked, WriteUnmark,
 };
 use vhost_blk_wire::qmp::{ErrorClass, QmpError, Request};
 
+/// Version of what one daemon says to the next when it hands over. Another version is refused: an update that changes it goes the slow
+/// way, by an end and a start.
+pub const HAND_OVER_VERSION: u32 = 1;
 /// Marks of one client.
 const MARKS_MAX: usize = 1024;
 /// Named descriptors of one client.
@@ -127,6 +131,7 @@ pub(super) fn execute(client: &Arc<Client>, request: &Request) -> Result<Value, 
             volume.witness.unmark(mark);
             Ok(Empty {})
         }),
+        HandOver::NAME => run(request, |command: HandOver| hand_over(client, &command)),
         _ => Err(QmpError::new(
             ErrorClass::CommandNotFound,
             format!("the command {name} has not been found"),
@@ -177,6 +182,39 @@ fn getfd(client: &Client, command: Getfd) -> Result<Empty, QmpError> {
         return Err(generic(format!("more than {NAMED_MAX} descriptors")));
     }
     named.insert(command.fdname, descriptor);
+    Ok(Empty {})
+}
+
+fn hand_over(client: &Client, command: &HandOver) -> Result<Empty, QmpError> {
+    let descriptor = client
+        .named()
+        .remove(&command.fdname)
+        .ok_or_else(|| generic(format!("no descriptor named {:?}", command.fdname)))?;
+    let refused = |why: String| QmpError::new(ErrorClass::InvalidState, why);
+    if command.version != HAND_OVER_VERSION {
+        return Err(refused(format!(
+            "this daemon hands over by version {HAND_OVER_VERSION}, not {}",
+            command.version
+        )));
+    }
+    let sets = &client.server.sets;
+    let own = sets.volumes().iter().map(|volume| HandOverVolume {
+        volume: volume.settings.name.clone(),
+        socket: volume.settings.socket.display().to_string(),
+        base: volume.settings.base.display().to_string(),
+        shadow_storage: volume.settings.shadow_storage.display().to_string(),
+    });
+    if !own.eq(command.volumes.iter().cloned()) {
+        return Err(refused(
+            "it serves other disks, by other names, or on other sockets".to_owned(),
+        ));
+    }
+    if sets.any_open() {
+        return Err(refused("a snapshot set is open".to_owned()));
+    }
+    if !client.server.begin_hand_over(UnixStream::from(descriptor)) {
+        return Err(refused("it is being handed over, or stops".to_owned()));
+    }
     Ok(Empty {})
 }
 

@@ -15,4 +15,5 @@ mod handler;
 mod server;
 
 pub use events::Events;
-pub use server::{StopSignal, serve};
+pub use handler::HAND_OVER_VERSION;
+pub use server::{Ended, StopSignal, serve};

@@ -41,7 +41,16 @@ impl StopSignal {
     }
 }
 
-/// Serves clients until a stop signal. Without a listener only waits for the signal.
+/// Why [`serve`] came back.
+#[derive(Debug)]
+pub enum Ended {
+    /// A stop signal.
+    Stopped,
+    /// All disks are to go to the daemon at the other end.
+    HandOver(std::os::unix::net::UnixStream),
+}
+
+/// Serves clients until a stop signal, or until a client asks for a hand-over. Without a listener only waits for the signal.
 ///
 /// # Errors
 /// If the listener cannot be used.
@@ -49,18 +58,20 @@ pub async fn serve(
     listener: Option<UnixListener>,
     sets: &Arc<SnapshotSets>,
     events: &Events,
-    mut stop: StopSignal,
-) -> io::Result<()> {
+    stop: &mut StopSignal,
+) -> io::Result<Ended> {
     let Some(listener) = listener else {
         stop.wait().await;
-        return Ok(());
+        return Ok(Ended::Stopped);
     };
     listener.set_nonblocking(true)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
-    let server = Arc::new(Server::new(Arc::clone(sets), events.clone()));
+    let (hand_over, mut handed_over) = tokio::sync::mpsc::channel(1);
+    let server = Arc::new(Server::new(Arc::clone(sets), events.clone(), hand_over));
     loop {
         tokio::select! {
-            () = stop.wait() => return Ok(()),
+            () = stop.wait() => return Ok(Ended::Stopped),
+            Some(to) = handed_over.recv() => return Ok(Ended::HandOver(to)),
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) if is_allowed(&stream) => {
                     tokio::spawn(connection::run(stream, Arc::clone(&server)));

@@ -10,6 +10,7 @@
 //!   acknowledgement would not hear of it.
 
 use super::config_space::{self, QUEUE_SIZE_MAX};
+use super::handover::{self, MEMORY_REGIONS_MAX, Place, RingState, Session};
 use super::inflight::Region;
 use super::listener::Serving;
 use super::queue::{Memory, Queue, Shared, Stop};
@@ -31,10 +32,11 @@ use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 
-/// Regions of guest memory: as many as QEMU has slots for.
-const MEMORY_REGIONS_MAX: u64 = 509;
 /// How long GET_VRING_BASE waits for writes that are held, when the ring has in-flight memory. A hold ends by itself before that.
 const HELD_PATIENCE: Duration = Duration::from_secs(12);
 
@@ -48,6 +50,7 @@ pub(super) struct Handler {
     tracking: Option<Arc<Region>>,
     owned: bool,
     features: u64,
+    protocol_features: u64,
     /// Nothing starts any more.
     closing: bool,
 }
@@ -87,6 +90,7 @@ impl Handler {
             tracking: None,
             owned: false,
             features: 0,
+            protocol_features: 0,
             closing: false,
         })
     }
@@ -97,6 +101,142 @@ impl Handler {
         self.stop_all(Stop::Publish {
             patience: Duration::ZERO,
         });
+    }
+
+    /// Stops all rings and describes the session, for another process to go on with. Nothing starts here any more.
+    pub(super) fn hand_over(&mut self) -> io::Result<Session> {
+        self.closing = true;
+        // What is in flight for longer is held: with in-flight memory it is done again, without it the ring is turned back.
+        let how = Stop::Publish {
+            patience: Duration::ZERO,
+        };
+        let rings = self
+            .queues
+            .iter_mut()
+            .map(|queue| {
+                let position = queue.stop(how)?;
+                let vring = queue.vring.get_ref();
+                let ring = vring.get_queue();
+                Ok(handover::Ring {
+                    state: RingState {
+                        size: ring.size(),
+                        table: ring.desc_table(),
+                        available: ring.avail_ring(),
+                        used: ring.used_ring(),
+                        position,
+                        enabled: vring.is_enabled(),
+                        started: ring.ready(),
+                    },
+                    kick: queue
+                        .kick
+                        .as_ref()
+                        .map(|kick| kick.try_clone())
+                        .transpose()?,
+                    call: handover::copy(&queue.call)?,
+                    error: queue.error_call.copy()?,
+                })
+            })
+            .collect::<io::Result<_>>()?;
+        let memory = self.shared.memory.memory();
+        let regions = memory
+            .iter()
+            .map(|region| {
+                let (guest, length_bytes) = (region.start_addr().0, region.len());
+                let mapping = self.mappings.iter().find(|mapping| mapping.guest == guest);
+                let (Some(file), Some(mapping)) = (region.file_offset(), mapping) else {
+                    return Err(io::Error::other("guest memory without a file"));
+                };
+                Ok(handover::Region {
+                    place: Place {
+                        guest,
+                        front_end: mapping.front_end,
+                        length_bytes,
+                        file_offset_bytes: file.start(),
+                    },
+                    file: file.file().try_clone()?,
+                })
+            })
+            .collect::<io::Result<_>>()?;
+        let tracking = self.tracking.as_ref().map(|region| region.give());
+        Ok(Session {
+            connection: self.shared.connection.try_clone()?,
+            features: self.features,
+            protocol_features: self.protocol_features,
+            write_cache: self.shared.volume.write_cache(),
+            regions,
+            tracking: tracking
+                .transpose()?
+                .flatten()
+                .map(|(shape, file)| ((&shape).into(), file)),
+            rings,
+        })
+    }
+
+    /// Takes everything from a session that another process has stopped, but the features, which come as messages. No ring runs
+    /// before [`Self::start_taken_over`].
+    pub(super) fn take_over(&mut self, session: &Session) -> Result<()> {
+        self.owned = true;
+        if session.rings.len() != self.queues.len() {
+            return Err(Error::InvalidOperation("a session with other queues"));
+        }
+        if session.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            // Its rings would start as soon as they are there.
+            return Err(Error::InvalidOperation(
+                "a session without protocol features",
+            ));
+        }
+        let mut regions = Vec::new();
+        let mut files = Vec::new();
+        for handover::Region { place, file } in &session.regions {
+            regions.push(VhostUserMemoryRegion::new(
+                place.guest,
+                place.length_bytes,
+                place.front_end,
+                place.file_offset_bytes,
+            ));
+            files.push(file.try_clone().map_err(Error::ReqHandlerError)?);
+        }
+        self.set_mem_table(&regions, files, None)?;
+        if let Some((shape, file)) = &session.tracking {
+            let file = file.try_clone().map_err(Error::ReqHandlerError)?;
+            self.set_inflight_fd(&(*shape).into(), file)?;
+        }
+        for (index, ring) in (0_u8..).zip(&session.rings) {
+            let handover::Ring {
+                state,
+                kick,
+                call,
+                error,
+            } = ring;
+            let copy = |file| handover::copy(file).map_err(Error::ReqHandlerError);
+            self.set_vring_err(index, copy(error)?)?;
+            self.set_vring_call(index, copy(call)?)?;
+            if !state.started {
+                continue;
+            }
+            self.set_vring_num(u32::from(index), u32::from(state.size))?;
+            self.set_vring_base(u32::from(index), u32::from(state.position))?;
+            self.queue(u32::from(index))?
+                .vring
+                .get_mut()
+                .set_queue_info(state.table, state.available, state.used)
+                .map_err(|_| Error::InvalidParam)?;
+            if let Some(kick) = copy(kick)? {
+                self.set_vring_kick(index, Some(kick))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the rings that ran: the other process has let go.
+    pub(super) fn start_taken_over(&mut self, session: &Session) -> Result<()> {
+        self.shared.volume.set_write_cache(session.write_cache);
+        for (index, ring) in (0_u32..).zip(&session.rings) {
+            if ring.state.enabled {
+                self.set_vring_enable(index, true)?;
+            }
+        }
+        Ok(())
     }
 
     /// Settles all queues: the front end has gone.
@@ -339,6 +479,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             .stop(Stop::Publish { patience })
             .map_err(Error::ReqHandlerError)?;
         queue.vring.set_call(None);
+        queue.call = None;
         queue.kick = None;
         queue.refresh(None).map_err(Error::ReqHandlerError)?;
         Ok(VhostUserVringState::new(index, u32::from(position)))
@@ -356,6 +497,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let queue = self.queue(u32::from(index))?;
+        queue.call = handover::copy(&file).map_err(Error::ReqHandlerError)?;
         queue.vring.set_call(file);
         // What was published before may have been told on a descriptor that nobody listens to.
         let vring = queue.vring.get_ref();
@@ -381,8 +523,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
-        // Each of them shows itself by its messages.
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        // Each of them shows itself by its messages; kept for who takes the session over.
+        self.protocol_features = features;
         Ok(())
     }
 
@@ -453,7 +596,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Ok(MEMORY_REGIONS_MAX)
+        Ok(MEMORY_REGIONS_MAX as u64)
     }
 
     fn add_mem_region(
@@ -462,7 +605,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         file: File,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        if self.mappings.len() as u64 >= MEMORY_REGIONS_MAX {
+        if self.mappings.len() >= MEMORY_REGIONS_MAX {
             return Err(Error::InvalidParam);
         }
         let (mapped, mapping) = region(description, file)?;

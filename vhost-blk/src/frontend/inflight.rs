@@ -168,6 +168,16 @@ impl Region {
         }))
     }
 
+    /// Its shape, and a copy of its file.
+    pub(super) fn give(&self) -> std::io::Result<Option<(VhostUserInflight, File)>> {
+        let Some(place) = self.map.file_offset() else {
+            return Ok(None);
+        };
+        let bytes = self.map.size() as u64;
+        let shape = VhostUserInflight::new(bytes, place.start(), self.queues, self.size);
+        Ok(Some((shape, place.file().try_clone()?)))
+    }
+
     fn needed_bytes(shape: &VhostUserInflight) -> Result<usize, BadRegion> {
         let (queues, size) = (shape.num_queues, shape.queue_size);
         if !(1..=QUEUES_MAX).contains(&queues) || !(1..=QUEUE_SIZE_MAX).contains(&usize::from(size))

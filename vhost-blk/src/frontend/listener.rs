@@ -9,13 +9,18 @@
 //! * When the daemon stops, what is done is published before the front end is hung up on: from then on it counts by itself.
 
 use super::handler::Handler;
+use super::handover::Session;
 use crate::engine::{Kick, VolumeEngine};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use std::io;
+use rustix::io::DupFlags;
+use std::io::{self, Write};
+use std::mem::ManuallyDrop;
 use std::net::Shutdown;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -83,10 +88,12 @@ pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
 }
 
 /// Why [`serve`] came back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Served {
     /// The daemon is to stop.
     Stopped,
+    /// Another process goes on with the session, if there is one.
+    HandedOver(Option<Box<Session>>),
 }
 
 /// How front ends of a disk are served.
@@ -98,7 +105,127 @@ pub struct Serving {
     pub poll_max: Duration,
 }
 
-/// Serves one front end after the other until `stop` is woken.
+/// Tells [`serve`] to come back.
+#[derive(Debug)]
+pub struct Ending {
+    kick: Kick,
+    is_hand_over: AtomicBool,
+}
+
+impl Ending {
+    /// Not yet.
+    ///
+    /// # Errors
+    /// Without descriptors.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            kick: Kick::new()?,
+            is_hand_over: AtomicBool::new(false),
+        })
+    }
+
+    /// Drain, hang up, come back.
+    pub fn stop(&self) {
+        self.kick.wake();
+    }
+
+    /// Stop the rings, keep the connection, come back with the session.
+    pub fn hand_over(&self) {
+        self.is_hand_over.store(true, Ordering::SeqCst);
+        self.kick.wake();
+    }
+}
+
+/// The two ends of a connection: who reads it, and what that sets.
+struct Opened {
+    connection: UnixStream,
+    requests: BackendReqHandler<Mutex<Handler>>,
+    handler: Arc<Mutex<Handler>>,
+}
+
+impl Opened {
+    fn new(
+        volume: &Arc<VolumeEngine>,
+        serving: Serving,
+        connection: UnixStream,
+        requests: UnixStream,
+    ) -> io::Result<Self> {
+        let handler = Handler::new(Arc::clone(volume), serving, connection.try_clone()?)?;
+        let handler = Arc::new(Mutex::new(handler));
+        Ok(Self {
+            connection,
+            requests: BackendReqHandler::from_stream(requests, Arc::clone(&handler)),
+            handler,
+        })
+    }
+}
+
+/// A session that was taken over; its rings do not run yet.
+pub struct Resumed {
+    opened: Opened,
+    session: Session,
+}
+
+impl std::fmt::Debug for Resumed {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Resumed")
+            .field("session", &self.session)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Resumed {
+    /// Maps the memory and sets everything the front end has said. Until the rings are started the session can still be left to who
+    /// had it.
+    ///
+    /// # Errors
+    /// If this daemon, or this volume, could not have got such a session from a front end.
+    pub fn prepare(
+        volume: &Arc<VolumeEngine>,
+        serving: Serving,
+        session: Session,
+    ) -> io::Result<Self> {
+        let bad = |error: Error| io::Error::other(error.to_string());
+        // What was negotiated is said to the new endpoint on a connection of our own, which the front end's then replaces.
+        let (ours, theirs) = UnixStream::pair()?;
+        let mut opened = Opened::new(volume, serving, session.connection.try_clone()?, theirs)?;
+        for message in session.negotiation() {
+            (&ours).write_all(&message)?;
+            opened.requests.handle_request().map_err(bad)?;
+        }
+        replace(&opened.requests, &session.connection)?;
+        lock(&opened.handler).take_over(&session).map_err(bad)?;
+        Ok(Self { opened, session })
+    }
+
+    fn start(self) -> Opened {
+        if let Err(error) = lock(&self.opened.handler).start_taken_over(&self.session) {
+            // The front end connects again and starts anew.
+            tracing::error!(%error, "a session that was taken over does not start");
+            hang_up(&self.opened.connection);
+        }
+        self.opened
+    }
+}
+
+/// Puts another open file behind the number of the endpoint's descriptor.
+#[allow(
+    unsafe_code,
+    reason = "the vhost crate has no way to exchange the connection of an endpoint"
+)]
+fn replace(
+    requests: &BackendReqHandler<Mutex<Handler>>,
+    connection: &UnixStream,
+) -> io::Result<()> {
+    // SAFETY: the endpoint owns the descriptor and lives; `ManuallyDrop` keeps this second owner from closing it.
+    let place = unsafe { OwnedFd::from_raw_fd(requests.as_raw_fd()) };
+    let mut place = ManuallyDrop::new(place);
+    rustix::io::dup3(connection, &mut place, DupFlags::CLOEXEC)?;
+    Ok(())
+}
+
+/// Serves one front end after the other until it is told to end, first the one that was `inherited`.
 ///
 /// # Errors
 /// If the listener itself fails.
@@ -106,19 +233,31 @@ pub fn serve(
     volume: &Arc<VolumeEngine>,
     listener: &UnixListener,
     serving: Serving,
-    stop: &Kick,
+    ending: &Ending,
+    inherited: Option<Resumed>,
 ) -> io::Result<Served> {
+    let mut inherited = inherited;
     loop {
-        match wait(listener, stop, None)? {
-            Woken::Stop => return Ok(Served::Stopped),
-            Woken::Connection => {}
-            Woken::Over | Woken::Nothing => continue,
+        let resumed = inherited.take();
+        if resumed.is_none() {
+            match wait(listener, &ending.kick, None)? {
+                Woken::Stop if ending.is_hand_over.load(Ordering::SeqCst) => {
+                    return Ok(Served::HandedOver(None));
+                }
+                Woken::Stop => return Ok(Served::Stopped),
+                Woken::Connection => {}
+                Woken::Over | Woken::Nothing => continue,
+            }
         }
         let Some(attached) = volume.attach() else {
             refuse(volume, listener)?;
             continue;
         };
-        let ended = connection(volume, listener, serving, stop);
+        let opened = match resumed {
+            Some(resumed) => Ok(resumed.start()),
+            None => accept(volume, listener, serving),
+        };
+        let ended = opened.and_then(|opened| connection(volume, listener, ending, opened));
         drop(attached);
         match ended {
             Ok(Some(served)) => return Ok(served),
@@ -130,37 +269,74 @@ pub fn serve(
     }
 }
 
+fn accept(
+    volume: &Arc<VolumeEngine>,
+    listener: &UnixListener,
+    serving: Serving,
+) -> io::Result<Opened> {
+    let (connection, _) = listener.accept()?;
+    let requests = connection.try_clone()?;
+    tracing::info!(volume = %volume.settings.name, queues = serving.num_queues, "front end connected");
+    Opened::new(volume, serving, connection, requests)
+}
+
 /// Serves one front end; `Some` if the daemon is to stop.
 fn connection(
     volume: &Arc<VolumeEngine>,
     listener: &UnixListener,
-    serving: Serving,
-    stop: &Kick,
+    ending: &Ending,
+    opened: Opened,
 ) -> io::Result<Option<Served>> {
     let name = &volume.settings.name;
-    let (stream, _) = listener.accept()?;
-    let hang_up = stream.try_clone()?;
-    let handler = Handler::new(Arc::clone(volume), serving, stream.try_clone()?)?;
-    let handler = Arc::new(Mutex::new(handler));
-    let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&handler));
-    tracing::info!(volume = %name, queues = serving.num_queues, "front end connected");
-
+    let Opened {
+        connection,
+        mut requests,
+        handler,
+    } = opened;
     let over = Arc::new(Kick::new()?);
     let told = WakeAtEnd(Arc::clone(&over));
-    let reader = std::thread::Builder::new()
-        .name(format!("vhost {name}"))
-        .spawn(move || {
-            let _told = told;
-            loop {
-                if let Err(error) = requests.handle_request() {
-                    return error;
+    let quit = Arc::new(Kick::new()?);
+    let reader = {
+        let (connection, quit) = (connection.try_clone()?, Arc::clone(&quit));
+        std::thread::Builder::new()
+            .name(format!("vhost {name}"))
+            .spawn(move || {
+                let _told = told;
+                loop {
+                    match is_readable(&connection, &quit) {
+                        Ok(true) => {}
+                        Ok(false) => return None,
+                        Err(error) => return Some(Error::SocketError(error)),
+                    }
+                    if let Err(error) = requests.handle_request() {
+                        return Some(error);
+                    }
                 }
-            }
-        })?;
+            })?
+    };
     let mut stopping = None;
     loop {
-        match wait(listener, stop, Some(&over))? {
+        match wait(listener, &ending.kick, Some(&over))? {
             Woken::Over => break,
+            Woken::Stop if ending.is_hand_over.load(Ordering::SeqCst) => {
+                // Nothing is read from the connection any more: what the front end says next is for who takes over.
+                quit.wake();
+                let read = reader.join();
+                let session = match read {
+                    Ok(None) => lock(&handler).hand_over().map(Box::new),
+                    Ok(Some(error)) => Err(io::Error::other(error.to_string())),
+                    Err(_) => Err(io::Error::other(
+                        "the thread of the connection has panicked",
+                    )),
+                };
+                let session = session.inspect_err(|error| {
+                    // It connects again.
+                    tracing::warn!(volume = %name, %error, "a session that cannot be handed over");
+                    hang_up(&connection);
+                });
+                lock(&handler).settle();
+                return Ok(Some(Served::HandedOver(session.ok())));
+            }
             Woken::Stop => {
                 stopping = Some(Served::Stopped);
                 lock(&handler).close();
@@ -176,18 +352,35 @@ fn connection(
         }
     }
     // The reader may be waiting for the rest of a message, or for the next.
-    if let Err(error) = hang_up.shutdown(Shutdown::Both) {
-        tracing::debug!(%error, "the front end has gone already");
-    }
+    hang_up(&connection);
     match reader.join() {
-        Ok(Error::Disconnected) => tracing::info!(volume = %name, "front end disconnected"),
-        Ok(error) => tracing::warn!(volume = %name, %error, "front end disconnected"),
+        Ok(None | Some(Error::Disconnected)) => {
+            tracing::info!(volume = %name, "front end disconnected");
+        }
+        Ok(Some(error)) => tracing::warn!(volume = %name, %error, "front end disconnected"),
         Err(_) => tracing::error!(volume = %name, "the thread of a connection has panicked"),
     }
     // Settled before the queues' threads end with the handler.
     lock(&handler).settle();
     drop(handler);
     Ok(stopping)
+}
+
+fn hang_up(connection: &UnixStream) {
+    if let Err(error) = connection.shutdown(Shutdown::Both) {
+        tracing::debug!(%error, "the front end has gone already");
+    }
+}
+
+/// Waits for a message; false if there is to be none.
+fn is_readable(connection: &UnixStream, quit: &Kick) -> io::Result<bool> {
+    let mut fds = [
+        PollFd::new(quit, PollFlags::IN),
+        PollFd::new(connection, PollFlags::IN),
+    ];
+    poll(&mut fds, None)?;
+    let [quit, _] = fds;
+    Ok(quit.revents().is_empty())
 }
 
 fn lock(handler: &Mutex<Handler>) -> std::sync::MutexGuard<'_, Handler> {

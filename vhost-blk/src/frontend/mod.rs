@@ -5,6 +5,7 @@
 //!
 //! * `listener`: one front end at a time on a socket that is kept; drains before it takes the next.
 //! * `handler`: what a front end says on its connection.
+//! * `handover`: a session that moves to another daemon.
 //! * `queue`: the handle of a queue's thread; `serving`: the thread itself.
 //! * `polling`: how long a queue's thread goes on looking before it sleeps.
 //! * `ring`, `chain`: a split virtqueue in guest memory, descriptor chains.
@@ -19,6 +20,7 @@ mod chain;
 mod completion;
 mod config_space;
 mod handler;
+mod handover;
 mod inflight;
 mod listener;
 mod polling;
@@ -28,4 +30,5 @@ mod ring;
 mod serving;
 
 pub use config_space::QUEUES_MAX;
-pub use listener::{Served, Serving, SocketError, bind, serve};
+pub use handover::{BadSession, Session, SessionState};
+pub use listener::{Ending, Resumed, Served, Serving, SocketError, bind, serve};

@@ -7,6 +7,7 @@
 //!   `stop` nothing of the ring is in flight.
 //! * A thread that dies is told: to the log, to the control socket, and to the front end, whose connection is cut.
 
+use super::handover;
 use super::inflight::Region;
 use super::serving::Server;
 use crate::engine::{Kick, VolumeEngine};
@@ -104,6 +105,11 @@ impl ErrorCall {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = file;
     }
 
+    /// A copy of it.
+    pub(super) fn copy(&self) -> io::Result<Option<File>> {
+        handover::copy(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Tells the front end that a ring is broken.
     pub(super) fn signal(&self) {
         let file = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -123,6 +129,8 @@ pub(super) struct Queue {
     pub(super) vring: Vring,
     /// What the guest kicks by.
     pub(super) kick: Option<Arc<File>>,
+    /// How the guest is interrupted: what `vring` has, which does not give it back.
+    pub(super) call: Option<File>,
     /// How the front end is told of a broken ring.
     pub(super) error_call: ErrorCall,
     thread: Option<Thread>,
@@ -154,6 +162,7 @@ impl Queue {
             index,
             vring,
             kick: None,
+            call: None,
             error_call: ErrorCall::default(),
             thread: None,
         })

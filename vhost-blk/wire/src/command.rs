@@ -52,6 +52,7 @@ pub const COMMAND_NAMES: &[&str] = &[
     WriteMark::NAME,
     QueryWrites::NAME,
     WriteUnmark::NAME,
+    HandOver::NAME,
 ];
 
 /// Leaves negotiation mode; every other command fails before it.
@@ -304,3 +305,31 @@ pub struct WriteUnmark {
     pub mark: u64,
 }
 command!("write-unmark", WriteUnmark, Empty);
+
+/// Hands all disks, with the connections of their front ends, to another daemon (`vhost-blk serve --replace`), and ends. Answered when
+/// the hand-over begins; the rest goes over the socket. If the other daemon cannot take over, this one goes on.
+/// Refused with `InvalidState` while a set is open or somebody hands over already.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HandOver {
+    /// Name given to `getfd`: one end of a Unix stream socket pair, whose other end the other daemon has.
+    pub fdname: String,
+    /// Version of the hand-over that the other daemon speaks.
+    pub version: u32,
+    /// The disks it would serve: exactly those of this daemon.
+    pub volumes: Vec<HandOverVolume>,
+}
+command!("hand-over", HandOver, Empty);
+
+/// A disk as the other daemon was told to serve it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct HandOverVolume {
+    /// Name.
+    pub volume: String,
+    /// Its vhost-user socket, absolute path.
+    pub socket: String,
+    /// Base file or block device.
+    pub base: String,
+    /// Directory of the shadow storage.
+    pub shadow_storage: String,
+}

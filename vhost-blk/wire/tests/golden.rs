@@ -13,10 +13,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use vhost_blk_wire::command::{
-    COMMAND_NAMES, Command, Getfd, QmpCapabilities, QueryCommands, QuerySnapshots, QueryVersion,
-    QueryVolumes, QueryWrites, SnapshotDelete, SnapshotRead, SnapshotRevert, SnapshotSetAbort,
-    SnapshotSetCommit, SnapshotSetDelete, SnapshotSetHold, SnapshotSetKeep, SnapshotSetMark,
-    SnapshotSetPrepare, SnapshotSetRelease, WriteMark, WriteUnmark,
+    COMMAND_NAMES, Command, Getfd, HandOver, QmpCapabilities, QueryCommands, QuerySnapshots,
+    QueryVersion, QueryVolumes, QueryWrites, SnapshotDelete, SnapshotRead, SnapshotRevert,
+    SnapshotSetAbort, SnapshotSetCommit, SnapshotSetDelete, SnapshotSetHold, SnapshotSetKeep,
+    SnapshotSetMark, SnapshotSetPrepare, SnapshotSetRelease, WriteMark, WriteUnmark,
 };
 use vhost_blk_wire::event::Event;
 
@@ -66,6 +66,7 @@ fn every_command_and_its_answer_keep_their_bytes() {
     check::<WriteMark>(&mut checked);
     check::<QueryWrites>(&mut checked);
     check::<WriteUnmark>(&mut checked);
+    check::<HandOver>(&mut checked);
     assert_eq!(checked, COMMAND_NAMES.iter().copied().collect());
 }
 

@@ -48,6 +48,12 @@ impl SnapshotSets {
         &self.volumes
     }
 
+    /// True if a set is between `prepare` and its verdict.
+    #[must_use]
+    pub fn any_open(&self) -> bool {
+        !self.lock().is_empty()
+    }
+
     /// A volume by name.
     ///
     /// # Errors

@@ -95,6 +95,11 @@ impl Daemon {
         Self { child, arguments }
     }
 
+    /// How it ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
     pub(crate) fn assert_running(&mut self) {
         assert_eq!(self.child.try_wait().unwrap(), None);
     }

@@ -7,7 +7,7 @@
 //! Checked here: every request is answered once, with success, with the right length, and the guest is told of it.
 
 use super::oracle::{ChangeId, Kind, Oracle, SECTOR_BYTES, Tick, content};
-use crate::harness::Descriptor;
+use crate::harness::{Daemon, Descriptor};
 use rand::Rng;
 use rand::rngs::SmallRng;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -85,6 +85,9 @@ pub(super) struct Guest {
     oracle: Arc<Mutex<Oracle>>,
     sectors: usize,
     pub(super) answered: u64,
+    /// When the last answers came, and the longest time between two.
+    last: Option<Instant>,
+    pub(super) longest_stall: Duration,
 }
 
 impl Guest {
@@ -108,6 +111,8 @@ impl Guest {
             oracle,
             sectors,
             answered: 0,
+            last: None,
+            longest_stall: Duration::ZERO,
         }
     }
 
@@ -186,6 +191,12 @@ impl Guest {
 
     pub(super) fn disconnect(&mut self) {
         self.connection = None;
+    }
+
+    /// Measures stalls from here on; the longest so far.
+    pub(super) fn reset_stall(&mut self) -> Duration {
+        self.last = None;
+        std::mem::take(&mut self.longest_stall)
     }
 
     /// Stops both rings in order; where the daemon says they stand.
@@ -384,6 +395,10 @@ impl Guest {
         loop {
             if self.told() {
                 if self.take() > 0 {
+                    let now = Instant::now();
+                    if let Some(last) = self.last.replace(now) {
+                        self.longest_stall = self.longest_stall.max(now - last);
+                    }
                     return true;
                 }
             } else if killed.load(Ordering::SeqCst) {
@@ -396,6 +411,18 @@ impl Guest {
                 );
             }
         }
+    }
+
+    /// Waits until the daemon answers again or has ended: whether it answers.
+    pub(super) fn settled(&mut self, daemon: &mut Daemon) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        while daemon.ended().is_none() {
+            assert!(Instant::now() < deadline, "neither answers nor ends");
+            if self.told() && self.take() > 0 {
+                return true;
+            }
+        }
+        false
     }
 
     fn told(&self) -> bool {

@@ -6,6 +6,7 @@
 mod guest;
 mod late_io;
 mod oracle;
+mod replacement;
 mod requester;
 mod slow_device;
 mod victim;

@@ -200,6 +200,26 @@ impl Requester {
         Some(())
     }
 
+    /// Takes and keeps a set, and deletes one if there are many, of a daemon that is left alone.
+    pub(super) fn take_one(&mut self, socket: &Path, method: Method) {
+        let mut control = Control::connect(socket);
+        if self.taken.len() >= KEPT_MAX {
+            let set = self.any();
+            self.delete_set(&mut control, set).unwrap();
+        }
+        let begun = self.oracle.lock().unwrap().begin_read();
+        let committed = control.take_set(&["disk"], method);
+        let instant = self.oracle.lock().unwrap().instant(begun);
+        let taken = Taken {
+            instant,
+            existence: Existence::Certain,
+            method,
+            image: None,
+        };
+        self.taken.insert(committed.volumes[0].snapshot.set, taken);
+        self.tally.taken += 1;
+    }
+
     fn any(&mut self) -> Uuid {
         let place = self.random.random_range(0..self.taken.len());
         *self.taken.keys().nth(place).unwrap()
