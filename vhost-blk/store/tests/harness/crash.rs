@@ -409,9 +409,27 @@ impl std::fmt::Display for Tried {
     }
 }
 
-/// The history of a seed.
+/// The history of a seed. Every other one writes the same few blocks again and again, sealed, with a flush
+/// behind nearly every write: what a database's log does, and what recycles blocks in the log the fastest.
 pub fn history_of(seed: u64, methods: Methods) -> Vec<Op> {
-    history(seed, methods, 40, SECTORS)
+    if seed.is_multiple_of(2) {
+        return history(seed, methods, 40, SECTORS);
+    }
+    let mut random = SmallRng::seed_from_u64(seed);
+    history(seed, methods, 60, SECTORS)
+        .into_iter()
+        .enumerate()
+        .map(|(number, op)| match number % 8 {
+            0 | 3 | 5 => Op::Batch {
+                writes: (0..random.random_range(1..4))
+                    .map(|_| (random.random_range(0..4) * 8, 8))
+                    .collect(),
+                seals: true,
+            },
+            1 | 4 | 6 => Op::Flush,
+            _ => op,
+        })
+        .collect()
 }
 
 /// Tries images of a history until `most` are tried, and of what follows a crash.
