@@ -10,6 +10,7 @@
 
 mod control_socket;
 mod data_integrity;
+mod deletes;
 mod full_storage;
 mod harness;
 mod hostile_guest;
