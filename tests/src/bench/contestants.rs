@@ -20,6 +20,7 @@ use super::rounds::{Contestant, Turn};
 #[derive(Debug)]
 pub struct Ours {
     name: String,
+    base: PathBuf,
     // Hangs up before the daemon is killed.
     client: Client,
     /// The daemon.
@@ -53,11 +54,53 @@ impl Ours {
         let client = daemon.client("disk", spec.queues)?;
         Ok(Self {
             name: spec.name.to_owned(),
+            base,
             client,
             daemon,
             snapshot: None,
             queues_max: spec.queues,
         })
+    }
+
+    /// Its base.
+    #[must_use]
+    pub fn base(&self) -> &Path {
+        &self.base
+    }
+
+    /// Connection and daemon, for two threads.
+    pub fn parts(&mut self) -> (&mut Client, &mut Daemon) {
+        (&mut self.client, &mut self.daemon)
+    }
+
+    /// Ended in order and started again.
+    pub fn restarted(self) -> Result<Self> {
+        let Self {
+            name,
+            base,
+            client,
+            mut daemon,
+            snapshot,
+            queues_max,
+        } = self;
+        drop(client);
+        daemon.stop()?;
+        daemon.restart()?;
+        let client = daemon.client("disk", queues_max)?;
+        Ok(Self {
+            name,
+            base,
+            client,
+            daemon,
+            snapshot,
+            queues_max,
+        })
+    }
+
+    /// The daemon alone; the client has hung up.
+    #[must_use]
+    pub fn hung_up(self) -> Daemon {
+        self.daemon
     }
 
     /// The connection.

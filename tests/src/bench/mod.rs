@@ -11,6 +11,7 @@
 //! how the programs work inside.
 
 pub mod client;
+pub mod commit;
 pub mod contestants;
 pub mod cost;
 pub mod daemon;
@@ -23,8 +24,10 @@ pub mod peers;
 pub mod place;
 pub mod plain;
 pub mod plot;
+pub mod reclaim;
 pub mod report;
 pub mod rounds;
+pub mod scale;
 pub mod setup;
 pub mod statistics;
 
@@ -89,4 +92,7 @@ pub const FIGURES: &[Figure] = &[
         "write and flush after a snapshot: a database's log",
         log::run,
     ),
+    (6, "commits under full load", commit::run),
+    (7, "memory, and the start after a kill", scale::run),
+    (8, "deleting snapshots, and settling", reclaim::run),
 ];

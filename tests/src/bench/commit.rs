@@ -1,0 +1,384 @@
+//! Figure 6: commits under load: what the host takes, how long the guest's longest stall is, and what it depends on.
+//!
+//! Called by the command. Under load: one client writes at random while sets are taken and the one before is deleted, in turns with
+//! equally long rounds without. "The disk's own flush" is a 4 KiB write and an fdatasync of a file beside the disk's,
+//! right before each commit, under the same load.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use rustix::fs::OFlags;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::Bench;
+use super::client::Run;
+use super::contestants::{Ours, OursSpec};
+use super::daemon::{Daemon, DaemonSpec, DiskSpec};
+use super::job::{Job, Op};
+use super::place::Place;
+use super::report::Goal;
+use super::statistics::quantile;
+
+const FIGURE: u8 = 6;
+/// Bytes of the disk under load.
+const DISK_BYTES: u64 = 256 << 20;
+/// Requests in flight of the load.
+const LOAD_DEPTH: usize = 8;
+/// Longest time of one half of a turn.
+const HALF_TURN: Duration = Duration::from_secs(60);
+
+/// Measures the figure.
+pub fn run(bench: &mut Bench) -> Result<()> {
+    for place in [bench.ram.clone(), bench.disk.clone()] {
+        under_load(bench, &place)?;
+    }
+    by_size(bench)?;
+    by_snapshots(bench)?;
+    many_volumes(bench)
+}
+
+/// What one commit took.
+struct Commit {
+    /// From the command to its answer, microseconds.
+    answered_us: f64,
+    /// Writes held, microseconds, by the daemon's word.
+    held_us: f64,
+}
+
+/// Takes a set of all disks, and times the commit.
+fn commit(daemon: &mut Daemon, volumes: &[String]) -> Result<(Uuid, Commit)> {
+    let set = Uuid::new_v4();
+    let control = daemon.control();
+    let prepare = json!({"set": set, "volumes": volumes, "method": "row"});
+    control.execute("snapshot-set-prepare", prepare)?;
+    control.execute("snapshot-set-mark", json!({"set": set}))?;
+    let begin = Instant::now();
+    let answer = control.execute(
+        "snapshot-set-commit",
+        json!({"set": set, "limit-ms": 10_000}),
+    )?;
+    let answered_us = begin.elapsed().as_secs_f64() * 1e6;
+    control.execute("snapshot-set-keep", json!({"set": set}))?;
+    let held_us = microseconds(&answer, "hold-us")?;
+    Ok((
+        set,
+        Commit {
+            answered_us,
+            held_us,
+        },
+    ))
+}
+
+fn microseconds(answer: &Value, field: &str) -> Result<f64> {
+    answer[field]
+        .as_f64()
+        .with_context(|| format!("no {field}"))
+}
+
+/// The disk's own flush beside the disk.
+struct Probe(File);
+
+impl Probe {
+    fn new(directory: &Path) -> Result<Self> {
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .custom_flags(i32::try_from(OFlags::DSYNC.bits())?)
+            .open(directory.join("probe"))?;
+        // A synchronous write is the write and the flush in one call; the first one allocates.
+        file.write_all_at(&[1; 4096], 0)?;
+        Ok(Self(file))
+    }
+
+    /// Microseconds.
+    fn flush(&self) -> Result<f64> {
+        let begin = Instant::now();
+        self.0.write_all_at(&[2; 4096], 0)?;
+        Ok(begin.elapsed().as_secs_f64() * 1e6)
+    }
+}
+
+fn longest_ms(run: &Run) -> f64 {
+    run.latencies.max() as f64 / 1e6
+}
+
+/// A share of unsorted values.
+fn share(values: &[f64], share: f64) -> Vec<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    quantile(&sorted, share).into_iter().collect()
+}
+
+fn under_load(bench: &mut Bench, place: &Place) -> Result<()> {
+    let spec = OursSpec {
+        name: "commits",
+        size_bytes: DISK_BYTES,
+        arguments: &[],
+        queues: 1,
+    };
+    let mut ours = Ours::start(bench, place, spec)?;
+    let (turns, commits) = (bench.size(10, 2), bench.size(100, 5));
+    let probe = Probe::new(place.path())?;
+    let job = Job::random(Op::Write, LOAD_DEPTH, DISK_BYTES);
+    let volumes = ["disk".to_owned()];
+    let (mut with, mut without, mut flushes, mut taken) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    // The load is of the same kind in both halves: redirected blocks are there from the start.
+    let mut last = commit(&mut ours.daemon, &volumes)?.0;
+    ours.client().run(&job, 0)?;
+    for turn in 0..turns {
+        bench.say(&format!("{commits} commits under load, {}", place.name));
+        let (client, daemon) = ours.parts();
+        let over = AtomicBool::new(false);
+        let begin = Instant::now();
+        let run = thread::scope(|scope| {
+            let load = scope.spawn(|| load(client, &job, turn, &over));
+            let took = (0..commits).try_for_each(|_| -> Result<()> {
+                flushes.push(probe.flush()?);
+                let (set, took) = commit(daemon, &volumes)?;
+                taken.push(took);
+                let delete = json!({"set": std::mem::replace(&mut last, set)});
+                daemon.control().execute("snapshot-set-delete", delete)?;
+                Ok(())
+            });
+            over.store(true, Ordering::SeqCst);
+            let run = load.join().map_err(|_| anyhow!("the load has panicked"))?;
+            took.and(run)
+        })?;
+        with.push(run);
+        // As long as that, without.
+        let limit = begin.elapsed();
+        let run = client.run(&job.clone().limit(limit), turn)?;
+        without.push(longest_ms(&run));
+    }
+    let workload = format!(
+        "{} commits, random write QD{LOAD_DEPTH}, {}",
+        taken.len(),
+        place.name
+    );
+    let report = &mut bench.report;
+    let answered: Vec<f64> = taken.iter().map(|one| one.answered_us).collect();
+    let held: Vec<f64> = taken.iter().map(|one| one.held_us).collect();
+    for (name, part) in [("p50", 0.5), ("p99", 0.99)] {
+        let (ours, flush) = (share(&answered, part), share(&flushes, part));
+        let unit = format!("commit {name} us");
+        report.compare(
+            FIGURE,
+            &workload,
+            &unit,
+            &ours,
+            "write + fdatasync",
+            &flush,
+            None,
+        );
+        let beyond: Vec<f64> = ours
+            .iter()
+            .zip(&flush)
+            .map(|(ours, flush)| ours - flush)
+            .collect();
+        let goal = (part > 0.9).then_some(Goal::AtMost(5000.0));
+        let unit = format!("commit beyond it {name} us");
+        report.value(FIGURE, &workload, &unit, &beyond, goal);
+        let unit = format!("writes held {name} us");
+        report.value(FIGURE, &workload, &unit, &share(&held, part), None);
+    }
+    report.compare(
+        FIGURE,
+        &workload,
+        "longest stall ms",
+        &share(&with, 1.0),
+        "no commits",
+        &share(&without, 1.0),
+        Some(Goal::RatioAtMost(3.0)),
+    );
+    report.compare(
+        FIGURE,
+        &workload,
+        "longest of a turn ms",
+        &with,
+        "no commits",
+        &without,
+        None,
+    );
+    Ok(())
+}
+
+/// Writes until told to end; the longest stall.
+fn load(
+    client: &mut super::client::Client,
+    job: &Job,
+    seed: u64,
+    over: &AtomicBool,
+) -> Result<f64> {
+    let mut longest: f64 = 0.0;
+    let begin = Instant::now();
+    while !over.load(Ordering::SeqCst) && begin.elapsed() < HALF_TURN {
+        // In one piece of a quarter of a second after the other: a stall is inside one of them.
+        let piece = job.clone().limit(Duration::from_millis(250));
+        longest = longest.max(longest_ms(&client.run(&piece, seed)?));
+    }
+    Ok(longest)
+}
+
+/// A directory on tmpfs, which takes files of any length.
+fn on_tmpfs() -> Result<tempfile::TempDir> {
+    Ok(tempfile::Builder::new()
+        .prefix("vmshadow-bench-sparse-")
+        .tempdir_in("/dev/shm")?)
+}
+
+/// A daemon with sparse disks of so many bytes each.
+fn sparse(bench: &Bench, directory: &Path, disks: usize, bytes: u64) -> Result<Daemon> {
+    let mut all = Vec::new();
+    for number in 0..disks {
+        let base = directory.join(format!("{number}.raw"));
+        File::create(&base)?.set_len(bytes)?;
+        all.push(DiskSpec {
+            name: format!("d{number}"),
+            base,
+        });
+    }
+    Daemon::start(&DaemonSpec {
+        program: &bench.vhost_blk,
+        directory,
+        disks: all,
+        arguments: &[],
+    })
+}
+
+fn names(disks: usize) -> Vec<String> {
+    (0..disks).map(|number| format!("d{number}")).collect()
+}
+
+/// Commits of two daemons in turns; the medians of each turn.
+fn in_turns(bench: &Bench, pair: &mut [&mut Daemon; 2]) -> Result<[Vec<f64>; 2]> {
+    let mut medians = [Vec::new(), Vec::new()];
+    let volumes = names(1);
+    for _ in 0..bench.rounds {
+        for (daemon, medians) in pair.iter_mut().zip(&mut medians) {
+            let (mut took, mut sets) = (Vec::new(), Vec::new());
+            for _ in 0..bench.size(25, 3) {
+                let (set, one) = commit(daemon, &volumes)?;
+                took.push(one.answered_us);
+                sets.push(set);
+            }
+            for set in sets {
+                daemon
+                    .control()
+                    .execute("snapshot-set-delete", json!({"set": set}))?;
+            }
+            medians.extend(share(&took, 0.5));
+        }
+    }
+    Ok(medians)
+}
+
+fn by_size(bench: &mut Bench) -> Result<()> {
+    bench.say("commits on 1 GiB and on 64 TiB");
+    let (small, large) = (on_tmpfs()?, on_tmpfs()?);
+    let mut small = (sparse(bench, small.path(), 1, 1 << 30)?, small);
+    let mut large = (sparse(bench, large.path(), 1, 64 << 40)?, large);
+    let [large, small] = in_turns(bench, &mut [&mut large.0, &mut small.0])?;
+    bench.report.compare(
+        FIGURE,
+        "commit on 64 TiB sparse, tmpfs",
+        "median us",
+        &large,
+        "vmshadow, 1 GiB",
+        &small,
+        Some(Goal::RatioAtMost(1.25)),
+    );
+    Ok(())
+}
+
+fn by_snapshots(bench: &mut Bench) -> Result<()> {
+    let wanted = bench.size(10_000, 50);
+    bench.say(&format!("making {wanted} snapshots"));
+    let (few, many) = (on_tmpfs()?, on_tmpfs()?);
+    let mut few = (sparse(bench, few.path(), 1, 1 << 30)?, few);
+    let mut many = (sparse(bench, many.path(), 1, 1 << 30)?, many);
+    commit(&mut few.0, &names(1))?;
+    let mut made = 0;
+    while made < wanted {
+        if let Err(error) = commit(&mut many.0, &names(1)) {
+            let sentence = format!("only {made} of {wanted} snapshots could be made: {error:#}");
+            bench.report.note(FIGURE, sentence);
+            break;
+        }
+        made += 1;
+    }
+    if made < wanted {
+        // The turns take some more.
+        let all = many.0.snapshots()?;
+        for one in all.iter().rev().take(bench.size(25, 3)) {
+            let delete = json!({"set": one["set"]});
+            many.0.control().execute("snapshot-set-delete", delete)?;
+        }
+    }
+    let [many, few] = in_turns(bench, &mut [&mut many.0, &mut few.0])?;
+    bench.report.compare(
+        FIGURE,
+        &format!("commit with {made} snapshots, tmpfs"),
+        "median us",
+        &many,
+        "vmshadow, 1 snapshot",
+        &few,
+        Some(Goal::RatioAtMost(1.25)),
+    );
+    Ok(())
+}
+
+fn many_volumes(bench: &mut Bench) -> Result<()> {
+    const VOLUMES: usize = 64;
+    bench.say("sets of 64 volumes");
+    let place = bench.ram.clone();
+    let directory = place.directory("many")?;
+    let mut daemon = sparse(bench, &directory, VOLUMES, 16 << 20)?;
+    let mut clients = Vec::new();
+    for name in names(VOLUMES).iter().step_by(VOLUMES / 4) {
+        clients.push(daemon.client(name, 1)?);
+    }
+    let job = Job::random(Op::Write, 1, 16 << 20);
+    let over = AtomicBool::new(false);
+    let mut taken = Vec::new();
+    thread::scope(|scope| {
+        let loads: Vec<_> = clients
+            .iter_mut()
+            .map(|client| scope.spawn(|| load(client, &job, 0, &over)))
+            .collect();
+        let took = (0..bench.size(40, 3)).try_for_each(|_| -> Result<()> {
+            let (set, one) = commit(&mut daemon, &names(VOLUMES))?;
+            taken.push(one);
+            let delete = json!({"set": set});
+            daemon.control().execute("snapshot-set-delete", delete)?;
+            Ok(())
+        });
+        over.store(true, Ordering::SeqCst);
+        for load in loads {
+            load.join().map_err(|_| anyhow!("a load has panicked"))??;
+        }
+        took
+    })?;
+    let answered: Vec<f64> = taken.iter().map(|one| one.answered_us / 1000.0).collect();
+    let held: Vec<f64> = taken.iter().map(|one| one.held_us / 1000.0).collect();
+    let workload = "one set of 64 volumes, random write QD1 on 4 of them, RAM";
+    let goal = Some(Goal::AtMost(20.0));
+    let report = &mut bench.report;
+    report.value(FIGURE, workload, "commit ms", &answered, goal);
+    report.value(
+        FIGURE,
+        workload,
+        "commit p99 ms",
+        &share(&answered, 0.99),
+        None,
+    );
+    report.value(FIGURE, workload, "writes held ms", &held, None);
+    Ok(())
+}
