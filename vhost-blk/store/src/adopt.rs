@@ -12,10 +12,8 @@ use crate::error::{FileName, Result, StoreError};
 use crate::io::{Access, BlockFile, DiskFile};
 use crate::journal::{Journal, Place, Record};
 use crate::layout::MAX_VOLUME_BYTES;
-use crate::superblock::{Superblock, region_fits};
-use crate::units::{
-    BootId, Epoch, Generation, Incarnation, SECTOR_BYTES, Sequence, VolumeId, in_memory,
-};
+use crate::superblock::{self, Superblock, region_fits};
+use crate::units::{Generation, Incarnation, SECTOR_BYTES, Sequence, VolumeId, in_memory};
 use crate::volume::{OpenOptions, VolumeFiles};
 
 /// How often a lock is tried while waiting for it.
@@ -64,6 +62,10 @@ impl VolumeFiles {
         }
         let superblock = &shadow_storage.join("superblock");
         let superblock = locked(superblock, FileName::Superblock, false, true)?;
+        // Before any other file is made: a volume of another version stays as it is.
+        if let Err(error @ StoreError::Unsupported { .. }) = superblock::load(&*superblock) {
+            return Err(error);
+        }
         let log = locked(
             &shadow_storage.join("log"),
             FileName::Log,
@@ -87,10 +89,7 @@ impl VolumeFiles {
                 journal.advise_random();
                 Arc::new(journal)
             },
-            index: [
-                meta("index.0", FileName::Index)?,
-                meta("index.1", FileName::Index)?,
-            ],
+            index: meta("index", FileName::Index)?,
         };
         if !options.read_only {
             sync_directory(shadow_storage).map_err(&directory)?;
@@ -150,26 +149,7 @@ pub(crate) fn format(files: &VolumeFiles, size_bytes: u64, options: &OpenOptions
         }],
     )?;
     files.log.sync_data().map_err(io("sync", FileName::Log))?;
-    Superblock {
-        generation: Generation(0),
-        volume_id: id,
-        size_bytes,
-        boot_id: BootId([0; 16]),
-        incarnation: Incarnation(0),
-        clean: true,
-        epoch: Epoch(1),
-        index_slot: 0,
-        index_generation: Generation(0),
-        index_pages: 0,
-        index_records: 0,
-        table_records: 0,
-        journal_generation: Generation(0),
-        first_sequence: first,
-        applied_through: first,
-        journal_region_bytes: region_bytes,
-        base_modified: None,
-    }
-    .store(&*files.superblock)
+    Superblock::empty(id, size_bytes, region_bytes).store(&*files.superblock)
 }
 
 /// Length of the base, if it can be a volume's.

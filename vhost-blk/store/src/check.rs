@@ -7,6 +7,7 @@ use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
 use crate::layout::LIVE;
 use crate::recover::{Loaded, load};
+use crate::scan::Scan;
 use crate::space::BlockSet;
 use crate::units::{BLOCK_BYTES, Block, BootId, in_memory};
 use crate::volume::VolumeFiles;
@@ -107,6 +108,7 @@ fn check_state(files: &VolumeFiles, boot_id: BootId, findings: &mut Vec<Finding>
         });
     }
     check_base(files, &loaded, findings)?;
+    check_runs(files, &loaded)?;
     check_records(files, &mut loaded, findings)
 }
 
@@ -126,6 +128,16 @@ fn check_base(files: &VolumeFiles, loaded: &Loaded, findings: &mut Vec<Finding>)
             offset_bytes: length_bytes,
             what: format!("its size was {} bytes", loaded.superblock.size_bytes),
         });
+    }
+    Ok(())
+}
+
+/// Every page of every run by itself.
+fn check_runs(files: &VolumeFiles, loaded: &Loaded) -> Result<()> {
+    let mut scan = Scan::new(loaded.state.index.runs(), loaded.bounds());
+    let mut named = Vec::new();
+    while scan.step(&*files.index, u64::MAX, &mut named)? > 0 {
+        named.clear();
     }
     Ok(())
 }

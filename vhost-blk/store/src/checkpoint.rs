@@ -1,33 +1,37 @@
 //! The checkpoint: the memtable goes into a new run, the superblock flips, the old journal is free.
 //!
-//! `maintain` drives it in steps, `revert` and `close` in one go.
-//! Order (I7): freeze and switch journal; write the other index file; sync it; commit round; superblock;
-//! only then drop the old run, and free log blocks when older I/O is over (I6).
+//! `maintain` drives it in steps, `revert` and `close` in one go. Newer runs that are not much larger are merged with it,
+//! all of them when it reverts; merging larger ones is left to `reclaim`.
+//! Order (I7): freeze and switch journal; write run and snapshot table to pages that no slot names; sync them; commit round;
+//! superblock; commit round under its name.
 
 use std::sync::Arc;
 
 use crate::error::{FileName, Result, StoreError};
-use crate::index::{Merge, MergeRule, Merged};
-use crate::journal::Entry;
-use crate::layout::{MAX_EPOCH, PAGE_BYTES, Seal};
+use crate::index::{Largest, Merge, MergeRule, Run, RunWriter, most_pages};
+use crate::index_room::{PageRange, table_pages};
+use crate::journal::{Entry, Record};
+use crate::layout::{MAX_EPOCH, MAX_RUNS, PAGE_BYTES, Seal};
+use crate::reclaim::{MANY_RUNS, RATIO, no_space};
 use crate::snapshot_table::{SnapshotInfo, table_records};
 use crate::superblock::Superblock;
-use crate::units::{Epoch, Generation, Incarnation, LogBlock, Sequence};
-use crate::volume::{Core, Maintenance, Shared, Sweep};
+use crate::units::{BLOCK_BYTES, Epoch, Generation, Incarnation, Sequence};
+use crate::volume::{Core, Maintenance, Shared};
 
 /// A checkpoint under way.
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
     merge: Merge,
-    rule: MergeRule,
+    turn: Turn,
+    /// Runs that are merged with the memtable: the newest.
+    inputs: Vec<Arc<Run>>,
+    room: PageRange,
     /// The snapshots that the new index is for.
     table: Vec<Arc<SnapshotInfo>>,
     epoch: Epoch,
     journal_generation: Generation,
     first_sequence: Sequence,
     applied_through: Sequence,
-    /// It frees what it drops.
-    sweeps: bool,
 }
 
 /// What a checkpoint shall do besides merging.
@@ -39,66 +43,107 @@ pub(crate) enum Turn {
     Revert(Epoch),
 }
 
-fn epochs(table: &[Arc<SnapshotInfo>]) -> Vec<u32> {
-    table.iter().map(|snapshot| snapshot.epoch.0).collect()
+/// What a merge keeps for these snapshots.
+pub(crate) fn rule(table: &[Arc<SnapshotInfo>], turn: Turn, to_the_bottom: bool) -> MergeRule {
+    MergeRule {
+        epochs: table.iter().map(|snapshot| snapshot.epoch.0).collect(),
+        revert_to: match turn {
+            Turn::Keep => None,
+            Turn::Revert(target) => Some(target),
+        },
+        to_the_bottom,
+    }
+}
+
+/// How many runs, newest first in `sizes`, a memtable of `records` is merged with: no more than `small` records, so that
+/// writes never wait for long.
+pub(crate) fn newest_to_merge(sizes: &[u64], records: u64, small: u64) -> usize {
+    if sizes.len() > MANY_RUNS {
+        return sizes.len();
+    }
+    let (mut count, mut merged) = (0, records);
+    for size in sizes {
+        if *size > merged.saturating_mul(RATIO) || merged + size > small {
+            break;
+        }
+        merged += size;
+        count += 1;
+    }
+    count
 }
 
 impl Shared {
-    /// Freezes the memtable and begins. No checkpoint is under way.
-    pub(crate) fn begin_checkpoint(&self, maintenance: &mut Maintenance, turn: Turn) -> Result<()> {
+    /// Records that a checkpoint merges at most, unless runs become too many.
+    pub(crate) fn small_merge_records(&self) -> u64 {
+        8 * self.options.memtable_records as u64
+    }
+
+    pub(crate) fn volume_blocks(&self) -> u64 {
+        self.size_bytes.div_ceil(BLOCK_BYTES)
+    }
+
+    /// Sets pages aside for a run of `records` records and those of `inputs`.
+    pub(crate) fn new_run(
+        &self,
+        work: &mut Maintenance,
+        core: &Core,
+        records: u64,
+        inputs: &[Arc<Run>],
+    ) -> (PageRange, RunWriter) {
+        let records = records + inputs.iter().map(|run| run.place.records).sum::<u64>();
+        let largest = Largest {
+            block: self.volume_blocks(),
+            epoch: core.state.epoch.0,
+            log_block: core.space.high_water(),
+        };
+        let room = work.room.take(most_pages(records, largest));
+        let generation = work.next_generation;
+        work.next_generation = generation.next();
+        let writer = RunWriter::new(self.id, generation, room.first, room.count);
+        (room, writer)
+    }
+
+    /// Freezes the memtable and begins. No checkpoint is under way; for a revert nothing else is, either.
+    pub(crate) fn begin_checkpoint(&self, work: &mut Maintenance, turn: Turn) -> Result<()> {
         let mut core = self.core();
         let core = &mut *core;
         // After a crash in a checkpoint two generations are in use: neither file is free, so the
         // younger goes on and the superblock will skip what the index holds of it.
-        if maintenance.superblock.journal_generation == core.journal.generation
+        if work.superblock.journal_generation == core.journal.generation
             && let Err(error) = core.journal.switch(&*self.files.journal)
         {
             self.poison();
             return Err(error);
         }
-        // One sweep at a time: what this checkpoint drops is found by the next one otherwise.
-        let sweeps = core.sweep == Sweep::Idle && !core.space.is_scanning();
-        if sweeps {
-            core.sweep = Sweep::Marking;
-            core.space.begin_sweep();
-            for (start, count) in &core.reserved {
-                for block in *start..start + count {
-                    core.space.note_named(LogBlock(block));
-                }
-            }
-            for run in core.unconfirmed.superseded() {
-                for place in 0..run.count {
-                    core.space.note_named(run.start.plus(place));
-                }
-            }
-            core.reclaim = false;
-            core.discarded_blocks = 0;
-        }
         let (mut table, mut epoch) = (core.state.table.shared(), core.state.epoch);
-        let mut revert_to = None;
-        match turn {
-            Turn::Keep => {}
-            Turn::Revert(target) => {
-                table.retain(|snapshot| snapshot.epoch <= target);
-                epoch = Epoch((epoch.0 + 1).min(MAX_EPOCH));
-                revert_to = Some(target);
-            }
+        if let Turn::Revert(target) = turn {
+            table.retain(|snapshot| snapshot.epoch <= target);
+            epoch = Epoch((epoch.0 + 1).min(MAX_EPOCH));
         }
-        let rule = MergeRule {
-            epochs: epochs(&table),
-            revert_to,
-        };
         let frozen = core.state.index.freeze();
-        let run = Arc::clone(core.state.index.run());
-        maintenance.checkpoint = Some(Checkpoint {
-            merge: Merge::new(rule.clone(), run, frozen),
-            rule,
+        let runs = core.state.index.runs().to_vec();
+        let count = match turn {
+            Turn::Keep => {
+                // Those that are being merged or scanned are the oldest.
+                let free = work.newer_runs(&runs);
+                let sizes: Vec<u64> = free.iter().map(|run| run.place.records).collect();
+                newest_to_merge(&sizes, frozen.len() as u64, self.small_merge_records())
+            }
+            Turn::Revert(_) => runs.len(),
+        };
+        let inputs = runs.get(..count).unwrap_or_default().to_vec();
+        let (room, output) = self.new_run(work, core, frozen.len() as u64, &inputs);
+        let rule = rule(&table, turn, count == runs.len());
+        work.checkpoint = Some(Checkpoint {
+            merge: Merge::new(rule, Some(frozen), &inputs, output),
+            turn,
+            inputs,
+            room,
             table,
             epoch,
             journal_generation: core.journal.generation,
             first_sequence: core.journal.first,
             applied_through: core.journal.last(),
-            sweeps,
         });
         Ok(())
     }
@@ -106,77 +151,95 @@ impl Shared {
     /// Goes on by about `budget_pages`; `true` when the checkpoint is durable.
     pub(crate) fn step_checkpoint(
         &self,
-        maintenance: &mut Maintenance,
+        work: &mut Maintenance,
         budget_pages: u64,
     ) -> Result<bool> {
-        let Some(checkpoint) = maintenance.checkpoint.as_mut() else {
+        let Some(checkpoint) = work.checkpoint.as_mut() else {
             return Ok(true);
         };
-        let stepped = checkpoint.merge.step(&self.files.index, budget_pages);
-        let named = checkpoint.merge.take_named();
-        if checkpoint.sweeps {
-            for part in named.chunks(1024) {
-                let mut core = self.core();
-                part.iter().for_each(|block| core.space.note_named(*block));
-            }
-        }
-        match stepped {
+        match checkpoint.merge.step(&*self.files.index, budget_pages) {
             Ok(None) => Ok(false),
             Ok(Some(merged)) => {
-                let result = self.write_table(checkpoint, &merged);
-                self.restart_on_error(maintenance, result)?;
-                self.finish_checkpoint(maintenance, merged)?;
+                let table = self.write_table(work);
+                let Some(table) = self.restart_on_error(work, table)? else {
+                    return Ok(false);
+                };
+                self.finish_checkpoint(work, merged, table)?;
                 Ok(true)
             }
-            Err(error) => self
-                .restart_on_error(maintenance, Err(error))
-                .map(|()| false),
+            Err(error) => {
+                self.restart_on_error::<()>(work, Err(error))?;
+                Ok(false)
+            }
         }
     }
 
     /// Runs a checkpoint to its end. Blocking.
-    pub(crate) fn run_checkpoint(&self, maintenance: &mut Maintenance) -> Result<()> {
-        while !self.step_checkpoint(maintenance, 1024)? {}
+    pub(crate) fn run_checkpoint(&self, work: &mut Maintenance) -> Result<()> {
+        while !self.step_checkpoint(work, 1024)? {}
         Ok(())
     }
 
     /// After an error nothing has happened yet: the merge of the frozen memtable begins anew, as one
     /// that keeps the state, since whoever asked for a revert was told of the error.
-    fn restart_on_error(&self, maintenance: &mut Maintenance, result: Result<()>) -> Result<()> {
-        let Err(error) = result else { return Ok(()) };
-        if let Some(checkpoint) = maintenance.checkpoint.as_mut() {
+    fn restart_on_error<T>(&self, work: &mut Maintenance, result: Result<T>) -> Result<T> {
+        let error = match self.heed(result) {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        if let Some(mut checkpoint) = work.checkpoint.take() {
+            work.room.give_back(checkpoint.room);
             let core = self.core();
-            if checkpoint.rule.revert_to.take().is_some() {
+            if checkpoint.turn != Turn::Keep {
+                checkpoint.turn = Turn::Keep;
                 checkpoint.table = core.state.table.shared();
                 checkpoint.epoch = core.state.epoch;
-                checkpoint.rule.epochs = epochs(&checkpoint.table);
             }
-            if let Some(frozen) = core.state.index.frozen() {
-                let run = Arc::clone(core.state.index.run());
-                checkpoint.merge = Merge::new(checkpoint.rule.clone(), run, Arc::clone(frozen));
-            }
+            let frozen = core.state.index.frozen().cloned();
+            let records = frozen.as_ref().map_or(0, |frozen| frozen.len() as u64);
+            let (room, output) = self.new_run(work, &core, records, &checkpoint.inputs);
+            let to_the_bottom = checkpoint.inputs.len() == core.state.index.runs().len();
+            let rule = rule(&checkpoint.table, Turn::Keep, to_the_bottom);
+            checkpoint.merge = Merge::new(rule, frozen, &checkpoint.inputs, output);
+            checkpoint.room = room;
+            work.checkpoint = Some(checkpoint);
         }
-        if let StoreError::Io { source, .. } = &error
-            && source.kind() == std::io::ErrorKind::StorageFull
-        {
-            return Err(StoreError::NoSpace);
-        }
-        Err(error)
+        Err(no_space(error))
     }
 
-    /// The snapshot table goes behind the pages, as journal records.
-    fn write_table(&self, checkpoint: &Checkpoint, merged: &Merged) -> Result<()> {
+    /// The snapshot table goes to pages of its own, as journal records.
+    fn write_table(&self, work: &mut Maintenance) -> Result<Option<Table>> {
+        let Some(checkpoint) = &work.checkpoint else {
+            return Ok(None);
+        };
+        let records = table_records(&checkpoint.table);
+        let generation = work.next_generation;
+        work.next_generation = generation.next();
+        let table = Table {
+            room: work.room.take(table_pages(records.len() as u64)),
+            generation,
+            records: records.len() as u64,
+        };
+        let written = self.write_table_records(&table, records);
+        if written.is_err() {
+            work.room.give_back(table.room);
+        }
+        written.map(|()| Some(table))
+    }
+
+    fn write_table_records(&self, table: &Table, records: Vec<Record>) -> Result<()> {
         let mut bytes = Vec::new();
-        for (place, record) in (1..).zip(table_records(&checkpoint.table)) {
+        for (place, record) in (1..).zip(records) {
             let entry = Entry {
                 sequence: Sequence(place),
                 incarnation: Incarnation(0),
                 record,
             };
-            bytes.extend_from_slice(&entry.encode(self.id, Seal::Table(merged.run.generation)));
+            bytes.extend_from_slice(&entry.encode(self.id, Seal::Table(table.generation)));
         }
-        let offset_bytes = merged.run.pages * PAGE_BYTES as u64;
-        self.files.index[merged.run.slot]
+        let offset_bytes = table.room.first * PAGE_BYTES as u64;
+        self.files
+            .index
             .write_at(&bytes, offset_bytes)
             .map_err(|source| StoreError::Io {
                 op: "write",
@@ -186,11 +249,37 @@ impl Shared {
             })
     }
 
-    fn finish_checkpoint(&self, maintenance: &mut Maintenance, merged: Merged) -> Result<()> {
-        let Some(checkpoint) = maintenance.checkpoint.take() else {
+    fn finish_checkpoint(
+        &self,
+        work: &mut Maintenance,
+        merged: Option<Run>,
+        table: Table,
+    ) -> Result<()> {
+        let Some(checkpoint) = work.checkpoint.take() else {
             return Ok(());
         };
-        let result = self.flip(maintenance, &checkpoint, &merged);
+        let older = {
+            let core = self.core();
+            let runs = core.state.index.runs();
+            runs.get(checkpoint.inputs.len()..)
+                .unwrap_or_default()
+                .to_vec()
+        };
+        let runs: Vec<Arc<Run>> = merged.map(Arc::new).into_iter().chain(older).collect();
+        let superblock = Superblock {
+            epoch: checkpoint.epoch,
+            runs: runs.iter().map(|run| run.place).collect(),
+            table_page: table.room.first,
+            table_generation: table.generation,
+            table_records: table.records,
+            journal_generation: checkpoint.journal_generation,
+            first_sequence: checkpoint.first_sequence,
+            applied_through: checkpoint.applied_through,
+            ..work.superblock.clone()
+        };
+        let result = self.flip(work, superblock);
+        work.room.give_back(checkpoint.room);
+        work.room.give_back(table.room);
         if result.is_err() {
             // Which superblock is durable is unknown, or the commit round failed.
             self.poison();
@@ -198,52 +287,46 @@ impl Shared {
         result?;
         let mut core = self.core();
         let core = &mut *core;
-        core.state.index.install(merged.run);
-        if let Some(target) = checkpoint.rule.revert_to {
+        core.state.index.install(runs);
+        if let Turn::Revert(target) = checkpoint.turn {
             core.state.table.truncate(target);
             core.state.epoch = checkpoint.epoch;
         }
-        let generation = core.pins.close();
-        if checkpoint.sweeps {
-            core.sweep = Sweep::Waiting(generation);
-        }
         self.note_plain(core);
-        maintenance.settle.note_checkpoint();
+        work.settle.note_checkpoint();
         Ok(())
     }
 
     /// Sync the index, commit, flip the superblock, commit again under its name.
-    fn flip(
-        &self,
-        maintenance: &mut Maintenance,
-        checkpoint: &Checkpoint,
-        merged: &Merged,
-    ) -> Result<()> {
-        self.sync(&*self.files.index[merged.run.slot], FileName::Index)?;
+    pub(crate) fn flip(&self, work: &mut Maintenance, next: Superblock) -> Result<()> {
+        if next.runs.len() > MAX_RUNS {
+            return Err(StoreError::Limit("runs of an index"));
+        }
+        self.sync(&*self.files.index, FileName::Index)?;
         self.commit_records()?;
-        let superblock = Superblock {
-            generation: maintenance.superblock.generation.next(),
-            epoch: checkpoint.epoch,
-            index_slot: merged.run.slot,
-            index_generation: merged.run.generation,
-            index_pages: merged.run.pages,
-            index_records: merged.run.records,
-            table_records: table_records(&checkpoint.table).len() as u64,
-            journal_generation: checkpoint.journal_generation,
-            first_sequence: checkpoint.first_sequence,
-            applied_through: checkpoint.applied_through,
-            ..maintenance.superblock.clone()
+        let superblock = {
+            let core = self.core();
+            Superblock {
+                generation: work.superblock.generation.next(),
+                next_generation: work.next_generation,
+                log_high_water: core.space.high_water(),
+                unswept: core.is_unswept(),
+                ..next
+            }
         };
         superblock.store(&*self.files.superblock)?;
-        maintenance.superblock = superblock;
+        work.superblock = superblock;
         {
             // The next COMMIT names the new superblock, durably, before anything it freed is used
             // again: from now on the older slot alone is refused as stale.
             let mut core = self.core();
-            core.journal.superblock = maintenance.superblock.generation;
+            core.journal.superblock = work.superblock.generation;
             core.journal.superblock_unnamed = true;
         }
-        self.commit_records()
+        self.commit_records()?;
+        let gone = work.room.slot_written(&work.superblock);
+        self.release_pages(&gone);
+        Ok(())
     }
 
     /// Opens or closes the way past the index.
@@ -255,14 +338,22 @@ impl Shared {
 
     /// Called by a write that found the memtable or the journal over its hard bound. Blocking.
     pub(crate) fn relieve(&self) -> Result<()> {
-        let mut maintenance = crate::volume::lock(&self.maintenance);
-        if maintenance.checkpoint.is_some() {
-            self.run_checkpoint(&mut maintenance)?;
+        let mut work = crate::volume::lock(&self.maintenance);
+        if work.checkpoint.is_some() {
+            self.run_checkpoint(&mut work)?;
         }
         if self.core().is_over_bounds(&self.options, 1) {
-            self.begin_checkpoint(&mut maintenance, Turn::Keep)?;
-            self.run_checkpoint(&mut maintenance)?;
+            self.begin_checkpoint(&mut work, Turn::Keep)?;
+            self.run_checkpoint(&mut work)?;
         }
         Ok(())
     }
+}
+
+/// A snapshot table on disk.
+#[derive(Debug)]
+struct Table {
+    room: PageRange,
+    generation: Generation,
+    records: u64,
 }

@@ -27,16 +27,29 @@ pub struct SuperblockDump {
     pub incarnation: u32,
     /// Whether it was closed in order.
     pub clean: bool,
-    /// Which index file is current.
-    pub index_slot: usize,
-    /// Generation of the index.
-    pub index_generation: u64,
-    /// Pages of the index.
-    pub index_pages: u64,
+    /// Runs of the index, newest first.
+    pub runs: Vec<RunDump>,
+    /// No log block at or above this one is named by the runs.
+    pub log_high_water: u64,
     /// First journal generation.
     pub journal_generation: u64,
     /// Records up to this one are in the index.
     pub applied_through: u64,
+}
+
+/// A run of the index.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct RunDump {
+    /// Its generation.
+    pub generation: u64,
+    /// Where it begins in the index file.
+    pub first_page: u64,
+    /// Its pages.
+    pub pages: u64,
+    /// Pages of fences behind them.
+    pub fence_pages: u64,
+    /// Its records.
+    pub records: u64,
 }
 
 /// A record of the index.
@@ -108,9 +121,18 @@ pub fn dump(files: &VolumeFiles) -> Result<Dump> {
             boot_id: uuid::Uuid::from_bytes(superblock.boot_id.0).to_string(),
             incarnation: superblock.incarnation.0,
             clean: superblock.clean,
-            index_slot: superblock.index_slot,
-            index_generation: superblock.index_generation.0,
-            index_pages: superblock.index_pages,
+            runs: superblock
+                .runs
+                .iter()
+                .map(|run| RunDump {
+                    generation: run.generation.0,
+                    first_page: run.first_page,
+                    pages: run.pages,
+                    fence_pages: run.fence_pages,
+                    records: run.records,
+                })
+                .collect(),
+            log_high_water: superblock.log_high_water,
             journal_generation: superblock.journal_generation.0,
             applied_through: superblock.applied_through.0,
         },
@@ -151,13 +173,16 @@ impl fmt::Display for Dump {
         )?;
         writeln!(
             out,
-            "index.{} generation {}, {} pages; journal generation {}, applied through {}",
-            superblock.index_slot,
-            superblock.index_generation,
-            superblock.index_pages,
-            superblock.journal_generation,
-            superblock.applied_through,
+            "journal generation {}, applied through {}; log blocks below {}",
+            superblock.journal_generation, superblock.applied_through, superblock.log_high_water,
         )?;
+        for run in &superblock.runs {
+            writeln!(
+                out,
+                "run {}: {} records in {} pages from page {}, {} fence pages",
+                run.generation, run.records, run.pages, run.first_page, run.fence_pages,
+            )?;
+        }
         writeln!(out, "epoch {}", self.epoch)?;
         for snapshot in &self.snapshots {
             writeln!(

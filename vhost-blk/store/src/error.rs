@@ -18,7 +18,7 @@ pub enum FileName {
     Log,
     /// The journal regions of `log`.
     Journal,
-    /// `index.0` or `index.1`.
+    /// `index`: its runs, and the snapshot table.
     Index,
     /// The shadow storage directory itself.
     Directory,

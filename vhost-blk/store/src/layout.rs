@@ -15,18 +15,22 @@ pub(crate) const KNOWN_FEATURES: u32 = 0;
 
 /// Bytes of one superblock slot; slot A at 0, slot B behind it.
 pub(crate) const SLOT_BYTES: u64 = 4096;
-/// Bytes of a slot that carry meaning: one sector, which a power cut cannot tear.
-pub(crate) const SLOT_USED_BYTES: usize = 512;
+/// Bytes that the checksum of a version 1 slot covered.
+pub(crate) const SLOT_V1_BYTES: usize = 512;
 /// Bytes of a journal record. Eight fit a sector, so a record is never torn.
 pub(crate) const RECORD_BYTES: usize = 64;
 /// Bytes of an index page.
 pub(crate) const PAGE_BYTES: usize = 4096;
 /// Bytes of an index page's header.
 pub(crate) const PAGE_HEADER_BYTES: usize = 16;
-/// Bytes of an index entry.
-pub(crate) const ENTRY_BYTES: usize = 20;
-/// Entries of a full index page.
-pub(crate) const ENTRIES_PER_PAGE: usize = (PAGE_BYTES - PAGE_HEADER_BYTES) / ENTRY_BYTES;
+/// Records of an index page that are stored relative to each other; then it begins anew.
+pub(crate) const GROUP_RECORDS: usize = 16;
+/// No page of the index has this number, or a higher one.
+pub(crate) const MAX_INDEX_PAGES: u64 = 1 << 48;
+/// Most runs of an index.
+pub(crate) const MAX_RUNS: usize = 64;
+/// Bytes of a run's description in a slot.
+pub(crate) const RUN_BYTES: usize = 40;
 
 /// Death of a live version.
 pub(crate) const LIVE: u32 = u32::MAX;
@@ -59,6 +63,8 @@ pub(crate) const JOURNAL_PREWRITTEN_BYTES: u64 = 4 << 20;
 pub(crate) const FLAG_CLEAN: u32 = 1;
 /// Slot flag: the base's modification time is known.
 pub(crate) const FLAG_BASE_TIME: u32 = 2;
+/// Slot flag: something may have been dropped that no sweep has freed.
+pub(crate) const FLAG_UNSWEPT: u32 = 4;
 /// MAP flag: the old live version becomes history of the record's epoch.
 pub(crate) const FLAG_HISTORY: u8 = 1;
 /// MAP, PRESERVE flag: the record carries the checksum of the data it names.
@@ -80,10 +86,10 @@ pub(crate) mod slot {
     pub(crate) const INCARNATION: usize = 72;
     pub(crate) const FLAGS: usize = 76;
     pub(crate) const EPOCH: usize = 80;
-    pub(crate) const INDEX_SLOT: usize = 84;
-    pub(crate) const INDEX_GENERATION: usize = 88;
-    pub(crate) const INDEX_PAGES: usize = 96;
-    pub(crate) const INDEX_RECORDS: usize = 104;
+    pub(crate) const RUN_COUNT: usize = 84;
+    pub(crate) const NEXT_GENERATION: usize = 88;
+    pub(crate) const TABLE_PAGE: usize = 96;
+    pub(crate) const TABLE_GENERATION: usize = 104;
     pub(crate) const TABLE_RECORDS: usize = 112;
     pub(crate) const JOURNAL_GENERATION: usize = 120;
     pub(crate) const FIRST_SEQUENCE: usize = 128;
@@ -91,6 +97,18 @@ pub(crate) mod slot {
     pub(crate) const BASE_NANOSECONDS: usize = 144;
     pub(crate) const APPLIED_THROUGH: usize = 152;
     pub(crate) const JOURNAL_REGION_BYTES: usize = 160;
+    pub(crate) const LOG_HIGH_WATER: usize = 168;
+    /// Descriptions of the runs, newest first.
+    pub(crate) const RUNS: usize = 512;
+}
+
+/// Offsets in the description of a run.
+pub(crate) mod run {
+    pub(crate) const GENERATION: usize = 0;
+    pub(crate) const FIRST_PAGE: usize = 8;
+    pub(crate) const PAGES: usize = 16;
+    pub(crate) const FENCE_PAGES: usize = 24;
+    pub(crate) const RECORDS: usize = 32;
 }
 
 /// Offsets in a journal record.
@@ -147,14 +165,12 @@ pub(crate) mod kind {
     pub(crate) const RESTART: u8 = 12;
 }
 
-/// Offsets in an index page and in an index entry.
+/// Offsets in an index page.
 pub(crate) mod page {
     pub(crate) const CRC: usize = 0;
-    pub(crate) const ENTRY_COUNT: usize = 4;
-    pub(crate) const PAGE_NUMBER: usize = 8;
-    pub(crate) const ENTRY_BLOCK: usize = 0;
-    pub(crate) const ENTRY_DEATH: usize = 8;
-    pub(crate) const ENTRY_LOCATION: usize = 12;
+    pub(crate) const RECORDS: usize = 4;
+    pub(crate) const GROUPS: usize = 6;
+    pub(crate) const BODY_BYTES: usize = 8;
 }
 
 /// One row of a byte table: structure, field, offset, length in bytes.
@@ -174,10 +190,10 @@ pub const FIELDS: &[Field] = &[
     ("slot", "incarnation", slot::INCARNATION, 4),
     ("slot", "flags", slot::FLAGS, 4),
     ("slot", "epoch", slot::EPOCH, 4),
-    ("slot", "index_slot", slot::INDEX_SLOT, 4),
-    ("slot", "index_generation", slot::INDEX_GENERATION, 8),
-    ("slot", "index_pages", slot::INDEX_PAGES, 8),
-    ("slot", "index_records", slot::INDEX_RECORDS, 8),
+    ("slot", "run_count", slot::RUN_COUNT, 4),
+    ("slot", "next_generation", slot::NEXT_GENERATION, 8),
+    ("slot", "table_page", slot::TABLE_PAGE, 8),
+    ("slot", "table_generation", slot::TABLE_GENERATION, 8),
     ("slot", "table_records", slot::TABLE_RECORDS, 8),
     ("slot", "journal_generation", slot::JOURNAL_GENERATION, 8),
     ("slot", "first_sequence", slot::FIRST_SEQUENCE, 8),
@@ -190,6 +206,13 @@ pub const FIELDS: &[Field] = &[
         slot::JOURNAL_REGION_BYTES,
         8,
     ),
+    ("slot", "log_high_water", slot::LOG_HIGH_WATER, 8),
+    ("slot", "runs", slot::RUNS, MAX_RUNS * RUN_BYTES),
+    ("run", "generation", run::GENERATION, 8),
+    ("run", "first_page", run::FIRST_PAGE, 8),
+    ("run", "pages", run::PAGES, 8),
+    ("run", "fence_pages", run::FENCE_PAGES, 8),
+    ("run", "records", run::RECORDS, 8),
     ("record", "crc", record::CRC, 4),
     ("record", "kind", record::KIND, 1),
     ("record", "flags", record::FLAGS, 1),
@@ -217,11 +240,9 @@ pub const FIELDS: &[Field] = &[
     ("payload", "snap.epoch", record::SNAP_EPOCH, 4),
     ("payload", "snap.method", record::METHOD, 4),
     ("page", "crc", page::CRC, 4),
-    ("page", "entry_count", page::ENTRY_COUNT, 4),
-    ("page", "page_number", page::PAGE_NUMBER, 8),
-    ("entry", "block", page::ENTRY_BLOCK, 8),
-    ("entry", "death", page::ENTRY_DEATH, 4),
-    ("entry", "location", page::ENTRY_LOCATION, 8),
+    ("page", "records", page::RECORDS, 2),
+    ("page", "groups", page::GROUPS, 2),
+    ("page", "body_bytes", page::BODY_BYTES, 2),
 ];
 
 /// The kinds of journal records by name, for the comparison with FORMAT.md.
@@ -245,9 +266,11 @@ pub const KINDS: &[(&str, u8)] = &[
 pub(crate) enum Seal {
     /// A journal record of this generation.
     Journal(Generation),
-    /// A page of the index of this generation.
+    /// A page of the run of this generation.
     Page(Generation, u64),
-    /// A snapshot table record of the index of this generation.
+    /// A page of its fences.
+    Fence(Generation, u64),
+    /// A record of the snapshot table of this generation.
     Table(Generation),
 }
 
@@ -257,6 +280,7 @@ impl Seal {
         let (tag, generation, number) = match self {
             Seal::Journal(generation) => (b'J', generation, 0),
             Seal::Page(generation, number) => (b'P', generation, number),
+            Seal::Fence(generation, number) => (b'F', generation, number),
             Seal::Table(generation) => (b'T', generation, 0),
         };
         let mut seed = [0; 33];
@@ -293,6 +317,12 @@ pub(crate) fn take<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
         .get(at..at + N)
         .and_then(|part| part.try_into().ok())
         .unwrap_or([0; N])
+}
+
+/// The lowest eight bits.
+pub(crate) fn low_byte(value: u64) -> u8 {
+    let [low, ..] = value.to_le_bytes();
+    low
 }
 
 pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {

@@ -6,7 +6,7 @@
 //! Rooms, left to right as a request passes them:
 //! `plan` (with `first_write`) -> `read_path`, `write_path` (with `prepare`) -> `state` (with `index`, `snapshot_table`) ->
 //! `journal`, `space`, `pins`, `confirm` -> `commit` -> `io`. From the side: `snapshot`, `sets`, `maintain` (with
-//! `checkpoint`, `settle`), `open` (with `adopt`, `recover`), `check`, `dump`.
+//! `checkpoint`, `reclaim`, `scan`, `settle`), `open` (with `adopt`, `recover`), `check`, `dump`.
 //!
 //! Invariants, named in comments, errors and tests:
 //!
@@ -16,7 +16,7 @@
 //! * I4: what is kept of the journal is a prefix; a COMMIT in it stands only for data synced before.
 //! * I5: epochs only grow; a snapshot is the state at the end of its epoch, with nothing later in it.
 //! * I6: a log block is reused only after its freeing is durable and older I/O is over.
-//! * I7: the current superblock, index and journal are never overwritten; their twins are.
+//! * I7: what the current or the previous superblock slot names is never overwritten.
 //! * I8: after a failed sync nothing is acknowledged until the volume is reopened.
 //! * I9: a set is kept on all its members or on none.
 //! * I10: the bytes that a sealed record names do not change before the record is confirmed.
@@ -31,6 +31,7 @@ mod dump;
 mod error;
 mod first_write;
 mod index;
+mod index_room;
 mod io;
 mod journal;
 pub mod layout;
@@ -40,8 +41,10 @@ mod pins;
 mod plan;
 mod prepare;
 mod read_path;
+mod reclaim;
 mod recover;
 mod reserve;
+mod scan;
 mod sets;
 mod settle;
 #[cfg(feature = "sim")]
@@ -56,7 +59,7 @@ mod volume;
 mod write_path;
 
 pub use check::{Finding, Severity, check};
-pub use dump::{Dump, IndexDump, JournalDump, SuperblockDump, dump};
+pub use dump::{Dump, IndexDump, JournalDump, RunDump, SuperblockDump, dump};
 pub use error::{FileName, Result, StoreError};
 pub use io::{Access, AlignedBuffer, BlockFile, DiskFile};
 pub use maintain::Maintenance;

@@ -76,14 +76,41 @@ impl Shared {
             self.step_checkpoint(work, budget_blocks)?;
             return Ok(Maintenance::More);
         }
-        let due = {
+        if std::mem::take(&mut work.sweep_due) {
+            self.begin_reclaim(work, true)?;
+            return Ok(Maintenance::More);
+        }
+        let (full, garbage, unmerged) = {
             let core = self.core();
             let discarded = core.discarded_blocks * crate::units::BLOCK_BYTES;
             let garbage = core.reclaim || discarded > self.options.segment_bytes / 4;
-            core.is_over_bounds(&self.options, 1) || (garbage && core.sweep == Sweep::Idle)
+            (
+                core.is_over_bounds(&self.options, 1),
+                garbage && core.sweep == Sweep::Idle,
+                core.state.index.memtable_records() > 0,
+            )
         };
-        if due {
+        if full {
             self.begin_checkpoint(work, Turn::Keep)?;
+            return Ok(Maintenance::More);
+        }
+        if work.scan.is_some() {
+            self.step_scan(work, budget_blocks)?;
+            return Ok(Maintenance::More);
+        }
+        if work.reclaim.is_some() {
+            self.step_reclaim(work, budget_blocks)?;
+            return Ok(Maintenance::More);
+        }
+        if garbage {
+            Shared::begin_sweep(&mut self.core());
+            work.sweep_due = true;
+            if unmerged {
+                self.begin_checkpoint(work, Turn::Keep)?;
+            }
+            return Ok(Maintenance::More);
+        }
+        if self.begin_reclaim(work, false)? {
             return Ok(Maintenance::More);
         }
         Ok(match self.step_settle(&mut work.settle, budget_blocks)? {

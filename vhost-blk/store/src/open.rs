@@ -12,11 +12,13 @@ use std::sync::{Arc, Mutex};
 use crate::adopt::{base_length, format, io};
 use crate::checkpoint::Turn;
 use crate::error::{FileName, Result, StoreError};
+use crate::index_room::IndexRoom;
 use crate::io::AlignedBuffer;
 use crate::journal::{Journal, Record, region_start};
 use crate::layout::RECORD_BYTES;
 use crate::pins::Pins;
 use crate::recover::{Loaded, load};
+use crate::scan::Scan;
 use crate::settle::Settle;
 use crate::snapshot::Hold;
 use crate::space::Space;
@@ -123,6 +125,7 @@ fn finish_recovery(
         ..loaded.superblock.clone()
     };
     loaded.superblock.store(&*files.superblock)?;
+    loaded.previous = None;
     journal.superblock = loaded.superblock.generation;
     Ok(journal)
 }
@@ -275,13 +278,18 @@ impl Volume {
             .log_limit_bytes
             .saturating_add(LogBlock(first_block).offset_bytes());
         let mut space = Space::new(options.segment_bytes, limit_bytes, first_block);
-        let high_water = loaded.named.iter().map(|named| named.0 + 1).max();
-        space.begin_scan(high_water.unwrap_or(0));
-        loaded
-            .named
-            .iter()
-            .for_each(|named| space.note_named(*named));
-        space.end_scan();
+        let named = loaded.named.iter().map(|named| named.0 + 1).max();
+        space.begin_scan(loaded.superblock.log_high_water.max(named.unwrap_or(0)));
+        for named in &loaded.named {
+            space.note_named(*named);
+        }
+        let runs = loaded.state.index.runs();
+        let scan = if runs.is_empty() {
+            space.end_scan();
+            None
+        } else {
+            Some(Scan::new(runs, loaded.bounds()))
+        };
         let mut settle = Settle::default();
         settle.note_checkpoint();
         let superblock = loaded.superblock;
@@ -296,8 +304,9 @@ impl Volume {
             promised_records: 0,
             unconfirmed: Default::default(),
             sweep: Sweep::Idle,
-            // Records may have been superseded before the last close; one checkpoint finds out.
-            reclaim: loaded.replayed_records > 0,
+            // What replayed records superseded, a sweep finds.
+            reclaim: loaded.replayed_records > 0 || superblock.unswept,
+            settled: false,
             discarded_blocks: 0,
             changes: 0,
         };
@@ -310,8 +319,13 @@ impl Volume {
             rounds: Default::default(),
             base_sync: Mutex::default(),
             maintenance: Mutex::new(Maintenance {
+                room: IndexRoom::new(&superblock, loaded.previous.as_ref()),
+                next_generation: superblock.next_generation,
                 superblock,
                 checkpoint: None,
+                reclaim: None,
+                sweep_due: false,
+                scan,
                 settle,
                 ahead: Default::default(),
                 reserve: Default::default(),
@@ -336,6 +350,7 @@ impl Volume {
         let mut work = lock(&shared.maintenance);
         let _hold = Hold::begin(shared)?;
         shared.flush()?;
+        shared.abandon_reclaim(&mut work);
         shared.run_checkpoint(&mut work)?;
         if shared.core().state.index.memtable_records() > 0 {
             shared.begin_checkpoint(&mut work, Turn::Keep)?;
@@ -349,10 +364,16 @@ impl Volume {
             io("sync", FileName::Base)(source)
         })?;
         drop(alone);
+        let (log_high_water, unswept) = {
+            let core = shared.core();
+            (core.space.high_water(), core.is_unswept())
+        };
         let closed = Superblock {
             generation: work.superblock.generation.next(),
             clean: true,
             base_modified: base.modified().map_err(io("stat", FileName::Base))?,
+            log_high_water,
+            unswept,
             ..work.superblock.clone()
         };
         closed

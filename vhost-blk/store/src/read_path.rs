@@ -60,18 +60,19 @@ impl Shared {
         let index = &mut core.state.index;
         let extents = if first == last {
             let location = match epoch {
-                None => index.live(first)?,
-                Some(epoch) => index.seen(first, epoch)?,
+                None => index.live(first),
+                Some(epoch) => index.seen(first, epoch),
             };
+            let location = self.heed(location)?;
             let skip_bytes = range.offset_bytes - first.offset_bytes();
             Extents::One(extent_at(first, location, skip_bytes, range.length_bytes))
         } else {
             let locations: Vec<Location> = match epoch {
                 None => {
-                    let states = index.states(first, last, None)?;
+                    let states = self.heed(index.states(first, last, None))?;
                     states.into_iter().map(|state| state.live).collect()
                 }
-                Some(epoch) => index.view(first, last, epoch)?,
+                Some(epoch) => self.heed(index.view(first, last, epoch))?,
             };
             let mut extents = Vec::with_capacity(1);
             let mut block = first;

@@ -5,11 +5,14 @@
 //! the machine has not booted since, else nothing.
 #![deny(clippy::indexing_slicing)]
 
+use std::sync::Arc;
+
 use crate::error::{FileName, Result, StoreError};
-use crate::index::{Fences, Index, Location, Run};
+use crate::index::{Index, Location, Run};
 use crate::io::AlignedBuffer;
 use crate::journal::{Entry, Journal, Place, Record, Scan, UnverifiedRecord, scan};
-use crate::layout::{self, LIVE, PAGE_BYTES, RECORD_BYTES, Seal};
+use crate::layout::{self, PAGE_BYTES, RECORD_BYTES, Seal};
+use crate::scan::Bounds;
 use crate::space::LogRun;
 use crate::state::State;
 use crate::superblock::{self, SlotsFound, Superblock};
@@ -20,9 +23,11 @@ use crate::volume::VolumeFiles;
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) superblock: Superblock,
+    /// The other slot, if it verifies.
+    pub(crate) previous: Option<Superblock>,
     pub(crate) other_slot_damaged: bool,
     pub(crate) state: State,
-    /// Log blocks that the run or a kept record names, superseded or not: none may be reused yet.
+    /// Log blocks that a kept record names, superseded or not.
     pub(crate) named: Vec<LogBlock>,
     /// Generation that appends go to, and where.
     pub(crate) generation: Generation,
@@ -66,6 +71,17 @@ impl Loaded {
     }
 }
 
+impl Loaded {
+    /// What the runs can name.
+    pub(crate) fn bounds(&self) -> Bounds {
+        Bounds {
+            volume_blocks: self.superblock.size_bytes.div_ceil(BLOCK_BYTES),
+            log_blocks: self.superblock.first_data_block()..self.superblock.log_high_water,
+            epoch: self.superblock.epoch.0,
+        }
+    }
+}
+
 fn corrupted(file: FileName, offset_bytes: u64, what: &'static str) -> StoreError {
     StoreError::Corrupted {
         file,
@@ -80,16 +96,32 @@ pub(crate) fn load(
     boot_id: BootId,
     cache_pages: usize,
 ) -> Result<Option<Loaded>> {
-    let (superblock, other_slot_damaged) = match superblock::load(&*files.superblock)? {
+    let (mut superblock, previous, other_slot_damaged) = match superblock::load(&*files.superblock)?
+    {
         SlotsFound::Blank => return check_unused(files).map(|()| None),
         SlotsFound::Valid {
             current,
+            previous,
             other_damaged,
-        } => (current, other_damaged),
+        } => (*current, previous, other_damaged),
     };
     let volume_blocks = superblock.size_bytes.div_ceil(BLOCK_BYTES);
-    let (run, mut named) = load_run(files, &superblock, volume_blocks)?;
-    let index = Index::new(files.index.clone(), run, cache_pages);
+    let log_bytes = files.log.len_bytes().map_err(|source| StoreError::Io {
+        op: "measure",
+        file: FileName::Log,
+        offset_bytes: 0,
+        source,
+    })?;
+    // What was given out and not written when the mark was noted may lie behind the log's end.
+    let log_blocks = log_bytes.div_ceil(BLOCK_BYTES);
+    superblock.log_high_water = superblock.log_high_water.min(log_blocks);
+    let mut runs = Vec::new();
+    for place in &superblock.runs {
+        let run = Run::load(&*files.index, superblock.volume_id, *place)?;
+        runs.push(Arc::new(run));
+    }
+    let index = Index::new(Arc::clone(&files.index), runs, cache_pages);
+    let mut named = Vec::new();
     let mut state = State::new(index, superblock.epoch, volume_blocks);
     load_table(files, &superblock, &mut state)?;
 
@@ -122,6 +154,13 @@ pub(crate) fn load(
                         "a record names a block of the journal (I2)",
                     ));
                 }
+                if at.0 >= log_blocks {
+                    return Err(corrupted(
+                        FileName::Journal,
+                        0,
+                        "a record names a block behind the log's end (I2)",
+                    ));
+                }
                 named.push(*at);
             }
         }
@@ -138,6 +177,7 @@ pub(crate) fn load(
     };
     Ok(Some(Loaded {
         superblock,
+        previous,
         other_slot_damaged,
         state,
         named,
@@ -180,88 +220,37 @@ fn check_unused(files: &VolumeFiles) -> Result<()> {
     Ok(())
 }
 
-/// Reads every page of the run once: checks it, notes its fences and its log blocks.
-fn load_run(
-    files: &VolumeFiles,
-    superblock: &Superblock,
-    volume_blocks: u64,
-) -> Result<(Run, Vec<LogBlock>)> {
-    let [first_file, second_file] = &files.index;
-    let file = if superblock.index_slot == 0 {
-        first_file
-    } else {
-        second_file
-    };
-    let mut run = Run {
-        volume_id: superblock.volume_id,
-        slot: superblock.index_slot,
-        generation: superblock.index_generation,
-        pages: superblock.index_pages,
-        records: superblock.index_records,
-        fences: Fences::default(),
-    };
-    let mut named = Vec::new();
-    let (mut previous, mut records) = (None, 0);
-    for number in 0..run.pages {
-        let page = run.read_page(&**file, number)?;
-        let at = number * PAGE_BYTES as u64;
-        let broken = |what| corrupted(FileName::Index, at, what);
-        if let Some((first, _)) = page.first() {
-            run.fences.push(*first);
-        }
-        for (key, location) in &page {
-            if previous.is_some_and(|previous| previous >= *key) {
-                return Err(broken("keys are not ascending across pages (I1)"));
-            }
-            if key.block.0 >= volume_blocks {
-                return Err(broken("a record names a block outside the volume (I2)"));
-            }
-            if key.death == 0 || (key.death != LIVE && key.death > superblock.epoch.0) {
-                return Err(broken("a version died in an epoch that has not been (I5)"));
-            }
-            if let Location::Log(at) = location {
-                named.push(*at);
-            }
-            previous = Some(*key);
-            records += 1;
-        }
-    }
-    if records != run.records {
-        return Err(corrupted(
-            FileName::Index,
-            0,
-            "another number of records than announced",
-        ));
-    }
-    Ok((run, named))
-}
-
-/// Rebuilds the snapshot table from the records behind the pages.
+/// Rebuilds the snapshot table from its records.
 fn load_table(files: &VolumeFiles, superblock: &Superblock, state: &mut State) -> Result<()> {
-    let [first_file, second_file] = &files.index;
-    let file = if superblock.index_slot == 0 {
-        first_file
-    } else {
-        second_file
-    };
     let most = layout::MAX_SNAPSHOTS * (2 + layout::MAX_SET_MEMBERS);
-    let start = superblock.index_pages * PAGE_BYTES as u64;
+    let start = superblock.table_page * PAGE_BYTES as u64;
     let broken = |what| corrupted(FileName::Index, start, what);
     if superblock.table_records > most as u64 {
         return Err(broken("the snapshot table is too long"));
     }
-    for place in 0..superblock.table_records {
-        let offset_bytes = start + place * RECORD_BYTES as u64;
-        let mut bytes = [0; RECORD_BYTES];
-        file.read_at(&mut bytes, offset_bytes)
-            .map_err(|source| StoreError::Io {
-                op: "read",
-                file: FileName::Index,
-                offset_bytes,
-                source,
-            })?;
-        let seal = Seal::Table(superblock.index_generation);
-        let entry = UnverifiedRecord(&bytes)
+    let length_bytes = files.index.len_bytes().map_err(|source| StoreError::Io {
+        op: "measure",
+        file: FileName::Index,
+        offset_bytes: 0,
+        source,
+    })?;
+    let end = superblock.table_records * RECORD_BYTES as u64 + start;
+    if superblock.table_records > 0 && end > length_bytes {
+        return Err(broken("the snapshot table is cut short"));
+    }
+    let mut bytes = vec![0; in_memory(superblock.table_records) * RECORD_BYTES];
+    files
+        .index
+        .read_at(&mut bytes, start)
+        .map_err(|source| StoreError::Io {
+            op: "read",
+            file: FileName::Index,
+            offset_bytes: start,
+            source,
+        })?;
+    for (place, record) in (0..).zip(bytes.as_chunks::<RECORD_BYTES>().0) {
+        let seal = Seal::Table(superblock.table_generation);
+        let entry = UnverifiedRecord(record)
             .verify(superblock.volume_id, seal)
             .filter(|entry| entry.sequence.0 == place + 1)
             .ok_or(broken("a snapshot table record does not verify"))?;

@@ -31,8 +31,7 @@ impl Shared {
     pub(crate) fn keep_reserve(&self, reserve: &mut Reserve) -> Result<()> {
         let wanted = {
             let core = self.core();
-            let records =
-                core.state.index.run().records + core.state.index.memtable_records() as u64;
+            let records = core.state.index.records();
             match core.state.table.is_empty() {
                 true => 0,
                 false => 1 + (records * RECORD_BYTES).div_ceil(self.options.segment_bytes),

@@ -8,7 +8,7 @@
 use std::sync::atomic::Ordering;
 
 use crate::error::{FileName, Result, StoreError};
-use crate::index::{Location, Memtable};
+use crate::index::{Location, Overlay};
 use crate::io::AlignedBuffer;
 use crate::journal::Record;
 use crate::layout::{LIVE, MAX_RECORD_BLOCKS};
@@ -59,7 +59,7 @@ impl Settle {
 }
 
 /// Blocks of which everything is outside the base.
-fn candidates(records: &Memtable) -> Vec<(Block, Location)> {
+fn candidates(records: &Overlay) -> Vec<(Block, Location)> {
     let mut found = Vec::new();
     let mut in_base: Option<Block> = None;
     for (key, location) in records {
@@ -173,6 +173,7 @@ impl Shared {
         }
         let before = core.changes;
         if !records.is_empty() {
+            core.settled = true;
             core.record(self, &records)?;
         }
         // Its own alone: what writes changed meanwhile may be behind the cursor.

@@ -164,7 +164,9 @@ impl Volume {
         let mut work = lock(&shared.maintenance);
         let _hold = Hold::begin(shared)?;
         shared.flush()?;
-        // A checkpoint under way merges an older state: let it end first.
+        // A checkpoint under way merges an older state: let it end first. What merges or reads runs that are about to go
+        // begins anew.
+        shared.abandon_reclaim(&mut work);
         shared.run_checkpoint(&mut work)?;
         let epoch = {
             let mut core = shared.core();
@@ -179,8 +181,9 @@ impl Volume {
             snapshot.epoch
         };
         shared.begin_checkpoint(&mut work, Turn::Revert(epoch))?;
-        shared.run_checkpoint(&mut work)?;
+        let reverted = shared.run_checkpoint(&mut work);
+        shared.restart_scan(&mut work);
         shared.core().reclaim = true;
-        Ok(())
+        reverted
     }
 }

@@ -184,6 +184,16 @@ impl Space {
         Some(number + 1)
     }
 
+    /// Forgets the sweep: nothing is freed.
+    pub(crate) fn abandon_sweep(&mut self) {
+        self.candidates = None;
+    }
+
+    /// One block behind the highest that is allocated: the log reaches no further.
+    pub(crate) fn high_water(&self) -> u64 {
+        self.allocated.last().map_or(0, |last| last + 1)
+    }
+
     pub(crate) fn used_blocks(&self) -> u64 {
         self.used_blocks
     }

@@ -1,16 +1,20 @@
 //! The superblock: two slots, the newer valid one says what is current.
 //!
 //! `open` reads it, `checkpoint` and `open` write it. It knows no journal and no index, only their numbers.
-//! Invariants: a slot is rewritten only after the other one is durable (I7); all that matters fits one
-//! sector, so a slot is old or new, never torn.
+//! Invariant I7: a slot is rewritten only after the other one is durable; one that came out torn does not verify, and
+//! the other one holds, with everything it names.
 #![deny(clippy::indexing_slicing)]
 
 use crate::error::{FileName, Result, StoreError};
 use crate::io::BlockFile;
-use crate::layout::{self, put, slot, u32_at, u64_at, uuid_at};
+use crate::layout::{self, put, run, slot, u32_at, u64_at, uuid_at};
 use crate::units::{
     BLOCK_BYTES, BootId, Epoch, Generation, Incarnation, SECTOR_BYTES, Sequence, VolumeId,
+    in_memory,
 };
+
+/// Bytes of a slot.
+const SLOT_BYTES: usize = in_memory(layout::SLOT_BYTES);
 
 /// Modification time of the base, seconds and nanoseconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +23,19 @@ pub struct ModifiedTime {
     pub seconds: i64,
     /// Nanoseconds.
     pub nanoseconds: u32,
+}
+
+/// Where a run of the index is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RunPlace {
+    /// Seeds the checksums of its pages; no two runs have the same.
+    pub(crate) generation: Generation,
+    /// In the index file.
+    pub(crate) first_page: u64,
+    pub(crate) pages: u64,
+    /// Behind the pages.
+    pub(crate) fence_pages: u64,
+    pub(crate) records: u64,
 }
 
 /// A checked slot.
@@ -32,10 +49,13 @@ pub(crate) struct Superblock {
     pub(crate) clean: bool,
     /// Epoch when the current index was written.
     pub(crate) epoch: Epoch,
-    pub(crate) index_slot: usize,
-    pub(crate) index_generation: Generation,
-    pub(crate) index_pages: u64,
-    pub(crate) index_records: u64,
+    /// Runs of the index, newest first.
+    pub(crate) runs: Vec<RunPlace>,
+    /// Of the next run or table.
+    pub(crate) next_generation: Generation,
+    /// Where the snapshot table is in the index file.
+    pub(crate) table_page: u64,
+    pub(crate) table_generation: Generation,
     pub(crate) table_records: u64,
     /// First journal generation to replay onto the index.
     pub(crate) journal_generation: Generation,
@@ -45,6 +65,10 @@ pub(crate) struct Superblock {
     pub(crate) applied_through: Sequence,
     /// Bytes of each of the two journal regions of the log.
     pub(crate) journal_region_bytes: u64,
+    /// No log block at or above this one is named by the index.
+    pub(crate) log_high_water: u64,
+    /// Something may have been dropped that no sweep has freed.
+    pub(crate) unswept: bool,
     /// Set by a clean close, where the base can tell.
     pub(crate) base_modified: Option<ModifiedTime>,
 }
@@ -56,13 +80,13 @@ pub(crate) fn region_fits(region_bytes: u64) -> bool {
 }
 
 /// Bytes of a slot as read, before any check.
-pub(crate) struct UnverifiedSuperblock([u8; layout::SLOT_USED_BYTES]);
+pub(crate) struct UnverifiedSuperblock(Box<[u8; SLOT_BYTES]>);
 
 impl UnverifiedSuperblock {
     pub(crate) fn read(file: &dyn BlockFile, at: usize) -> Result<Self> {
-        let mut bytes = [0; layout::SLOT_USED_BYTES];
+        let mut bytes = Box::new([0; SLOT_BYTES]);
         let offset_bytes = layout::SLOT_BYTES * u64::from(at == 1);
-        file.read_at(&mut bytes, offset_bytes)
+        file.read_at(bytes.as_mut_slice(), offset_bytes)
             .map_err(|source| StoreError::Io {
                 op: "read",
                 file: FileName::Superblock,
@@ -77,27 +101,59 @@ impl UnverifiedSuperblock {
         self.0.iter().all(|byte| *byte == 0)
     }
 
+    /// Whether the checksum holds over the first `length` bytes.
+    fn holds(&self, length: usize) -> bool {
+        let mut summed = self.0.clone();
+        put(&mut *summed, slot::CRC, &[0; 4]);
+        let (summed, _) = summed.split_at_checked(length).unwrap_or_default();
+        layout::checksum_holds(u32_at(&*self.0, slot::CRC), crc32c::crc32c(summed))
+    }
+
     /// The slot if its magic and checksum hold; `Err` only for a format this program must not touch.
     pub(crate) fn verify(&self) -> Result<Option<Superblock>> {
-        let bytes = &self.0;
-        let mut summed = *bytes;
-        put(&mut summed, slot::CRC, &[0; 4]);
-        if layout::take::<8>(bytes, slot::MAGIC) != layout::MAGIC
-            || !layout::checksum_holds(u32_at(bytes, slot::CRC), crc32c::crc32c(&summed))
-        {
+        let bytes = self.0.as_slice();
+        if layout::take::<8>(bytes, slot::MAGIC) != layout::MAGIC {
             return Ok(None);
         }
         let (version, features) = (u32_at(bytes, slot::VERSION), u32_at(bytes, slot::FEATURES));
+        let whole = self.holds(SLOT_BYTES);
+        if version != layout::VERSION && (whole || self.holds(layout::SLOT_V1_BYTES)) {
+            return Err(StoreError::Unsupported { version, features });
+        }
+        if !whole {
+            return Ok(None);
+        }
         if version != layout::VERSION || features & !layout::KNOWN_FEATURES != 0 {
             return Err(StoreError::Unsupported { version, features });
         }
         let flags = u32_at(bytes, slot::FLAGS);
         let size_bytes = u64_at(bytes, slot::SIZE_BYTES);
-        let index_slot = match u32_at(bytes, slot::INDEX_SLOT) {
-            0 => 0,
-            1 => 1,
-            _ => return Ok(None),
-        };
+        let run_count = in_memory(u64::from(u32_at(bytes, slot::RUN_COUNT)));
+        if run_count > layout::MAX_RUNS {
+            return Ok(None);
+        }
+        let described = bytes.get(slot::RUNS..).unwrap_or_default();
+        let runs: Vec<RunPlace> = described
+            .chunks_exact(layout::RUN_BYTES)
+            .take(run_count)
+            .map(|bytes| RunPlace {
+                generation: Generation(u64_at(bytes, run::GENERATION)),
+                first_page: u64_at(bytes, run::FIRST_PAGE),
+                pages: u64_at(bytes, run::PAGES),
+                fence_pages: u64_at(bytes, run::FENCE_PAGES),
+                records: u64_at(bytes, run::RECORDS),
+            })
+            .collect();
+        let table_page = u64_at(bytes, slot::TABLE_PAGE);
+        let log_high_water = u64_at(bytes, slot::LOG_HIGH_WATER);
+        // Sums and products of these cannot overflow.
+        let sane = |pages: u64| pages < layout::MAX_INDEX_PAGES;
+        let runs_are_sane = runs.iter().all(|run| {
+            sane(run.first_page) && sane(run.pages) && sane(run.fence_pages) && run.pages > 0
+        });
+        if !runs_are_sane || !sane(table_page) || log_high_water > layout::MAX_LOG_BLOCKS {
+            return Ok(None);
+        }
         if u64::from(u32_at(bytes, slot::BLOCK_BYTES)) != BLOCK_BYTES
             || size_bytes == 0
             || !size_bytes.is_multiple_of(SECTOR_BYTES)
@@ -120,15 +176,17 @@ impl UnverifiedSuperblock {
             incarnation: Incarnation(u32_at(bytes, slot::INCARNATION)),
             clean: flags & layout::FLAG_CLEAN != 0,
             epoch: Epoch(u32_at(bytes, slot::EPOCH)),
-            index_slot,
-            index_generation: Generation(u64_at(bytes, slot::INDEX_GENERATION)),
-            index_pages: u64_at(bytes, slot::INDEX_PAGES),
-            index_records: u64_at(bytes, slot::INDEX_RECORDS),
+            runs,
+            next_generation: Generation(u64_at(bytes, slot::NEXT_GENERATION)),
+            table_page,
+            table_generation: Generation(u64_at(bytes, slot::TABLE_GENERATION)),
             table_records: u64_at(bytes, slot::TABLE_RECORDS),
             journal_generation: Generation(u64_at(bytes, slot::JOURNAL_GENERATION)),
             first_sequence: Sequence(u64_at(bytes, slot::FIRST_SEQUENCE)),
             applied_through: Sequence(u64_at(bytes, slot::APPLIED_THROUGH)),
             journal_region_bytes: u64_at(bytes, slot::JOURNAL_REGION_BYTES),
+            log_high_water,
+            unswept: flags & layout::FLAG_UNSWEPT != 0,
             base_modified,
         }))
     }
@@ -140,11 +198,43 @@ impl Superblock {
         2 * self.journal_region_bytes / BLOCK_BYTES
     }
 
-    fn encode(&self) -> [u8; layout::SLOT_USED_BYTES] {
-        let mut bytes = [0; layout::SLOT_USED_BYTES];
+    /// What a volume is before anything was written to it.
+    pub(crate) fn empty(
+        volume_id: VolumeId,
+        size_bytes: u64,
+        journal_region_bytes: u64,
+    ) -> Superblock {
+        Superblock {
+            generation: Generation(0),
+            volume_id,
+            size_bytes,
+            boot_id: BootId([0; 16]),
+            incarnation: Incarnation(0),
+            clean: true,
+            epoch: Epoch(1),
+            runs: Vec::new(),
+            next_generation: Generation(1),
+            table_page: 0,
+            table_generation: Generation(0),
+            table_records: 0,
+            journal_generation: Generation(0),
+            first_sequence: Sequence(1),
+            applied_through: Sequence(1),
+            journal_region_bytes,
+            log_high_water: 0,
+            unswept: false,
+            base_modified: None,
+        }
+    }
+
+    fn encode(&self) -> [u8; SLOT_BYTES] {
+        let mut bytes = [0; SLOT_BYTES];
         let mut flags = 0;
         if self.clean {
             flags |= layout::FLAG_CLEAN;
+        }
+        if self.unswept {
+            flags |= layout::FLAG_UNSWEPT;
         }
         if let Some(modified) = self.base_modified {
             flags |= layout::FLAG_BASE_TIME;
@@ -182,25 +272,35 @@ impl Superblock {
         );
         put(&mut bytes, slot::FLAGS, &flags.to_le_bytes());
         put(&mut bytes, slot::EPOCH, &self.epoch.0.to_le_bytes());
+        let run_count = u32::try_from(self.runs.len()).unwrap_or(u32::MAX);
+        put(&mut bytes, slot::RUN_COUNT, &run_count.to_le_bytes());
+        for (place, described) in self.runs.iter().enumerate() {
+            for (field, value) in [
+                (run::GENERATION, described.generation.0),
+                (run::FIRST_PAGE, described.first_page),
+                (run::PAGES, described.pages),
+                (run::FENCE_PAGES, described.fence_pages),
+                (run::RECORDS, described.records),
+            ] {
+                let at = slot::RUNS + place * layout::RUN_BYTES + field;
+                put(&mut bytes, at, &value.to_le_bytes());
+            }
+        }
         put(
             &mut bytes,
-            slot::INDEX_SLOT,
-            &u32::from(self.index_slot == 1).to_le_bytes(),
+            slot::NEXT_GENERATION,
+            &self.next_generation.0.to_le_bytes(),
+        );
+        put(&mut bytes, slot::TABLE_PAGE, &self.table_page.to_le_bytes());
+        put(
+            &mut bytes,
+            slot::TABLE_GENERATION,
+            &self.table_generation.0.to_le_bytes(),
         );
         put(
             &mut bytes,
-            slot::INDEX_GENERATION,
-            &self.index_generation.0.to_le_bytes(),
-        );
-        put(
-            &mut bytes,
-            slot::INDEX_PAGES,
-            &self.index_pages.to_le_bytes(),
-        );
-        put(
-            &mut bytes,
-            slot::INDEX_RECORDS,
-            &self.index_records.to_le_bytes(),
+            slot::LOG_HIGH_WATER,
+            &self.log_high_water.to_le_bytes(),
         );
         put(
             &mut bytes,
@@ -251,9 +351,10 @@ impl Superblock {
 pub(crate) enum SlotsFound {
     /// Never written: the adoption did not finish, or did not begin.
     Blank,
-    /// The newer valid slot; `other_damaged` when the other holds bytes that do not verify.
+    /// The newer valid slot, and the other one if it is valid; `other_damaged` when that holds bytes that do not verify.
     Valid {
-        current: Superblock,
+        current: Box<Superblock>,
+        previous: Option<Superblock>,
         other_damaged: bool,
     },
 }
@@ -273,21 +374,24 @@ pub(crate) fn load(file: &dyn BlockFile) -> Result<SlotsFound> {
             what: "neither slot verifies",
         }),
         (Some(current), None) => Ok(SlotsFound::Valid {
-            current,
+            current: Box::new(current),
+            previous: None,
             other_damaged: !b.is_blank(),
         }),
         (None, Some(current)) => Ok(SlotsFound::Valid {
-            current,
+            current: Box::new(current),
+            previous: None,
             other_damaged: !a.is_blank(),
         }),
         (Some(first), Some(second)) => {
-            let current = if first.generation > second.generation {
-                first
+            let (current, previous) = if first.generation > second.generation {
+                (first, second)
             } else {
-                second
+                (second, first)
             };
             Ok(SlotsFound::Valid {
-                current,
+                current: Box::new(current),
+                previous: Some(previous),
                 other_damaged: false,
             })
         }

@@ -15,16 +15,19 @@ use crate::checkpoint::Checkpoint;
 use crate::commit::Rounds;
 use crate::confirm::Unconfirmed;
 use crate::error::{FileName, Result, StoreError};
+use crate::index_room::IndexRoom;
 use crate::io::BlockFile;
 use crate::journal::{Journal, Record};
 use crate::pins::{PinGeneration, Pins};
+use crate::reclaim::Reclaim;
 use crate::reserve::Reserve;
+use crate::scan::Scan;
 use crate::settle::Settle;
 use crate::snapshot_table::SnapshotInfo;
 use crate::space::{LogRun, Space};
 use crate::state::State;
 use crate::superblock::Superblock;
-use crate::units::{BLOCK_BYTES, BootId, Epoch, Sequence, SetId, SnapshotId, VolumeId};
+use crate::units::{BLOCK_BYTES, BootId, Epoch, Generation, Sequence, SetId, SnapshotId, VolumeId};
 
 /// The files of a volume.
 #[derive(Clone, Debug)]
@@ -37,8 +40,8 @@ pub struct VolumeFiles {
     pub log: Arc<dyn BlockFile>,
     /// A second handle on the same inode, through the page cache: for the journal regions.
     pub journal: Arc<dyn BlockFile>,
-    /// Indexes, alternating by checkpoint.
-    pub index: [Arc<dyn BlockFile>; 2],
+    /// Runs of the index and snapshot tables.
+    pub index: Arc<dyn BlockFile>,
 }
 
 /// A file whose bytes the caller moves.
@@ -99,7 +102,7 @@ impl Default for OpenOptions {
             log_limit_bytes: u64::MAX,
             memtable_records: 128 << 10,
             journal_bytes: 4 << 20,
-            cache_pages: 1024,
+            cache_pages: 4096,
             journal_region_bytes: crate::layout::JOURNAL_REGION_BYTES,
             journal_prewritten_bytes: crate::layout::JOURNAL_PREWRITTEN_BYTES,
         }
@@ -115,6 +118,10 @@ pub struct VolumeStatus {
     pub snapshots: usize,
     /// Records of the index: versions and redirected blocks, upper bound.
     pub index_records: u64,
+    /// Runs on disk that a look-up may have to go through.
+    pub index_runs: usize,
+    /// It is not known yet which blocks of the log are free: until it is, all count as used, and the log grows.
+    pub scanning: bool,
     /// Bytes of the log in use.
     pub log_used_bytes: u64,
     /// Bytes of the log set aside.
@@ -199,6 +206,8 @@ pub(crate) struct Core {
     pub(crate) sweep: Sweep,
     /// Something was dropped that only a checkpoint gives back.
     pub(crate) reclaim: bool,
+    /// Blocks were settled since the last sweep began.
+    pub(crate) settled: bool,
     /// Blocks whose log space a discard gave up since the last checkpoint.
     pub(crate) discarded_blocks: u64,
     /// Counts changes of the index.
@@ -209,7 +218,15 @@ pub(crate) struct Core {
 #[derive(Debug)]
 pub(crate) struct Maintenance {
     pub(crate) superblock: Superblock,
+    /// Free pages of the index file.
+    pub(crate) room: IndexRoom,
+    /// Of the next run or snapshot table.
+    pub(crate) next_generation: Generation,
     pub(crate) checkpoint: Option<Checkpoint>,
+    pub(crate) reclaim: Option<Reclaim>,
+    /// A sweep has begun; when no checkpoint is under way any more, the merge that ends it is due.
+    pub(crate) sweep_due: bool,
+    pub(crate) scan: Option<Scan>,
     pub(crate) settle: Settle,
     pub(crate) ahead: Ahead,
     pub(crate) reserve: Reserve,
@@ -297,6 +314,11 @@ impl Core {
         for run in self.unconfirmed.take_free(&mut self.pins) {
             self.space.free(run);
         }
+    }
+
+    /// Whether a sweep may find something.
+    pub(crate) fn is_unswept(&self) -> bool {
+        self.reclaim || self.settled || self.discarded_blocks > 0 || self.sweep != Sweep::Idle
     }
 
     /// Whether a checkpoint is due; `factor` 4 asks whether writes must wait for it.
@@ -427,8 +449,9 @@ impl Volume {
         VolumeStatus {
             epoch: core.state.epoch,
             snapshots: core.state.table.len(),
-            index_records: core.state.index.run().records
-                + core.state.index.memtable_records() as u64,
+            index_records: core.state.index.records(),
+            index_runs: core.state.index.runs().len(),
+            scanning: core.space.is_scanning(),
             log_used_bytes: core.space.used_blocks() * BLOCK_BYTES,
             log_backed_bytes: core.space.backed_blocks() * BLOCK_BYTES,
             log_ahead_bytes: read(&counters.ahead_bytes),

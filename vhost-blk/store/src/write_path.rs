@@ -139,10 +139,10 @@ impl Shared {
         let method = core.state.table.newest().map(|snapshot| snapshot.method);
         let (one, many);
         let states = if first == last {
-            one = [core.state.index.state(first, floor)?];
+            one = [self.heed(core.state.index.state(first, floor))?];
             &one[..]
         } else {
-            many = core.state.index.states(first, last, floor)?;
+            many = self.heed(core.state.index.states(first, last, floor))?;
             &many[..]
         };
         let in_doubt = |block| core.unconfirmed.names(block);

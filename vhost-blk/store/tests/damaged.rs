@@ -83,6 +83,10 @@ fn try_damaged(
         !told || !findings.is_empty(),
         "{what}: does not read, and the check says nothing"
     );
+    assert!(
+        !told || volume.status().poisoned,
+        "{what}: writes go on with a damaged index"
+    );
     match victim {
         Victim::Other => assert!(whole, "{what}: opened with other contents"),
         Victim::Journal if !whole => {

@@ -45,7 +45,7 @@ fn byte_tables_of_the_document_are_the_programs() {
 
 #[test]
 fn fields_do_not_overlap() {
-    for structure in ["slot", "record", "page", "entry"] {
+    for structure in ["slot", "run", "record", "page"] {
         let mut end = 0;
         let mut fields: Vec<_> = FIELDS.iter().filter(|field| field.0 == structure).collect();
         fields.sort_by_key(|field| field.2);

@@ -1,25 +1,29 @@
-//! The merge: old run and frozen memtable become the next run, in bounded steps.
+//! The merge: neighbouring layers of the index become one run, in bounded steps.
 //!
-//! `checkpoint` drives it. It drops the versions that no snapshot and not the head can see, and for a
-//! revert turns what a snapshot sees into the live state. It writes only the index file that is not
-//! current, so that until the superblock names it nothing has happened (I7).
+//! `checkpoint` and `reclaim` drive it. It drops the versions that no snapshot and not the head can see, as far as its layers
+//! tell, and for a revert turns what a snapshot sees into the live state.
+//! Invariant: what it drops changes no view, whatever older layers hold: a version is taken for visible longer than it is
+//! when the one before it is not among the layers, and `Base` hides what is below unless nothing is.
 
+use std::collections::VecDeque;
 use std::ops::Bound;
 use std::sync::Arc;
 
-use super::{Fences, Key, Location, Memtable, Run, encode_page};
+use super::{Key, Location, Memtable, Run, RunWriter};
 use crate::error::{FileName, Result, StoreError};
 use crate::io::BlockFile;
-use crate::layout::{ENTRIES_PER_PAGE, LIVE, PAGE_BYTES};
-use crate::units::{Block, Epoch, Generation, LogBlock};
+use crate::layout::{LIVE, PAGE_BYTES};
+use crate::units::{Block, Epoch, LogBlock};
 
 /// What a merge keeps.
 #[derive(Clone, Debug)]
 pub(crate) struct MergeRule {
     /// Epochs of the snapshots that exist, ascending.
     pub(crate) epochs: Vec<u32>,
-    /// The epoch whose view becomes the live state.
+    /// The epoch whose view becomes the live state. All layers are merged.
     pub(crate) revert_to: Option<Epoch>,
+    /// No layer is older than those merged.
+    pub(crate) to_the_bottom: bool,
 }
 
 impl MergeRule {
@@ -42,7 +46,7 @@ impl MergeRule {
                 return;
             }
             if *death == LIVE {
-                if *location != Location::Base {
+                if *location != Location::Base || !self.to_the_bottom {
                     kept(LIVE, *location);
                 }
             } else if self.is_visible(previous, *death) {
@@ -53,53 +57,105 @@ impl MergeRule {
     }
 }
 
-/// A finished merge.
+/// A layer that is read in key order.
 #[derive(Debug)]
-pub(crate) struct Merged {
-    pub(crate) run: Run,
+enum Layer {
+    Table(Arc<Memtable>),
+    Run { run: Arc<Run>, next_page: u64 },
 }
+
+#[derive(Debug)]
+struct Source {
+    layer: Layer,
+    /// Records read and not taken.
+    ahead: VecDeque<(Key, Location)>,
+    /// Key read last.
+    last: Option<Key>,
+}
+
+impl Source {
+    fn new(layer: Layer) -> Source {
+        Source {
+            layer,
+            ahead: VecDeque::new(),
+            last: None,
+        }
+    }
+
+    fn peek(&mut self, file: &dyn BlockFile) -> Result<Option<(Key, Location)>> {
+        if self.ahead.is_empty() {
+            match &mut self.layer {
+                Layer::Table(table) => {
+                    let from = self.last.map_or(Bound::Unbounded, Bound::Excluded);
+                    let records = table.range((from, Bound::Unbounded));
+                    self.ahead.extend(records.take(TABLE_BATCH));
+                }
+                Layer::Run { run, next_page } => {
+                    *next_page += run.read_pages(file, *next_page, RUN_BATCH, &mut self.ahead)?;
+                    let mut last = self.last;
+                    let ascend = self.ahead.iter().all(|(key, _)| {
+                        let holds = last.is_none_or(|last| last < *key);
+                        last = Some(*key);
+                        holds
+                    });
+                    if !ascend {
+                        return Err(StoreError::Corrupted {
+                            file: FileName::Index,
+                            offset_bytes: run.place.first_page * PAGE_BYTES as u64,
+                            what: "keys of a run are not ascending (I1)",
+                        });
+                    }
+                }
+            }
+            self.last = self.ahead.back().map(|(key, _)| *key).or(self.last);
+        }
+        Ok(self.ahead.front().copied())
+    }
+}
+
+/// Records of a memtable taken at a time.
+const TABLE_BATCH: usize = 1024;
+/// Pages of a run read at a time.
+const RUN_BATCH: u64 = 8;
+/// Records that count as one page of a step's budget.
+const RECORDS_PER_PAGE: u64 = 256;
 
 /// A merge under way.
 #[derive(Debug)]
 pub(crate) struct Merge {
     rule: MergeRule,
-    source: Arc<Run>,
-    frozen: Arc<Memtable>,
-    /// Page of the old run to read next.
-    source_page: u64,
-    /// Records of the old run read and not taken, in reverse order.
-    ahead: Vec<(Key, Location)>,
-    /// Key of the frozen memtable taken last.
-    taken: Bound<Key>,
+    /// Newest first.
+    sources: Vec<Source>,
     block: Option<Block>,
     versions: Vec<(u32, Location)>,
-    page: Vec<(Key, Location)>,
-    output: Run,
+    output: Option<RunWriter>,
     /// Log blocks that the output names, since they were asked for last.
     named: Vec<LogBlock>,
 }
 
 impl Merge {
-    pub(crate) fn new(rule: MergeRule, source: Arc<Run>, frozen: Arc<Memtable>) -> Merge {
-        let output = Run {
-            volume_id: source.volume_id,
-            slot: 1 - source.slot,
-            generation: Generation(source.generation.0 + 1),
-            pages: 0,
-            records: 0,
-            fences: Fences::default(),
-        };
+    /// A merge of a memtable, if there is one, and of neighbouring runs, newest first.
+    pub(crate) fn new(
+        rule: MergeRule,
+        frozen: Option<Arc<Memtable>>,
+        runs: &[Arc<Run>],
+        output: RunWriter,
+    ) -> Merge {
+        let runs = runs.iter().map(|run| Layer::Run {
+            run: Arc::clone(run),
+            next_page: 0,
+        });
         Merge {
             rule,
-            source,
-            frozen,
-            source_page: 0,
-            ahead: Vec::new(),
-            taken: Bound::Unbounded,
+            sources: frozen
+                .map(Layer::Table)
+                .into_iter()
+                .chain(runs)
+                .map(Source::new)
+                .collect(),
             block: None,
             versions: Vec::new(),
-            page: Vec::with_capacity(ENTRIES_PER_PAGE),
-            output,
+            output: Some(output),
             named: Vec::new(),
         }
     }
@@ -109,37 +165,23 @@ impl Merge {
         std::mem::take(&mut self.named)
     }
 
-    /// Goes on for about `budget_pages` of output; the result when all is written (not yet synced).
+    /// Goes on for about `budget_pages`. `Some` when all is written, not yet synced: the run, unless nothing is left.
     pub(crate) fn step(
         &mut self,
-        files: &[Arc<dyn BlockFile>; 2],
+        file: &dyn BlockFile,
         budget_pages: u64,
-    ) -> Result<Option<Merged>> {
-        let (from, to) = match self.source.slot {
-            0 => (&*files[0], &*files[1]),
-            _ => (&*files[1], &*files[0]),
-        };
-        let mut budget_records = budget_pages.max(1) * ENTRIES_PER_PAGE as u64;
-        while budget_records > 0 {
-            budget_records -= 1;
-            let next = self.next(from)?;
+    ) -> Result<Option<Option<Run>>> {
+        for _ in 0..budget_pages.max(1).saturating_mul(RECORDS_PER_PAGE) {
+            let next = self.next(file)?;
             if self.block.is_some() && next.map(|(key, _)| key.block) != self.block {
-                self.close_block(to)?;
+                self.close_block(file)?;
             }
             let Some((key, location)) = next else {
-                self.write_page(to)?;
-                let done = std::mem::replace(
-                    &mut self.output,
-                    Run {
-                        volume_id: self.source.volume_id,
-                        slot: self.source.slot,
-                        generation: self.source.generation,
-                        pages: 0,
-                        records: 0,
-                        fences: Fences::default(),
-                    },
-                );
-                return Ok(Some(Merged { run: done }));
+                let output = self.output.take();
+                return match output {
+                    Some(output) => output.finish(file).map(Some),
+                    None => Ok(Some(None)),
+                };
             };
             self.block = Some(key.block);
             self.versions.push((key.death, location));
@@ -147,88 +189,41 @@ impl Merge {
         Ok(None)
     }
 
-    /// The next record in key order; the frozen memtable's wins over the run's.
-    fn next(&mut self, from: &dyn BlockFile) -> Result<Option<(Key, Location)>> {
-        if self.ahead.is_empty() && self.source_page < self.source.pages {
-            self.ahead = self.source.read_page(from, self.source_page)?;
-            self.ahead.reverse();
-            self.source_page += 1;
-        }
-        let old = self.ahead.last().copied();
-        let new = self
-            .frozen
-            .range((self.taken, Bound::Unbounded))
-            .next()
-            .map(|(key, location)| (*key, *location));
-        let take_new = match (old, new) {
-            (None, None) => return Ok(None),
-            (Some(_), None) => false,
-            (None, Some(_)) => true,
-            (Some((old, _)), Some((new, _))) => {
-                if old == new {
-                    self.ahead.pop();
-                }
-                new <= old
+    /// The next record in key order; that of the newest layer wins.
+    fn next(&mut self, file: &dyn BlockFile) -> Result<Option<(Key, Location)>> {
+        let mut best: Option<(Key, Location)> = None;
+        for source in &mut self.sources {
+            if let Some((key, location)) = source.peek(file)?
+                && best.is_none_or(|(best, _)| key < best)
+            {
+                best = Some((key, location));
             }
-        };
-        if take_new {
-            if let Some((key, _)) = new {
-                self.taken = Bound::Excluded(key);
-            }
-            return Ok(new);
         }
-        self.ahead.pop();
-        Ok(old)
+        if let Some((key, _)) = best {
+            for source in &mut self.sources {
+                source.ahead.pop_front_if(|(ahead, _)| *ahead == key);
+            }
+        }
+        Ok(best)
     }
 
     /// Sends what is kept of the collected block to the output.
-    fn close_block(&mut self, to: &dyn BlockFile) -> Result<()> {
-        let Some(block) = self.block.take() else {
+    fn close_block(&mut self, file: &dyn BlockFile) -> Result<()> {
+        let (Some(block), Some(output)) = (self.block.take(), self.output.as_mut()) else {
             return Ok(());
         };
-        let versions = std::mem::take(&mut self.versions);
-        let mut kept = Vec::with_capacity(versions.len());
-        self.rule.keep(&versions, |death, location| {
-            kept.push((Key { block, death }, location))
-        });
-        for (key, location) in kept {
+        let named = &mut self.named;
+        let mut written = Ok(());
+        self.rule.keep(&self.versions, |death, location| {
             if let Location::Log(at) = location {
-                self.named.push(at);
+                named.push(at);
             }
-            self.page.push((key, location));
-            if self.page.len() == ENTRIES_PER_PAGE {
-                self.write_page(to)?;
+            if written.is_ok() {
+                written = output.push(file, Key { block, death }, location);
             }
-        }
-        self.versions = versions;
+        });
         self.versions.clear();
-        Ok(())
-    }
-
-    fn write_page(&mut self, to: &dyn BlockFile) -> Result<()> {
-        let Some((first, _)) = self.page.first().copied() else {
-            return Ok(());
-        };
-        let number = self.output.pages;
-        let bytes = encode_page(
-            self.output.volume_id,
-            self.output.generation,
-            number,
-            &self.page,
-        );
-        let offset_bytes = number * PAGE_BYTES as u64;
-        to.write_at(&bytes, offset_bytes)
-            .map_err(|source| StoreError::Io {
-                op: "write",
-                file: FileName::Index,
-                offset_bytes,
-                source,
-            })?;
-        self.output.fences.push(first);
-        self.output.pages += 1;
-        self.output.records += self.page.len() as u64;
-        self.page.clear();
-        Ok(())
+        written
     }
 }
 

@@ -1,21 +1,28 @@
 //! The index: an ordered map from (block, death) to the location of that version.
 //!
-//! `state` changes and asks it. Three layers, newest first: the memtable (records of the current
-//! journal), a frozen memtable while a checkpoint merges it, and the run on disk. It knows neither
-//! snapshots nor when anything is durable.
-//! Invariants: at most one record per (block, death) and layer, a newer layer wins (I1); a block
-//! without a live record lives in the base, so `Base` at `LIVE` and no record mean the same.
+//! `state` changes and asks it. Layers, newest first: the memtable (records of the current journal), a frozen memtable
+//! while a checkpoint writes it out, and the runs on disk. It knows neither snapshots nor when anything is durable.
+//! Invariants: at most one record per (block, death) and layer, a newer layer wins (I1); the versions of a block in a newer
+//! layer died later than those in an older one; a block without a live record lives in the base, so `Base` at `LIVE` and no
+//! record mean the same.
 
+mod fences;
+mod memtable;
 mod merge;
+mod page;
 mod page_cache;
 mod run;
+mod run_writer;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-pub(crate) use merge::{Merge, MergeRule, Merged};
+pub(crate) use fences::Fences;
+pub(crate) use memtable::Memtable;
+pub(crate) use merge::{Merge, MergeRule};
 pub(crate) use page_cache::PageCache;
-pub(crate) use run::{Fences, Run, encode_page};
+pub(crate) use run::Run;
+pub(crate) use run_writer::{Largest, RunWriter, most_pages};
 
 use crate::error::Result;
 use crate::io::BlockFile;
@@ -87,8 +94,8 @@ impl Key {
     }
 }
 
-/// One layer in memory.
-pub(crate) type Memtable = BTreeMap<Key, Location>;
+/// Records of several layers, the newer ones' where they differ.
+pub(crate) type Overlay = BTreeMap<Key, Location>;
 
 /// What the head needs to know of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,7 +137,7 @@ fn table_end(table: &Memtable, block: Block) -> EndOfHistory {
         && let Some((key, location)) = versions.next_back()
     {
         if key.death == LIVE {
-            end.live = Some(*location);
+            end.live = Some(location);
         } else {
             end.last_death = Some(key.death);
         }
@@ -188,44 +195,47 @@ impl Skip {
 /// The layered map.
 #[derive(Debug)]
 pub(crate) struct Index {
-    files: [Arc<dyn BlockFile>; 2],
+    file: Arc<dyn BlockFile>,
     memtable: Memtable,
     frozen: Option<Arc<Memtable>>,
-    run: Arc<Run>,
+    /// Newest first.
+    runs: Vec<Arc<Run>>,
     cache: PageCache,
 }
 
 impl Index {
-    pub(crate) fn new(files: [Arc<dyn BlockFile>; 2], run: Run, cache_pages: usize) -> Index {
+    pub(crate) fn new(file: Arc<dyn BlockFile>, runs: Vec<Arc<Run>>, cache_pages: usize) -> Index {
         Index {
-            files,
-            memtable: Memtable::new(),
+            file,
+            memtable: Memtable::default(),
             frozen: None,
-            run: Arc::new(run),
+            runs,
             cache: PageCache::new(cache_pages),
         }
     }
 
     /// Whether every block lives in the base and has no history.
     pub(crate) fn is_empty(&self) -> bool {
-        self.memtable.is_empty() && self.frozen.is_none() && self.run.records == 0
+        self.memtable.is_empty() && self.frozen.is_none() && self.runs.is_empty()
     }
 
     pub(crate) fn memtable_records(&self) -> usize {
         self.memtable.len() + self.frozen.as_ref().map_or(0, |frozen| frozen.len())
     }
 
-    pub(crate) fn run(&self) -> &Arc<Run> {
-        &self.run
+    /// Records of all layers.
+    pub(crate) fn records(&self) -> u64 {
+        let on_disk: u64 = self.runs.iter().map(|run| run.place.records).sum();
+        on_disk + self.memtable_records() as u64
+    }
+
+    /// The runs, newest first.
+    pub(crate) fn runs(&self) -> &[Arc<Run>] {
+        &self.runs
     }
 
     pub(crate) fn put(&mut self, key: Key, location: Location) {
         self.memtable.insert(key, location);
-    }
-
-    fn file(&self) -> &Arc<dyn BlockFile> {
-        let [first, second] = &self.files;
-        if self.run.slot == 0 { first } else { second }
     }
 
     /// The layers in memory, newest first.
@@ -237,13 +247,16 @@ impl Index {
     /// looked at, and nothing is allocated.
     pub(crate) fn live(&mut self, block: Block) -> Result<Location> {
         let key = Key::live(block);
-        let in_memory = self.tables().find_map(|table| table.get(&key)).copied();
-        if let Some(location) = in_memory {
+        if let Some(location) = self.tables().find_map(|table| table.get(key)) {
             return Ok(location);
         }
-        let file = Arc::clone(self.file());
-        let end = self.run.end_of(&*file, &mut self.cache, block)?;
-        Ok(end.live.unwrap_or(Location::Base))
+        for run in &self.runs {
+            let end = run.end_of(&*self.file, &mut self.cache, block)?;
+            if let Some(location) = end.live {
+                return Ok(location);
+            }
+        }
+        Ok(Location::Base)
     }
 
     /// The head's view of one block; `floor` is the epoch of the newest snapshot.
@@ -259,9 +272,11 @@ impl Index {
         for table in self.tables() {
             found.add_older(table_end(table, block));
         }
-        if !found.decides(floor) {
-            let file = Arc::clone(self.file());
-            found.add_older(self.run.end_of(&*file, &mut self.cache, block)?);
+        for run in &self.runs {
+            if found.decides(floor) {
+                break;
+            }
+            found.add_older(run.end_of(&*self.file, &mut self.cache, block)?);
         }
         Ok(BlockState {
             live: found.live.unwrap_or(Location::Base),
@@ -272,18 +287,20 @@ impl Index {
     /// What the snapshot of `epoch` sees of one block.
     pub(crate) fn seen(&mut self, block: Block, epoch: Epoch) -> Result<Location> {
         let from = Key::history(block, Epoch(epoch.0.saturating_add(1)));
-        let file = Arc::clone(self.file());
-        let mut best = self
-            .run
-            .first_at_or_after(&*file, &mut self.cache, from)?
-            .filter(|(key, _)| key.block == block);
-        for table in self.tables().rev() {
-            let next = table.range(from..=Key::live(block)).next();
-            if let Some((key, location)) = next
-                && best.is_none_or(|(best, _)| *key <= best)
+        let range = from..=Key::live(block);
+        let mut best: Option<(Key, Location)> = None;
+        let mut add_newer = |found: Option<(Key, Location)>| {
+            if let Some((key, location)) = found
+                && best.is_none_or(|(best, _)| key <= best)
             {
-                best = Some((*key, *location));
+                best = Some((key, location));
             }
+        };
+        for run in self.runs.iter().rev() {
+            add_newer(run.first_in(&*self.file, &mut self.cache, range.clone())?);
+        }
+        for table in self.tables().rev() {
+            add_newer(table.range(range.clone()).next());
         }
         Ok(best.map_or(Location::Base, |(_, location)| location))
     }
@@ -298,18 +315,23 @@ impl Index {
         mut found: impl FnMut(Key, Location),
     ) -> Result<()> {
         let range = Key::first_of(first)..=Key::live(last);
-        let file = Arc::clone(self.file());
-        let mut skip = Skip::new(death);
-        self.run
-            .visit(&*file, &mut self.cache, &range, &mut |key, location| {
-                if key.death >= death {
-                    found(key, location);
-                }
-                skip.step(key)
-            })?;
+        for run in self.runs.iter().rev() {
+            let mut skip = Skip::new(death);
+            run.visit(
+                &*self.file,
+                &mut self.cache,
+                &range,
+                &mut |key, location| {
+                    if key.death >= death {
+                        found(key, location);
+                    }
+                    skip.step(key)
+                },
+            )?;
+        }
         for table in self.tables().rev() {
             for (key, location) in table.range(range.clone()) {
-                found(*key, *location);
+                found(key, location);
             }
         }
         Ok(())
@@ -367,29 +389,32 @@ impl Index {
         &mut self,
         first: Block,
         limit: usize,
-    ) -> Result<(Memtable, Option<Block>)> {
+    ) -> Result<(Overlay, Option<Block>)> {
         let range = Key::first_of(first)..=Key::live(Block(u64::MAX));
-        let mut overlaid = Memtable::new();
+        let mut overlaid = Overlay::new();
         // A layer cut short knows nothing from its last block on.
         let mut end: Option<Block> = None;
         let mut cut = |last: Block| end = Some(end.map_or(last, |end| end.min(last)));
-        let mut taken = 0;
-        let file = Arc::clone(self.file());
-        self.run
-            .visit(&*file, &mut self.cache, &range, &mut |key, location| {
-                taken += 1;
-                if taken > limit {
-                    cut(key.block);
-                    return Walk::End;
-                }
-                overlaid.insert(key, location);
-                Walk::On
-            })?;
+        for run in self.runs.iter().rev() {
+            let mut taken = 0;
+            run.visit(
+                &*self.file,
+                &mut self.cache,
+                &range,
+                &mut |key, location| {
+                    taken += 1;
+                    if taken > limit {
+                        cut(key.block);
+                        return Walk::End;
+                    }
+                    overlaid.insert(key, location);
+                    Walk::On
+                },
+            )?;
+        }
         for layer in self.tables().rev() {
             let mut layer_range = layer.range(range.clone());
-            for (key, location) in layer_range.by_ref().take(limit) {
-                overlaid.insert(*key, *location);
-            }
+            overlaid.extend(layer_range.by_ref().take(limit));
             if let Some((key, _)) = layer_range.next() {
                 cut(key.block);
             }
@@ -403,11 +428,7 @@ impl Index {
                 })?;
                 return Ok((overlaid, Some(first.plus(1))));
             }
-            overlaid = {
-                let mut kept = overlaid;
-                drop(kept.split_off(&Key::first_of(end)));
-                kept
-            };
+            drop(overlaid.split_off(&Key::first_of(end)));
         }
         Ok((overlaid, end))
     }
@@ -425,10 +446,14 @@ impl Index {
         self.frozen.as_ref()
     }
 
-    /// Puts the merged run in the place of the old one and of the frozen memtable.
-    pub(crate) fn install(&mut self, run: Run) {
-        self.run = Arc::new(run);
+    /// Puts what a checkpoint wrote in the place of the frozen memtable and of the runs merged with it.
+    pub(crate) fn install(&mut self, runs: Vec<Arc<Run>>) {
+        self.runs = runs;
         self.frozen = None;
-        self.cache.clear();
+    }
+
+    /// The same for a merge of runs alone.
+    pub(crate) fn install_merged(&mut self, runs: Vec<Arc<Run>>) {
+        self.runs = runs;
     }
 }

@@ -1,189 +1,165 @@
-//! A run: the sorted, immutable part of the index, in pages of one index file.
+//! A run: a sorted, immutable part of the index, in neighbouring pages of the index file, with its fences behind.
 //!
-//! `index` reads it, `merge` writes the next one. Fence keys lead to the page; there are never more
-//! than a fixed number of them, the last steps go over the pages themselves.
+//! `index` reads it through the page cache, `merge` and `scan` read all of it past the cache. Opening reads the fences
+//! alone: a page is checked when it is read, and one that does not verify is an error of whoever asked.
 //! Invariant: keys are strictly ascending across the whole run (I1).
 #![deny(clippy::indexing_slicing)]
 
 use std::ops::RangeInclusive;
 
-use super::page_cache::Page;
-use super::{EndOfHistory, Key, Location, PageCache, Walk};
+use super::page::{Broken, Page, Records, UnverifiedPage};
+use super::{EndOfHistory, Fences, Key, Location, PageCache, Walk};
 use crate::error::{FileName, Result, StoreError};
 use crate::io::BlockFile;
-use crate::layout::{self, ENTRIES_PER_PAGE, ENTRY_BYTES, LIVE, PAGE_BYTES, Seal, page, put};
+use crate::layout::{LIVE, PAGE_BYTES, Seal};
+use crate::superblock::RunPlace;
 use crate::units::{Block, Generation, VolumeId, in_memory};
 
-/// Most fence keys in memory: 1 MiB.
-const MAX_FENCES: usize = 1 << 16;
-
-/// Bytes of a page as read, before any check.
-pub(crate) struct UnverifiedPage<'a>(pub(crate) &'a [u8; PAGE_BYTES]);
-
-impl UnverifiedPage<'_> {
-    /// The records, if checksum, number, count, order and every location hold.
-    pub(crate) fn verify(
-        &self,
-        volume: VolumeId,
-        generation: Generation,
-        number: u64,
-    ) -> Option<Vec<(Key, Location)>> {
-        let bytes = self.0.as_slice();
-        let (head, body) = bytes.split_at_checked(page::ENTRY_COUNT)?;
-        let crc = Seal::Page(generation, number).crc(volume, body);
-        let count = in_memory(u64::from(layout::u32_at(bytes, page::ENTRY_COUNT)));
-        if !layout::checksum_holds(layout::u32_at(head, page::CRC), crc)
-            || layout::u64_at(bytes, page::PAGE_NUMBER) != number
-            || count == 0
-            || count > ENTRIES_PER_PAGE
-        {
-            return None;
-        }
-        let mut records: Vec<(Key, Location)> = Vec::with_capacity(count);
-        for entry in bytes
-            .get(layout::PAGE_HEADER_BYTES..)?
-            .chunks_exact(ENTRY_BYTES)
-            .take(count)
-        {
-            let key = Key {
-                block: Block(layout::u64_at(entry, page::ENTRY_BLOCK)),
-                death: layout::u32_at(entry, page::ENTRY_DEATH),
-            };
-            let location = Location::decode(layout::u64_at(entry, page::ENTRY_LOCATION))?;
-            if records.last().is_some_and(|(last, _)| *last >= key) {
-                return None;
-            }
-            records.push((key, location));
-        }
-        Some(records)
-    }
-}
-
-/// The bytes of page `number`.
-pub(crate) fn encode_page(
-    volume: VolumeId,
-    generation: Generation,
-    number: u64,
-    records: &[(Key, Location)],
-) -> [u8; PAGE_BYTES] {
-    let mut bytes = [0; PAGE_BYTES];
-    let count = u32::try_from(records.len()).unwrap_or(u32::MAX);
-    put(&mut bytes, page::ENTRY_COUNT, &count.to_le_bytes());
-    put(&mut bytes, page::PAGE_NUMBER, &number.to_le_bytes());
-    for (place, (key, location)) in records.iter().enumerate() {
-        let at = layout::PAGE_HEADER_BYTES + place * ENTRY_BYTES;
-        put(
-            &mut bytes,
-            at + page::ENTRY_BLOCK,
-            &key.block.0.to_le_bytes(),
-        );
-        put(&mut bytes, at + page::ENTRY_DEATH, &key.death.to_le_bytes());
-        put(
-            &mut bytes,
-            at + page::ENTRY_LOCATION,
-            &location.encode().to_le_bytes(),
-        );
-    }
-    let body = bytes.get(page::ENTRY_COUNT..).unwrap_or_default();
-    let crc = Seal::Page(generation, number).crc(volume, body);
-    put(&mut bytes, page::CRC, &crc.to_le_bytes());
-    bytes
-}
-
-/// First keys of every `stride`-th page.
-#[derive(Debug)]
-pub(crate) struct Fences {
-    most: usize,
-    keys: Vec<Key>,
-    stride: u64,
-    pages: u64,
-}
-
-impl Default for Fences {
-    fn default() -> Self {
-        Fences::new(MAX_FENCES)
-    }
-}
-
-impl Fences {
-    /// No fences yet, and never as many as `most`.
-    fn new(most: usize) -> Fences {
-        Fences {
-            most,
-            keys: Vec::new(),
-            stride: 1,
-            pages: 0,
-        }
-    }
-
-    /// Notes the first key of the next page.
-    pub(crate) fn push(&mut self, first: Key) {
-        if self.pages.is_multiple_of(self.stride) {
-            self.keys.push(first);
-        }
-        self.pages += 1;
-        if self.keys.len() >= self.most {
-            let mut place = 0;
-            self.keys.retain(|_| {
-                place += 1;
-                place % 2 == 1
-            });
-            self.stride *= 2;
-        }
-    }
-
-    /// Pages among which the last one that begins at or before `key` is: first and one behind the last.
-    fn span(&self, key: Key) -> (u64, u64) {
-        let after = self.keys.partition_point(|fence| *fence <= key) as u64;
-        let first = after.saturating_sub(1) * self.stride;
-        (first, (after * self.stride).min(self.pages))
-    }
-}
+/// Pages read at a time by those who read all of them.
+const STRIDE_PAGES: u64 = 16;
 
 /// A run on disk.
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) volume_id: VolumeId,
-    /// Which index file holds it.
-    pub(crate) slot: usize,
-    pub(crate) generation: Generation,
-    pub(crate) pages: u64,
-    pub(crate) records: u64,
+    pub(crate) place: RunPlace,
     pub(crate) fences: Fences,
 }
 
+fn page_offset(page: u64) -> u64 {
+    page.saturating_mul(PAGE_BYTES as u64)
+}
+
+fn read(file: &dyn BlockFile, bytes: &mut [u8], page: u64) -> Result<()> {
+    let offset_bytes = page_offset(page);
+    file.read_at(bytes, offset_bytes)
+        .map_err(|source| StoreError::Io {
+            op: "read",
+            file: FileName::Index,
+            offset_bytes,
+            source,
+        })
+}
+
 impl Run {
-    /// Reads and checks page `number`, past the cache.
-    pub(crate) fn read_page(
-        &self,
-        file: &dyn BlockFile,
-        number: u64,
-    ) -> Result<Vec<(Key, Location)>> {
-        let offset_bytes = number * PAGE_BYTES as u64;
-        let mut bytes = [0; PAGE_BYTES];
-        file.read_at(&mut bytes, offset_bytes)
-            .map_err(|source| StoreError::Io {
-                op: "read",
+    /// Reads the fences of a run, and nothing else of it.
+    pub(crate) fn load(file: &dyn BlockFile, volume_id: VolumeId, place: RunPlace) -> Result<Run> {
+        let mut run = Run {
+            volume_id,
+            place,
+            fences: Fences::default(),
+        };
+        let (mut previous, mut fences, mut kept) = (None, 0, Fences::default());
+        let first = place.first_page + place.pages;
+        run.each_page(
+            file,
+            first,
+            place.fence_pages,
+            Seal::Fence,
+            &mut |records| {
+                for (key, _) in records.by_ref() {
+                    if previous.is_some_and(|previous| previous >= key) {
+                        return false;
+                    }
+                    previous = Some(key);
+                    fences += 1;
+                    if fences <= place.pages {
+                        kept.push(key);
+                    }
+                }
+                true
+            },
+        )?;
+        if fences != place.pages {
+            return Err(StoreError::Corrupted {
                 file: FileName::Index,
-                offset_bytes,
-                source,
-            })?;
-        UnverifiedPage(&bytes)
-            .verify(self.volume_id, self.generation, number)
-            .ok_or(StoreError::Corrupted {
-                file: FileName::Index,
-                offset_bytes,
-                what: "page does not verify",
-            })
+                offset_bytes: page_offset(first),
+                what: "another number of fences than pages",
+            });
+        }
+        kept.shrink();
+        run.fences = kept;
+        Ok(run)
     }
 
-    fn page(&self, file: &dyn BlockFile, cache: &mut PageCache, number: u64) -> Result<Page> {
-        if let Some(page) = cache.get(number) {
-            return Ok(page);
+    fn corrupted(&self, number: u64) -> StoreError {
+        StoreError::Corrupted {
+            file: FileName::Index,
+            offset_bytes: page_offset(self.place.first_page + number),
+            what: "page does not verify",
         }
-        let page: Page = self.read_page(file, number)?.into();
-        cache.insert(number, Page::clone(&page));
-        Ok(page)
+    }
+
+    /// Reads `count` pages of the file from `first` on, numbered from 0 in their seals, and hands the records of each to
+    /// `found`, which answers whether they hold.
+    fn each_page(
+        &self,
+        file: &dyn BlockFile,
+        first: u64,
+        count: u64,
+        seal: impl Fn(Generation, u64) -> Seal,
+        found: &mut dyn FnMut(&mut Records<'_>) -> bool,
+    ) -> Result<()> {
+        let mut bytes = vec![0; in_memory(STRIDE_PAGES.min(count)) * PAGE_BYTES];
+        let mut number = 0;
+        while number < count {
+            let part = STRIDE_PAGES.min(count - number);
+            let window = bytes
+                .get_mut(..in_memory(part) * PAGE_BYTES)
+                .unwrap_or_default();
+            read(file, window, first + number)?;
+            for page in window.as_chunks::<PAGE_BYTES>().0 {
+                let seal = seal(self.place.generation, number);
+                let holds = UnverifiedPage(page)
+                    .verify(self.volume_id, seal)
+                    .map(Page::all)
+                    .is_some_and(|mut records| found(&mut records) && records.check().is_ok());
+                if !holds {
+                    return Err(self.corrupted(first + number - self.place.first_page));
+                }
+                number += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads pages `first` and on, at most `count`, past the cache: all their records, and how many pages it were.
+    pub(crate) fn read_pages(
+        &self,
+        file: &dyn BlockFile,
+        first: u64,
+        count: u64,
+        records: &mut impl Extend<(Key, Location)>,
+    ) -> Result<u64> {
+        let count = count.min(self.place.pages.saturating_sub(first));
+        let seal = |generation, number| Seal::Page(generation, first + number);
+        let start = self.place.first_page + first;
+        self.each_page(file, start, count, seal, &mut |page| {
+            records.extend(page.by_ref());
+            true
+        })?;
+        Ok(count)
+    }
+
+    fn page<'a>(
+        &self,
+        file: &dyn BlockFile,
+        cache: &'a mut PageCache,
+        number: u64,
+    ) -> Result<Page<'a>> {
+        let generation = self.place.generation;
+        let bytes = cache.fetch((generation.0, number), |bytes| {
+            read(file, bytes, self.place.first_page + number)?;
+            let verified = UnverifiedPage(bytes)
+                .verify(self.volume_id, Seal::Page(generation, number))
+                .is_some();
+            if verified {
+                Ok(())
+            } else {
+                Err(self.corrupted(number))
+            }
+        })?;
+        Ok(Page(bytes))
     }
 
     /// The last page that begins at or before `key`; the first page if none does.
@@ -191,8 +167,9 @@ impl Run {
         let (mut first, mut behind) = self.fences.span(key);
         while behind - first > 1 {
             let middle = first + (behind - first) / 2;
-            let page = self.page(file, cache, middle)?;
-            if page.first().is_some_and(|(start, _)| *start <= key) {
+            let start = self.page(file, cache, middle)?.all().next();
+            let (start, _) = start.ok_or_else(|| self.corrupted(middle))?;
+            if start <= key {
                 first = middle;
             } else {
                 behind = middle;
@@ -201,7 +178,7 @@ impl Run {
         Ok(first)
     }
 
-    /// The live version of `block`, and the last one before it.
+    /// The live version of `block`, and when the one before it died. Two pages are looked at, at most.
     pub(crate) fn end_of(
         &self,
         file: &dyn BlockFile,
@@ -209,39 +186,39 @@ impl Run {
         block: Block,
     ) -> Result<EndOfHistory> {
         let mut end = EndOfHistory::default();
-        if self.pages == 0 {
+        let key = Key::live(block);
+        let number = self.page_of(file, cache, key)?;
+        let broken = |_: Broken| self.corrupted(number);
+        let [last, mut before] = self
+            .page(file, cache, number)?
+            .last_two(key)
+            .map_err(broken)?;
+        let Some((last, location)) = last.filter(|(last, _)| last.block == block) else {
+            return Ok(end);
+        };
+        if last.death != LIVE {
+            end.last_death = Some(last.death);
             return Ok(end);
         }
-        let mut number = self.page_of(file, cache, Key::live(block))?;
-        loop {
-            let page = self.page(file, cache, number)?;
-            let behind = page.partition_point(|(key, _)| *key <= Key::live(block));
-            for (key, location) in page.iter().take(behind).rev() {
-                if key.block != block {
-                    return Ok(end);
-                }
-                if key.death != LIVE {
-                    end.last_death = Some(key.death);
-                    return Ok(end);
-                }
-                end.live = Some(*location);
-            }
-            if number == 0 {
-                return Ok(end);
-            }
-            number -= 1;
+        end.live = Some(location);
+        if before.is_none() && number > 0 {
+            let page = self.page(file, cache, number - 1)?;
+            [before, _] = page.last_two(key).map_err(broken)?;
         }
+        end.last_death = before
+            .filter(|(before, _)| before.block == block)
+            .map(|(before, _)| before.death);
+        Ok(end)
     }
 
-    /// The first record at or behind `key`.
-    pub(crate) fn first_at_or_after(
+    /// The first record in `range`.
+    pub(crate) fn first_in(
         &self,
         file: &dyn BlockFile,
         cache: &mut PageCache,
-        key: Key,
+        range: RangeInclusive<Key>,
     ) -> Result<Option<(Key, Location)>> {
         let mut first = None;
-        let range = key..=Key::live(Block(u64::MAX));
         self.visit(file, cache, &range, &mut |key, location| {
             first = Some((key, location));
             Walk::End
@@ -249,7 +226,7 @@ impl Run {
         Ok(first)
     }
 
-    /// Calls `found` with the records in `range`, in order, and goes where it says.
+    /// Calls `found` with the records in `range`, in order, and goes where it says: never back.
     pub(crate) fn visit(
         &self,
         file: &dyn BlockFile,
@@ -258,33 +235,30 @@ impl Run {
         found: &mut dyn FnMut(Key, Location) -> Walk,
     ) -> Result<()> {
         let mut from = *range.start();
-        if self.pages == 0 {
-            return Ok(());
-        }
         let mut number = self.page_of(file, cache, from)?;
-        while number < self.pages {
-            let page = self.page(file, cache, number)?;
-            let mut place = page.partition_point(|(key, _)| *key < from);
-            while let Some((key, location)) = page.get(place) {
-                if key > range.end() {
+        while number < self.place.pages {
+            let mut leap = false;
+            let mut records = self.page(file, cache, number)?.near(from);
+            for (key, location) in records.by_ref().skip_while(|(key, _)| *key < from) {
+                if key > *range.end() {
                     return Ok(());
                 }
-                match found(*key, *location) {
-                    Walk::On => place += 1,
+                match found(key, location) {
+                    Walk::On => {}
                     Walk::To(target) => {
-                        from = target;
-                        place += page
-                            .get(place..)
-                            .map_or(0, |rest| rest.partition_point(|(key, _)| *key < target));
+                        leap = target > from;
+                        from = from.max(target);
+                        break;
                     }
                     Walk::End => return Ok(()),
                 }
             }
-            number += 1;
-            // A leap may go over many pages.
-            if page.last().is_some_and(|(last, _)| *last < from) {
-                number = number.max(self.page_of(file, cache, from)?);
-            }
+            records.check().map_err(|_| self.corrupted(number))?;
+            number = if leap {
+                self.page_of(file, cache, from)?.max(number)
+            } else {
+                number + 1
+            };
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ fn slot() -> Superblock {
     let opened = crate::Volume::open_files(files.clone(), &options);
     assert!(opened.is_ok());
     match superblock::load(&*files.superblock) {
-        Ok(SlotsFound::Valid { current, .. }) => current,
+        Ok(SlotsFound::Valid { current, .. }) => *current,
         Ok(SlotsFound::Blank) | Err(_) => panic!("no slot"),
     }
 }

@@ -12,7 +12,7 @@ use crate::units::in_memory;
 use crate::volume::VolumeFiles;
 
 /// Names of a volume's files; a file's place is its index here.
-pub const FILE_NAMES: [&str; 5] = ["base", "superblock", "log", "index.0", "index.1"];
+pub const FILE_NAMES: [&str; 4] = ["base", "superblock", "log", "index"];
 /// Files of a volume.
 pub const FILES: usize = FILE_NAMES.len();
 /// Place of the base.
@@ -65,19 +65,13 @@ pub fn volume_files(mut at: impl FnMut(usize) -> Arc<dyn BlockFile>) -> VolumeFi
         superblock,
         journal: Arc::clone(&log),
         log,
-        index: [at(3), at(4)],
+        index: at(3),
     }
 }
 
 /// The files of a volume in the order of [`FILE_NAMES`].
 pub fn each_file(files: &VolumeFiles) -> [&Arc<dyn BlockFile>; FILES] {
-    [
-        &files.base,
-        &files.superblock,
-        &files.log,
-        &files.index[0],
-        &files.index[1],
-    ]
+    [&files.base, &files.superblock, &files.log, &files.index]
 }
 
 /// Files in memory with these contents, in the order of [`FILE_NAMES`]; empty where there are none.

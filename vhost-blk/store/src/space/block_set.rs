@@ -193,6 +193,25 @@ impl BlockSet {
         found
     }
 
+    /// The highest block of the set.
+    pub(crate) fn last(&self) -> Option<u64> {
+        for (number, part) in self.parts.iter().enumerate().rev() {
+            let start = number as u64 * self.part_blocks;
+            match part {
+                Part::Empty => {}
+                Part::Full => return Some(start + self.part_blocks - 1),
+                Part::Mixed { words, .. } => {
+                    let last = words.iter().enumerate().rev().find(|(_, word)| **word != 0);
+                    if let Some((place, word)) = last {
+                        let bit = 63 - u64::from(word.leading_zeros());
+                        return Some(start + place as u64 * 64 + bit);
+                    }
+                }
+            }
+        }
+        None
+    }
+
     /// Puts a part of `other` in the place of ours; how many blocks fewer there are now.
     pub(crate) fn replace_part(&mut self, other: &mut BlockSet, number: u64) -> u64 {
         let before = self.count_in(number);

@@ -85,6 +85,7 @@ fn block_set_is_a_set_in_every_part() {
                 assert_eq!(set.insert(block), plain.insert(block));
             }
             assert!((0..340).all(|block| set.contains(block) == plain.contains(&block)));
+            assert_eq!(set.last(), plain.last().copied());
             let counted: u64 = (0..set.parts()).map(|number| set.count_in(number)).sum();
             assert_eq!(counted, plain.len() as u64);
             let from = block / part * part;

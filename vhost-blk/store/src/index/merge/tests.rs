@@ -18,6 +18,7 @@ fn versions_that_no_snapshot_sees_are_dropped() {
     let rule = MergeRule {
         epochs: vec![2, 5],
         revert_to: None,
+        to_the_bottom: true,
     };
     let versions = [
         (2, log(1)),
@@ -38,8 +39,20 @@ fn live_base_is_not_written() {
     let rule = MergeRule {
         epochs: vec![],
         revert_to: None,
+        to_the_bottom: true,
     };
     assert_eq!(kept(&rule, &[(3, log(2)), (LIVE, Location::Base)]), []);
+}
+
+#[test]
+fn live_base_hides_what_an_older_layer_may_hold() {
+    let rule = MergeRule {
+        epochs: vec![],
+        revert_to: None,
+        to_the_bottom: false,
+    };
+    let versions = [(3, log(2)), (LIVE, Location::Base)];
+    assert_eq!(kept(&rule, &versions), [(LIVE, Location::Base)]);
 }
 
 #[test]
@@ -47,6 +60,7 @@ fn revert_makes_the_view_of_the_snapshot_live() {
     let rule = MergeRule {
         epochs: vec![1, 2],
         revert_to: Some(Epoch(2)),
+        to_the_bottom: true,
     };
     let versions = [(2, log(1)), (3, log(2)), (4, log(3)), (LIVE, log(5))];
     assert_eq!(kept(&rule, &versions), [(2, log(1)), (LIVE, log(2))]);

@@ -1,0 +1,310 @@
+//! Merging runs in the background: to keep them few, and to find what was dropped.
+//!
+//! `maintain` drives it in steps; checkpoints go on beside it, on newer runs. A merge of all runs ends a sweep: the log
+//! blocks that it did not write into its output, and that nobody took or gave back since the sweep began, are free.
+//! Invariants: the journal's part of the superblock stays what the last checkpoint made it; runs that are being merged or
+//! scanned are in nobody else's merge.
+
+use std::sync::Arc;
+
+use crate::checkpoint::{Turn, rule};
+use crate::error::{FileName, Result, StoreError};
+use crate::index::{Merge, Run};
+use crate::index_room::PageRange;
+use crate::scan::{Bounds, Scan};
+use crate::superblock::Superblock;
+use crate::units::LogBlock;
+use crate::volume::{Core, Maintenance, Shared, Sweep};
+
+/// A run that is older may be this many times as large as what is merged into it.
+pub(crate) const RATIO: u64 = 2;
+/// From so many runs on, size does not matter.
+pub(crate) const MANY_RUNS: usize = 12;
+
+/// Merging of runs under way.
+#[derive(Debug)]
+pub(crate) struct Reclaim {
+    merge: Merge,
+    inputs: Vec<Arc<Run>>,
+    room: PageRange,
+    /// It ends the sweep.
+    sweeps: bool,
+}
+
+/// Which neighbouring runs to merge, newest first in `sizes`: those that checkpoints, which merge up to `small` records,
+/// leave to us.
+fn choose(sizes: &[u64], small: u64) -> Option<std::ops::Range<usize>> {
+    for first in 0..sizes.len() {
+        let (mut behind, mut records) = (first, 0_u64);
+        for size in sizes.iter().skip(first) {
+            if behind > first && *size > records.saturating_mul(RATIO) {
+                break;
+            }
+            records = records.saturating_add(*size);
+            behind += 1;
+        }
+        if behind - first > 1 && records > small {
+            return Some(first..behind);
+        }
+    }
+    (sizes.len() > MANY_RUNS).then_some(0..sizes.len())
+}
+
+impl Maintenance {
+    /// Those of `runs`, newest first, that are newer than all that is being merged or scanned.
+    pub(crate) fn newer_runs<'a>(&self, runs: &'a [Arc<Run>]) -> &'a [Arc<Run>] {
+        let is_held = |run: &Arc<Run>| {
+            let merged = self.reclaim.as_ref();
+            let scanned = self.scan.as_ref();
+            merged.is_some_and(|merged| merged.inputs.iter().any(|input| Arc::ptr_eq(input, run)))
+                || scanned.is_some_and(|scan| scan.holds(run))
+        };
+        let free = runs.iter().position(is_held).unwrap_or(runs.len());
+        runs.get(..free).unwrap_or_default()
+    }
+}
+
+impl Shared {
+    /// Begins a merge of all runs that ends the sweep which began before, or of some if they are too many.
+    /// `false` if there is nothing to do. None is under way, and no scan.
+    pub(crate) fn begin_reclaim(&self, work: &mut Maintenance, sweeps: bool) -> Result<bool> {
+        let mut core = self.core();
+        let runs = core.state.index.runs().to_vec();
+        let chosen = if sweeps {
+            0..runs.len()
+        } else {
+            let sizes: Vec<u64> = runs.iter().map(|run| run.place.records).collect();
+            match choose(&sizes, self.small_merge_records()) {
+                Some(chosen) => chosen,
+                None => return Ok(false),
+            }
+        };
+        if runs.is_empty() {
+            // Nothing is named: the sweep frees all.
+            let generation = core.pins.close();
+            core.sweep = Sweep::Waiting(generation);
+            return Ok(true);
+        }
+        let to_the_bottom = chosen.end == runs.len();
+        let rule = rule(&core.state.table.shared(), Turn::Keep, to_the_bottom);
+        let inputs = runs.get(chosen).unwrap_or_default().to_vec();
+        let (room, output) = self.new_run(work, &core, 0, &inputs);
+        drop(core);
+        work.reclaim = Some(Reclaim {
+            merge: Merge::new(rule, None, &inputs, output),
+            inputs,
+            room,
+            sweeps,
+        });
+        Ok(true)
+    }
+
+    /// Goes on by about `budget_pages`; what an error leaves is as if it had not begun.
+    pub(crate) fn step_reclaim(&self, work: &mut Maintenance, budget_pages: u64) -> Result<()> {
+        let Some(mut reclaim) = work.reclaim.take() else {
+            return Ok(());
+        };
+        let stepped = reclaim.merge.step(&*self.files.index, budget_pages);
+        if reclaim.sweeps {
+            self.note_named(reclaim.merge.take_named());
+        }
+        match stepped {
+            Ok(None) => {
+                work.reclaim = Some(reclaim);
+                Ok(())
+            }
+            Ok(Some(merged)) => {
+                let result = self.finish_reclaim(work, &reclaim, merged);
+                if result.is_err() {
+                    // Which slot is durable is unknown, or the commit round failed.
+                    self.poison();
+                }
+                work.room.give_back(reclaim.room);
+                result
+            }
+            Err(error) => {
+                work.reclaim = Some(reclaim);
+                self.abandon_reclaim(work);
+                Err(no_space(error))
+            }
+        }
+    }
+
+    /// Forgets the merge and its sweep: nothing has happened.
+    pub(crate) fn abandon_reclaim(&self, work: &mut Maintenance) {
+        if let Some(reclaim) = work.reclaim.take() {
+            work.room.give_back(reclaim.room);
+        }
+        let mut core = self.core();
+        if core.sweep == Sweep::Marking {
+            core.space.abandon_sweep();
+            core.sweep = Sweep::Idle;
+            core.reclaim = true;
+        }
+        work.sweep_due = false;
+    }
+
+    /// Log blocks that are in use.
+    pub(crate) fn note_named(&self, named: Vec<LogBlock>) {
+        for part in named.chunks(1024) {
+            let mut core = self.core();
+            part.iter().for_each(|block| core.space.note_named(*block));
+        }
+    }
+
+    fn finish_reclaim(
+        &self,
+        work: &mut Maintenance,
+        reclaim: &Reclaim,
+        merged: Option<Run>,
+    ) -> Result<()> {
+        let mut runs = self.core().state.index.runs().to_vec();
+        let is_input = |run: &Arc<Run>| reclaim.inputs.iter().any(|input| Arc::ptr_eq(input, run));
+        let place = runs.iter().position(is_input).unwrap_or(runs.len());
+        runs.retain(|run| !is_input(run));
+        if let Some(merged) = merged {
+            runs.insert(place.min(runs.len()), Arc::new(merged));
+        }
+        let superblock = Superblock {
+            runs: runs.iter().map(|run| run.place).collect(),
+            ..work.superblock.clone()
+        };
+        self.flip(work, superblock)?;
+        let mut core = self.core();
+        let core = &mut *core;
+        core.state.index.install_merged(runs);
+        let generation = core.pins.close();
+        if reclaim.sweeps {
+            core.sweep = Sweep::Waiting(generation);
+        }
+        self.note_plain(core);
+        work.settle.note_checkpoint();
+        Ok(())
+    }
+
+    /// Begins a sweep: from now on every log block is a candidate, but those that plans have reserved.
+    pub(crate) fn begin_sweep(core: &mut Core) {
+        core.sweep = Sweep::Marking;
+        core.space.begin_sweep();
+        for (start, count) in &core.reserved {
+            for block in *start..start + count {
+                core.space.note_named(LogBlock(block));
+            }
+        }
+        for run in core.unconfirmed.superseded() {
+            for place in 0..run.count {
+                core.space.note_named(run.start.plus(place));
+            }
+        }
+        core.reclaim = false;
+        core.discarded_blocks = 0;
+        core.settled = false;
+    }
+
+    /// Goes on with the scan by about `budget_pages`.
+    pub(crate) fn step_scan(&self, work: &mut Maintenance, budget_pages: u64) -> Result<()> {
+        let Some(mut scan) = work.scan.take() else {
+            return Ok(());
+        };
+        let (mut done, mut named) = (0, Vec::new());
+        while done < budget_pages.max(1) {
+            let step = scan.step(&*self.files.index, budget_pages - done, &mut named);
+            let pages = match self.heed(step) {
+                Ok(pages) => pages,
+                Err(error) => {
+                    work.scan = Some(scan);
+                    return Err(error);
+                }
+            };
+            self.note_named(std::mem::take(&mut named));
+            if pages == 0 {
+                self.core().space.end_scan();
+                return Ok(());
+            }
+            done += pages;
+        }
+        work.scan = Some(scan);
+        Ok(())
+    }
+
+    /// Begins the scan anew, with the runs that are there now.
+    pub(crate) fn restart_scan(&self, work: &mut Maintenance) {
+        if work.scan.is_some() {
+            let core = self.core();
+            let bounds = Bounds {
+                volume_blocks: self.volume_blocks(),
+                log_blocks: work.superblock.first_data_block()..core.space.high_water(),
+                epoch: core.state.epoch.0,
+            };
+            work.scan = Some(Scan::new(core.state.index.runs(), bounds));
+        }
+    }
+
+    /// Pages of the index file that no slot names any more give their space back. They are used again all the same, so an
+    /// error costs nothing but space.
+    pub(crate) fn release_pages(&self, ranges: &[PageRange]) {
+        for range in ranges {
+            let offset_bytes = range.first * crate::layout::PAGE_BYTES as u64;
+            let length_bytes = range.count * crate::layout::PAGE_BYTES as u64;
+            drop(self.files.index.release(offset_bytes, length_bytes));
+        }
+    }
+
+    /// Damage found in the index: the volume takes no more writes, whoever asked for the page.
+    pub(crate) fn heed<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(StoreError::Corrupted {
+            file: FileName::Index,
+            ..
+        }) = &result
+        {
+            self.poison();
+        }
+        result
+    }
+}
+
+/// A full file system is the shadow storage's.
+pub(crate) fn no_space(error: StoreError) -> StoreError {
+    if let StoreError::Io { source, .. } = &error
+        && source.kind() == std::io::ErrorKind::StorageFull
+    {
+        return StoreError::NoSpace;
+    }
+    error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_merged_when_the_older_is_not_much_larger() {
+        assert_eq!(choose(&[], 10), None);
+        assert_eq!(choose(&[100], 10), None);
+        assert_eq!(choose(&[100, 1000], 10), None);
+        assert_eq!(choose(&[5, 5], 10), None, "a checkpoint does that");
+        assert_eq!(choose(&[100, 150, 1000], 10), Some(0..2));
+        assert_eq!(choose(&[1, 100, 150, 500, 5000], 10), Some(1..4));
+        assert_eq!(choose(&[1; 13], 1000), Some(0..13));
+    }
+
+    #[test]
+    fn runs_stay_few_and_each_record_is_rewritten_a_few_times() {
+        // What checkpoints and merges do to 10,000 memtables of one record each, if each keeps up with the other.
+        let (mut sizes, mut written) = (Vec::<u64>::new(), 0);
+        for _ in 0..10_000 {
+            let count = crate::checkpoint::newest_to_merge(&sizes, 1, 8);
+            let merged = 1 + sizes.drain(..count).sum::<u64>();
+            sizes.insert(0, merged);
+            written += merged;
+            if let Some(chosen) = choose(&sizes, 8) {
+                let first = chosen.start;
+                let merged = sizes.drain(chosen).sum::<u64>();
+                sizes.insert(first, merged);
+                written += merged;
+            }
+            assert!(sizes.len() <= 10, "{sizes:?}");
+        }
+        assert!(written < 12 * 10_000, "{written}");
+    }
+}
