@@ -10,7 +10,8 @@
 //! Invariant: a head is in flight once at most. A guest that offers it again has broken its ring.
 
 use super::request::Answer;
-use crate::engine::{Outcome, Token};
+use crate::engine::{GuestRange, Outcome, Token};
+use smallvec::SmallVec;
 use std::collections::VecDeque;
 
 /// When requests are published.
@@ -38,21 +39,27 @@ pub(super) struct InFlight {
     arrivals: u64,
 }
 
-#[derive(Clone, Copy, Debug)]
+/// Guest memory that a request writes, status apart. Almost always one piece.
+pub(super) type Written = SmallVec<[GuestRange; 2]>;
+
+#[derive(Clone, Debug)]
 struct Slot {
     token: Token,
     /// Where the answer goes; without one the chain is given back as it is.
     answer: Option<Answer>,
+    written: Written,
     outcome: Option<Outcome>,
 }
 
 /// A request that the guest can be told of.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Finished {
     /// Its head.
     pub(super) head: u16,
     /// Where the answer goes.
     pub(super) answer: Option<Answer>,
+    /// What it has written.
+    pub(super) written: Written,
     /// What became of it.
     pub(super) outcome: Outcome,
 }
@@ -84,6 +91,7 @@ impl InFlight {
         *slot = Some(Slot {
             token,
             answer: None,
+            written: Written::new(),
             outcome: None,
         });
         self.arrivals += 1;
@@ -94,10 +102,13 @@ impl InFlight {
         Ok(token)
     }
 
-    /// Says where the answer of a request goes.
-    pub(super) fn will_answer(&mut self, token: Token, answer: Answer) {
+    /// Says where the answer of a request goes, and what it writes.
+    pub(super) fn will_answer(&mut self, token: Token, answer: Answer, written: &[GuestRange]) {
         if let Some(slot) = self.slot(token) {
             slot.answer = Some(answer);
+            if answer.data_bytes > 0 {
+                slot.written.extend_from_slice(written);
+            }
         }
     }
 
@@ -122,20 +133,16 @@ impl InFlight {
     pub(super) fn next_finished(&mut self) -> Option<Finished> {
         let head = *self.line.front()?;
         let slot = self.slots.get_mut(usize::from(head))?;
+        let outcome = slot.as_ref()?.outcome?;
         let Slot {
-            answer,
-            outcome: Some(outcome),
-            ..
-        } = (*slot)?
-        else {
-            return None;
-        };
-        *slot = None;
+            answer, written, ..
+        } = slot.take()?;
         self.line.pop_front();
         self.count -= 1;
         Some(Finished {
             head,
             answer,
+            written,
             outcome,
         })
     }

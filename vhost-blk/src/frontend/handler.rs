@@ -10,6 +10,7 @@
 //!   acknowledgement would not hear of it.
 
 use super::config_space::{self, QUEUE_SIZE_MAX};
+use super::dirty_log::DirtyLog;
 use super::handover::{self, MEMORY_REGIONS_MAX, Place, RingState, Session};
 use super::inflight::Region;
 use super::listener::Serving;
@@ -48,6 +49,8 @@ pub(super) struct Handler {
     /// Where the front end has guest memory in its own address space.
     mappings: Vec<Mapping>,
     tracking: Option<Arc<Region>>,
+    /// Where pages that were written are marked, while the front end has switched that on.
+    log: Option<Arc<DirtyLog>>,
     owned: bool,
     features: u64,
     protocol_features: u64,
@@ -88,6 +91,7 @@ impl Handler {
             queues,
             mappings: Vec::new(),
             tracking: None,
+            log: None,
             owned: false,
             features: 0,
             protocol_features: 0,
@@ -105,6 +109,9 @@ impl Handler {
 
     /// Stops all rings and describes the session, for another process to go on with. Nothing starts here any more.
     pub(super) fn hand_over(&mut self) -> io::Result<Session> {
+        if self.switched_on_log().is_some() {
+            return Err(io::Error::other("a live migration is under way"));
+        }
         self.closing = true;
         // What is in flight for longer is held: with in-flight memory it is done again, without it the ring is turned back.
         let how = Stop::Publish {
@@ -270,15 +277,20 @@ impl Handler {
         Ok(queue)
     }
 
+    fn switched_on_log(&self) -> Option<&Arc<DirtyLog>> {
+        let switched_on = self.features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0;
+        self.log.as_ref().filter(|_| switched_on)
+    }
+
     /// Lets a queue's thread go by what has been set.
     fn refresh(&mut self, index: usize) -> Result<()> {
         if self.closing {
             return Err(Error::InvalidOperation("the daemon is stopping"));
         }
-        let tracking = self.tracking.clone();
+        let log = self.switched_on_log().cloned();
         let queue = self.queues.get_mut(index).ok_or(Error::InvalidParam)?;
         queue
-            .refresh(tracking.as_ref())
+            .refresh(self.tracking.as_ref(), log.as_ref())
             .map_err(Error::ReqHandlerError)
     }
 
@@ -314,6 +326,7 @@ impl Handler {
     fn offered(&self) -> u64 {
         config_space::features(&self.shared.volume, self.num_queues_u16())
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+            | VhostUserVirtioFeatures::LOG_ALL.bits()
     }
 
     fn stop_for_reset(&mut self) -> Result<()> {
@@ -397,9 +410,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
             for queue in &self.queues {
                 queue.vring.set_enabled(true);
             }
-            self.refresh_all()?;
         }
-        Ok(())
+        // The dirty log is switched on and off here, while rings run.
+        self.refresh_all()
     }
 
     fn set_mem_table(
@@ -481,7 +494,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         queue.vring.set_call(None);
         queue.call = None;
         queue.kick = None;
-        queue.refresh(None).map_err(Error::ReqHandlerError)?;
+        queue.refresh(None, None).map_err(Error::ReqHandlerError)?;
         Ok(VhostUserVringState::new(index, u32::from(position)))
     }
 
@@ -520,7 +533,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
@@ -651,7 +665,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Err(Error::InvalidOperation("a disk shares no memory"))
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(Error::InvalidOperation("there is no dirty log"))
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        self.log = Some(DirtyLog::map(log, file).map_err(Error::ReqHandlerError)?);
+        self.refresh_all()
     }
 }

@@ -10,6 +10,7 @@
 //! * `polling`: how long a queue's thread goes on looking before it sleeps.
 //! * `ring`, `chain`: a split virtqueue in guest memory, descriptor chains.
 //! * `inflight`: what the front end keeps for us while we may die.
+//! * `dirty_log`: which pages the device has written, for live migration.
 //! * `request`: descriptor chain to request; everything in it is hostile.
 //! * `completion`: what the guest has not been told of, and in which order it is.
 //! * `config_space`: what the guest reads as the disk's properties.
@@ -19,6 +20,7 @@
 mod chain;
 mod completion;
 mod config_space;
+mod dirty_log;
 mod handler;
 mod handover;
 mod inflight;

@@ -7,6 +7,7 @@
 //!   `stop` nothing of the ring is in flight.
 //! * A thread that dies is told: to the log, to the control socket, and to the front end, whose connection is cut.
 
+use super::dirty_log::DirtyLog;
 use super::handover;
 use super::inflight::Region;
 use super::serving::Server;
@@ -82,6 +83,8 @@ pub(super) enum Order {
         kick: Option<Arc<File>>,
         /// In-flight memory for a ring that starts now.
         tracking: Option<Arc<Region>>,
+        /// Where to mark what is written.
+        log: Option<Arc<DirtyLog>>,
     },
     /// Stop the ring.
     Stop(Stop),
@@ -169,7 +172,11 @@ impl Queue {
     }
 
     /// Lets the thread go by what has been set since; starts thread and ring if they can start.
-    pub(super) fn refresh(&mut self, tracking: Option<&Arc<Region>>) -> io::Result<()> {
+    pub(super) fn refresh(
+        &mut self,
+        tracking: Option<&Arc<Region>>,
+        log: Option<&Arc<DirtyLog>>,
+    ) -> io::Result<()> {
         if self.thread.is_none() {
             if self.kick.is_none() {
                 return Ok(());
@@ -179,6 +186,7 @@ impl Queue {
         let order = Order::Refresh {
             kick: self.kick.clone(),
             tracking: tracking.map(Arc::clone),
+            log: log.map(Arc::clone),
         };
         self.ask(order)?;
         Ok(())

@@ -42,7 +42,7 @@ pub(super) enum Parsed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Answer {
     /// Guest-physical address of the status byte.
-    status: u64,
+    pub(super) status: u64,
     /// Bytes the device writes before the status byte when all goes well.
     pub(super) data_bytes: u32,
 }

@@ -62,6 +62,13 @@ pub(super) struct Layout {
     pub(super) event_idx: bool,
 }
 
+impl Layout {
+    /// Length of the used ring.
+    pub(super) fn used_bytes(&self) -> u64 {
+        (HEADER_BYTES + usize::from(self.size) * USED_BYTES + EVENT_BYTES) as u64
+    }
+}
+
 /// A ring as it lies in one memory map.
 #[derive(Debug)]
 pub(super) struct Ring<'m> {

@@ -10,6 +10,7 @@
 
 use super::chain::Chain;
 use super::completion::{InFlight, Order as Publication};
+use super::dirty_log::DirtyLog;
 use super::inflight::{BadTracking, Recovered, Region, Tracker};
 use super::polling::Polling;
 use super::queue::{Ask, ErrorCall, Order, Shared, Stop, Vring};
@@ -55,6 +56,7 @@ pub(super) struct Server {
     /// Heads of a publication, kept for their room.
     batch: Vec<u16>,
     running: Option<Running>,
+    log: Option<Arc<DirtyLog>>,
     polling: Polling,
 }
 
@@ -95,6 +97,7 @@ impl Server {
             chain: Chain::default(),
             batch: Vec::new(),
             running: None,
+            log: None,
         })
     }
 
@@ -135,8 +138,13 @@ impl Server {
 
     fn obey(&mut self, order: Order) -> io::Result<u16> {
         match order {
-            Order::Refresh { kick, tracking } => {
+            Order::Refresh {
+                kick,
+                tracking,
+                log,
+            } => {
                 self.watch_guest(kick)?;
+                self.log = log;
                 self.refresh(tracking);
                 Ok(self.vring.queue_next_avail())
             }
@@ -270,6 +278,7 @@ impl Server {
         let taken = available.min(running.room());
         if taken > 0 {
             ring.ask_for_no_kicks()?;
+            self.mark_used(running.layout);
         }
         for _ in 0..taken {
             let head = ring.available_head(running.next_available)?;
@@ -306,11 +315,13 @@ impl Server {
         };
         match parsed {
             Parsed::Engine(request, answer) => {
-                running.in_flight.will_answer(token, answer);
+                let written = &self.chain.writable;
+                running.in_flight.will_answer(token, answer, written);
                 self.worker.submit(token, request);
             }
             Parsed::Now(outcome, answer) => {
-                running.in_flight.will_answer(token, answer);
+                let written = &self.chain.writable;
+                running.in_flight.will_answer(token, answer, written);
                 running.in_flight.finish(token, outcome);
                 if outcome == Outcome::Failed {
                     tracing::debug!(volume = %volume.settings.name, "a request was refused");
@@ -341,6 +352,14 @@ impl Server {
             let length_bytes = finished
                 .answer
                 .map_or(0, |answer| answer.write(memory, finished.outcome));
+            if let Some(log) = &self.log {
+                for range in &finished.written {
+                    log.mark(range.address, u64::from(range.length_bytes));
+                }
+                if let Some(answer) = finished.answer {
+                    log.mark(answer.status, 1);
+                }
+            }
             if let Some(tracker) = &mut running.tracker {
                 tracker.batch(finished.head)?;
             }
@@ -352,6 +371,7 @@ impl Server {
             return Ok(0);
         }
         ring.publish(running.next_used)?;
+        self.mark_used(running.layout);
         if let Some(tracker) = &mut running.tracker {
             tracker.clear(&self.batch, running.next_used)?;
         }
@@ -359,6 +379,13 @@ impl Server {
             self.interrupt();
         }
         Ok(self.batch.len())
+    }
+
+    /// The used ring was written.
+    fn mark_used(&self, layout: Layout) {
+        if let Some(log) = &self.log {
+            log.mark(layout.used, layout.used_bytes());
+        }
     }
 
     fn interrupt(&self) {
@@ -379,6 +406,7 @@ impl Server {
         let memory = self.shared.memory.memory();
         let asked = Ring::new(&memory, running.layout)
             .and_then(|ring| ring.ask_for_kicks(running.next_available));
+        self.mark_used(running.layout);
         // What is wrong with the ring the next pass finds out.
         asked.unwrap_or(true)
     }

@@ -1,6 +1,8 @@
 //! What a front end may say while a ring runs, and what it is refused.
 
 use crate::harness::{Control, Daemon, Disk, RawFrontEnd, Scratch, SharedRam};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -206,4 +208,58 @@ fn a_hundred_front_ends_leave_no_descriptor_behind() {
         least(&descriptors[89..]) <= least(&descriptors[..10]),
         "{descriptors:?}"
     );
+}
+
+/// Pages that are marked in a log, which is empty afterwards.
+fn take_marked(log: &File) -> Vec<u64> {
+    let mut bytes = [0_u8; 128];
+    log.read_exact_at(&mut bytes, 0).unwrap();
+    log.write_all_at(&[0; 128], 0).unwrap();
+    (0..1024)
+        .filter(|page| bytes[(page / 8) as usize] & 1 << (page % 8) != 0)
+        .collect()
+}
+
+/// Reads something that was not there before; answers the pages that changed by it.
+fn changed_by_a_read(guest: &RawFrontEnd, position: u16, sector: u64) -> Vec<u64> {
+    guest.offer_read(position, 2, sector, 8192);
+    let before = guest.ram.pages();
+    guest.kick();
+    guest.wait_used(position + 1);
+    assert_eq!(guest.status(2), 0);
+    // All of it is over: the log is marked before a message is answered.
+    guest.share_memory();
+    let after = guest.ram.pages();
+    let pages = (0_u64..).zip(before.iter().zip(&after));
+    pages
+        .filter(|(_, (before, after))| before != after)
+        .map(|(page, _)| page)
+        .collect()
+}
+
+#[test]
+fn pages_that_the_device_writes_are_logged_while_it_is_switched_on() {
+    let served = serve();
+    let guest = RawFrontEnd::start(&served.socket, SharedRam::new(), 0);
+    for (position, byte) in (0_u16..).zip(1..=4_u8) {
+        guest.offer_write(position, 0, u64::from(byte) * 64, &[byte; 8192]);
+        guest.kick();
+        guest.wait_used(position + 1);
+    }
+    // Used ring; status; data of slot 2, over two pages.
+    let expected = [0x3, 0x50, 0x51, 0x52];
+    let log = guest.log();
+    assert_eq!(changed_by_a_read(&guest, 4, 64), expected);
+    assert_eq!(take_marked(&log), expected);
+    // The memory table was sent again meanwhile.
+    assert_eq!(changed_by_a_read(&guest, 5, 128), expected);
+    assert_eq!(take_marked(&log), expected);
+    guest.switch_log(false);
+    take_marked(&log);
+    assert_eq!(changed_by_a_read(&guest, 6, 192), expected);
+    assert_eq!(take_marked(&log), [0_u64; 0]);
+    guest.switch_log(true);
+    assert_eq!(changed_by_a_read(&guest, 7, 256), expected);
+    assert_eq!(take_marked(&log), expected);
+    guest.frontend.get_vring_base(0).unwrap();
 }

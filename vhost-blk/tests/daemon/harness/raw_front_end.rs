@@ -13,7 +13,7 @@ use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Entries of the ring.
@@ -61,6 +61,13 @@ impl SharedRam {
         let mut bytes = [0; N];
         self.file.read_exact_at(&mut bytes, address).unwrap();
         bytes
+    }
+
+    /// All of it.
+    pub(crate) fn pages(&self) -> Vec<[u8; 4096]> {
+        (0..RAM_BYTES / 4096)
+            .map(|page| self.read(page * 4096))
+            .collect()
     }
 
     pub(crate) fn describe(&self, index: u16, descriptor: Descriptor) {
@@ -157,7 +164,8 @@ impl RawFrontEnd {
                     | VhostUserProtocolFeatures::REPLY_ACK
                     | VhostUserProtocolFeatures::MQ
                     | VhostUserProtocolFeatures::RESET_DEVICE
-                    | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+                    | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+                    | VhostUserProtocolFeatures::LOG_SHMFD,
             )
             .unwrap();
         // What can be acknowledged is: a message has taken effect when its call returns.
@@ -210,6 +218,26 @@ impl RawFrontEnd {
             log_addr: None,
         };
         self.frontend.set_vring_addr(0, &ring)
+    }
+
+    /// Gives the daemon a log of written pages, a bit for each.
+    pub(crate) fn log(&self) -> File {
+        let file = File::from(memfd_create("log", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(RAM_BYTES / 4096 / 8).unwrap();
+        let region = VhostUserDirtyLogRegion {
+            mmap_size: RAM_BYTES / 4096 / 8,
+            mmap_offset: 0,
+            mmap_handle: file.as_raw_fd(),
+        };
+        self.frontend.set_log_base(0, Some(region)).unwrap();
+        file
+    }
+
+    /// SET_FEATURES, with or without `VHOST_F_LOG_ALL`.
+    pub(crate) fn switch_log(&self, on: bool) {
+        let features = self.frontend.get_features().unwrap() & !(1 << 29);
+        let log = u64::from(!on) << 26;
+        self.frontend.set_features(features & !log).unwrap();
     }
 
     /// Asks for in-flight memory and gives it back to the daemon.
