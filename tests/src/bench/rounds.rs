@@ -5,6 +5,7 @@
 //! `perf stat`, for the calls; that one's speed is not used.
 
 use std::fmt::Debug;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
@@ -12,6 +13,12 @@ use super::Bench;
 use super::client::Run;
 use super::cost::{self, CallCounter, Device};
 use super::job::Job;
+
+/// Time after which a workload gets no further round, so that the whole run stays bounded on a busy machine. The report tells the rounds
+/// of each line.
+const WORKLOAD_MAX: Duration = Duration::from_secs(35);
+/// Rounds that a workload gets however long they take.
+const ROUNDS_MIN: usize = 3;
 
 /// Who competes: a running program with a connected client, or something that is started for each round.
 pub trait Contestant: Debug {
@@ -119,7 +126,15 @@ pub fn interleaved(
         })
         .collect();
     let count = contestants.len();
+    let begin = Instant::now();
     for round in 0..bench.rounds {
+        if round >= ROUNDS_MIN && begin.elapsed() > WORKLOAD_MAX {
+            bench.say(&format!(
+                "slow machine: {round} rounds instead of {}",
+                bench.rounds
+            ));
+            break;
+        }
         for place in 0..count {
             let number = (round + place) % count;
             let contestant = contestants.get_mut(number).context("a contestant")?;

@@ -3,8 +3,8 @@
 //! Started by make. The exit code says whether all of it ran, not whether the goals were reached: those are in the tables.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -51,6 +51,7 @@ fn main() -> Result<()> {
     let lock = File::create(image::target().join("bench.lock"))?;
     flock(&lock, FlockOperation::NonBlockingLockExclusive)
         .context("another bench is running here")?;
+    remove_leftovers(&image::target().join("bench"))?;
     let vhost_blk = match &args.vhost_blk {
         Some(path) => std::path::absolute(path)?,
         None => image::program("vhost-blk")?,
@@ -114,6 +115,23 @@ fn main() -> Result<()> {
             "these figures did not run to their end: {}",
             failed.join(", ")
         );
+    }
+    Ok(())
+}
+
+/// Removes the files of a run that was killed. Younger ones may belong to a test of the harness, which takes no lock.
+fn remove_leftovers(directory: &Path) -> Result<()> {
+    const OLD: Duration = Duration::from_secs(600);
+    for entry in fs::read_dir(directory).into_iter().flatten() {
+        let entry = entry?;
+        let is_old = entry
+            .metadata()?
+            .modified()?
+            .elapsed()
+            .is_ok_and(|age| age > OLD);
+        if is_old && entry.file_name().to_string_lossy().starts_with("files-") {
+            fs::remove_dir_all(entry.path())?;
+        }
     }
     Ok(())
 }
