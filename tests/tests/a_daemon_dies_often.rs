@@ -104,12 +104,16 @@ impl Rig {
         Ok(())
     }
 
-    /// Ends the writers: how many requests they made, all of them right.
-    fn end(&self, writers: &Running) -> Result<u64> {
+    /// Ends the writers: how many requests they made, all of them right, and how long the slowest took.
+    fn end(&self, writers: &Running) -> Result<(u64, Duration)> {
         self.vm.shell("touch /tmp/stop")?;
         let end = writers.wait(wait::STEP)?;
         ensure!(end.status == 0, "{end:?}\n{}", self.vm.log());
-        Ok(end.stdout.trim().parse()?)
+        let (requests, slowest_us) = end.stdout.trim().split_once(' ').context("two numbers")?;
+        Ok((
+            requests.parse()?,
+            Duration::from_micros(slowest_us.parse()?),
+        ))
     }
 }
 
@@ -137,10 +141,40 @@ fn a_guest_reads_back_what_it_wrote_however_often_the_daemon_is_killed() -> Resu
         rig.wait_for_more(&writers, 50)
             .with_context(|| format!("kill {number}"))?;
     }
-    let requests = rig.end(&writers)?;
+    let (requests, slowest) = rig.end(&writers)?;
     println!(
-        "kills with QEMU: {kills} in {:.0?}, {requests} requests of the guest, every read right",
+        "kills with QEMU: {kills} in {:.0?}, {requests} requests of the guest, every read right, the slowest took {slowest:.1?}",
         begin.elapsed()
     );
     rig.daemon.stop()
+}
+
+#[test]
+fn a_guest_goes_on_while_the_daemon_is_replaced_by_another() -> Result<()> {
+    if !requires::machines() {
+        return Ok(());
+    }
+    let mut slowest = Vec::new();
+    for replacements in [0, 4] {
+        let mut rig = Rig::start("replaced")?;
+        let writers = rig.write()?;
+        rig.wait_for_more(&writers, 200)?;
+        for number in 0..replacements {
+            rig.take_set(number)?;
+            rig.daemon.replace()?;
+            rig.wait_for_more(&writers, 200)
+                .with_context(|| format!("replacement {number}"))?;
+            ensure!(
+                !rig.daemon.log().contains("front end connected"),
+                "QEMU has reconnected: {}",
+                rig.daemon.log()
+            );
+        }
+        rig.wait_for_more(&writers, 200)?;
+        let (_, took) = rig.end(&writers)?;
+        slowest.push(took);
+        rig.daemon.stop()?;
+    }
+    println!("replacement with QEMU: slowest request without and with: {slowest:.1?}");
+    Ok(())
 }

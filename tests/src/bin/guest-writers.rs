@@ -3,7 +3,7 @@
 //! Started by scenarios through the guest's shell. Each writer owns a piece of the raw device and knows what every sector of it must
 //! hold. Requests go straight to the device (O_DIRECT), have all sizes from one sector to 64 KiB, and are mixed with flushes, so that
 //! they end in another order than they began. The first error, or the first sector that is not what it was, ends the program with
-//! status 1; otherwise it prints how many requests were made.
+//! status 1; otherwise it prints how many requests were made, and how many microseconds the slowest took.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::OFlags;
@@ -23,13 +24,20 @@ const SECTOR_BYTES: usize = 512;
 /// Largest request, in sectors.
 const REQUEST_MAX: u64 = 128;
 
+/// What all writers have done.
+#[derive(Default)]
+struct Done {
+    requests: AtomicU64,
+    slowest_us: AtomicU64,
+}
+
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let usage = "usage: guest-writers DEVICE STOP";
     let device = PathBuf::from(arguments.next().context(usage)?);
     let stop = PathBuf::from(arguments.next().context(usage)?);
     let ended = Arc::new(AtomicBool::new(false));
-    let done = Arc::new(AtomicU64::new(0));
+    let done = Arc::<Done>::default();
     let writers: Vec<_> = (0..WRITERS)
         .map(|number| {
             let (device, stop) = (device.clone(), stop.clone());
@@ -45,7 +53,11 @@ fn main() -> Result<()> {
     for writer in writers {
         writer.join().map_err(|_| anyhow::anyhow!("a panic"))??;
     }
-    println!("{}", done.load(Ordering::SeqCst));
+    println!(
+        "{} {}",
+        done.requests.load(Ordering::SeqCst),
+        done.slowest_us.load(Ordering::SeqCst)
+    );
     Ok(())
 }
 
@@ -91,13 +103,7 @@ impl Random {
     }
 }
 
-fn write(
-    number: u64,
-    device: &Path,
-    stop: &Path,
-    ended: &AtomicBool,
-    done: &AtomicU64,
-) -> Result<()> {
+fn write(number: u64, device: &Path, stop: &Path, ended: &AtomicBool, done: &Done) -> Result<()> {
     let direct = i32::try_from(OFlags::DIRECT.bits())?;
     let file = OpenOptions::new()
         .read(true)
@@ -125,6 +131,7 @@ fn write(
         let range = usize::try_from(first)?..usize::try_from(first + count)?;
         let known = generations.get_mut(range).context("out of the piece")?;
         let bytes = buffer.sectors(count)?;
+        let begin = Instant::now();
         if random.below(3) > 0 {
             for (place, sector) in (first..).zip(bytes.chunks_exact_mut(SECTOR_BYTES)) {
                 fill(sector, number, place, generation);
@@ -152,7 +159,9 @@ fn write(
         if random.below(8) == 0 {
             rustix::fs::fdatasync(&file)?;
         }
-        done.fetch_add(1, Ordering::SeqCst);
+        let took_us = u64::try_from(begin.elapsed().as_micros())?;
+        done.slowest_us.fetch_max(took_us, Ordering::SeqCst);
+        done.requests.fetch_add(1, Ordering::SeqCst);
     }
     Ok(())
 }

@@ -114,6 +114,21 @@ impl VhostBlk {
         self.wait_ready().with_context(|| self.log())
     }
 
+    /// Starts another that takes over from it (`--replace`), and waits until this one has ended.
+    pub fn replace(&mut self) -> Result<()> {
+        let mut arguments = self.arguments.clone();
+        arguments.push("--replace".into());
+        let next = Self::spawn(&self.directory, &arguments, self.starts)?;
+        self.starts += 1;
+        let status = self.process.wait(wait::STEP)?;
+        self.process = next;
+        ensure!(
+            status.success(),
+            "the replaced vhost-blk ended with {status}"
+        );
+        self.wait_ready().with_context(|| self.log())
+    }
+
     /// What it has said since its last start.
     #[must_use]
     pub fn log(&self) -> String {
