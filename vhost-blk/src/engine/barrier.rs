@@ -46,7 +46,8 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         let mut state = self.barrier.lock();
         state.in_flight -= 1;
-        if state.in_flight == 0 {
+        // Only a hold waits for the last one; to tell nobody would cost a system call for every write that is alone.
+        if state.in_flight == 0 && state.hold.is_some() {
             self.barrier.changed.notify_all();
         }
     }
