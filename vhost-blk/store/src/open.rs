@@ -125,7 +125,6 @@ fn finish_recovery(
         ..loaded.superblock.clone()
     };
     loaded.superblock.store(&*files.superblock)?;
-    loaded.previous = None;
     journal.superblock = loaded.superblock.generation;
     Ok(journal)
 }
@@ -293,6 +292,12 @@ impl Volume {
         let mut settle = Settle::default();
         settle.note_checkpoint();
         let superblock = loaded.superblock;
+        let mut room = IndexRoom::new(&superblock, loaded.previous.as_ref());
+        // The slot of this opening took the place of the older one.
+        let gone = match options.read_only {
+            true => Vec::new(),
+            false => room.slot_written(&superblock),
+        };
         let core = Core {
             state: loaded.state,
             space,
@@ -319,7 +324,7 @@ impl Volume {
             rounds: Default::default(),
             base_sync: Mutex::default(),
             maintenance: Mutex::new(Maintenance {
-                room: IndexRoom::new(&superblock, loaded.previous.as_ref()),
+                room,
                 next_generation: superblock.next_generation,
                 superblock,
                 checkpoint: None,
@@ -334,6 +339,7 @@ impl Volume {
             core: Mutex::new(core),
         };
         shared.note_plain(&shared.core());
+        shared.release_pages(&gone);
         Volume {
             shared: Arc::new(shared),
         }
