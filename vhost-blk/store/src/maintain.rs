@@ -6,7 +6,7 @@
 use crate::checkpoint::Turn;
 use crate::error::{Result, StoreError};
 use crate::settle::SettleStep;
-use crate::units::in_memory;
+use crate::units::{BLOCK_BYTES, in_memory};
 use crate::volume::{Maintenance as Work, Shared, Sweep, Volume, lock};
 
 /// What a step came to.
@@ -30,9 +30,16 @@ impl Volume {
         self.shared.maintain(&mut work, budget_blocks)
     }
 
-    /// Whether writes would soon have to wait for a checkpoint, so that maintenance should not be slow now.
+    /// Whether writes would soon have to wait for a checkpoint, or outrun the room that is ready for them, so that maintenance should
+    /// not be slow now.
     pub fn is_pressed(&self) -> bool {
-        self.shared.core().is_over_bounds(&self.shared.options, 2)
+        let options = &self.shared.options;
+        let core = self.shared.core();
+        let ready_bytes = core.space.ready_blocks() * BLOCK_BYTES;
+        let is_short = !core.state.table.is_empty()
+            && options.segments_ahead > 0
+            && ready_bytes < options.segment_bytes;
+        is_short || core.is_over_bounds(options, 2)
     }
 
     /// Whether maintenance is on its way to give back space that nobody needs.
@@ -82,7 +89,7 @@ impl Shared {
         }
         let (full, garbage, unmerged) = {
             let core = self.core();
-            let discarded = core.discarded_blocks * crate::units::BLOCK_BYTES;
+            let discarded = core.discarded_blocks * BLOCK_BYTES;
             let garbage = core.reclaim || discarded > self.options.segment_bytes / 4;
             (
                 core.is_over_bounds(&self.options, 1),
@@ -150,10 +157,10 @@ impl Shared {
             if matches!(core.sweep, Sweep::Freeing(_)) {
                 return Ok(true);
             }
-            // While there are snapshots, what came free is used again, being written already; twice what is kept ready, so
-            // that deleting one snapshot for each one taken neither gives back nor writes anything.
+            // What came free is used again, being written already; twice what is kept ready, so that deleting one snapshot for each
+            // one taken neither gives back nor writes anything. Without snapshots once as much stays, for the next ones.
             let spare = match core.state.table.is_empty() {
-                true => 0,
+                true => in_memory(self.options.segments_ahead),
                 false => in_memory(2 * self.options.segments_ahead.max(1)),
             };
             core.space.take_idle_segment(spare)

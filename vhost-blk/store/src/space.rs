@@ -345,14 +345,18 @@ impl Space {
         self.note(number);
     }
 
+    /// Free blocks that have their space.
+    pub(crate) fn ready_blocks(&self) -> u64 {
+        self.open_backed
+            .iter()
+            .map(|number| self.capacity_of(*number) - self.allocated.count_in(*number))
+            .sum()
+    }
+
     /// Takes a segment to make ready, when fewer than `ahead` segments' worth of blocks are free and backed, less a half.
     /// Nothing is allocated in it until [`Space::ready`] or [`Space::released`].
     pub(crate) fn take_bare_segment(&mut self, ahead: u64) -> Option<u64> {
-        let free: u64 = self
-            .open_backed
-            .iter()
-            .map(|number| self.capacity_of(*number) - self.allocated.count_in(*number))
-            .sum();
+        let free = self.ready_blocks();
         if free + self.segment_blocks / 2 >= ahead.max(1) * self.segment_blocks {
             return None;
         }

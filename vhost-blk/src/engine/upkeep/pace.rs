@@ -12,7 +12,7 @@ const BUSY_BLOCKS: u64 = 32;
 /// Blocks of a step while it is not.
 const IDLE_BLOCKS: u64 = 256;
 /// Blocks of a step while writes wait for it.
-const PRESSING_BLOCKS: u64 = 2048;
+const PRESSING_BLOCKS: u64 = 512;
 /// Pause behind a step, in lengths of the step: work has a tenth of the time.
 const PAUSE_STEPS: u32 = 9;
 /// Shortest pause while the guest is at work.
