@@ -13,7 +13,7 @@ use crate::index::{Merge, Run};
 use crate::index_room::PageRange;
 use crate::scan::{Bounds, Scan};
 use crate::superblock::Superblock;
-use crate::units::LogBlock;
+use crate::units::{BLOCK_BYTES, LogBlock};
 use crate::volume::{Core, Maintenance, Shared, Sweep};
 
 /// A run that is older may be this many times as large as what is merged into it.
@@ -230,10 +230,11 @@ impl Shared {
     /// Begins the scan anew, with the runs that are there now.
     pub(crate) fn restart_scan(&self, work: &mut Maintenance) {
         if work.scan.is_some() {
+            let log_bytes = self.files.log.len_bytes().unwrap_or(u64::MAX);
             let core = self.core();
             let bounds = Bounds {
                 volume_blocks: self.volume_blocks(),
-                log_blocks: work.superblock.first_data_block()..core.space.high_water(),
+                log_blocks: work.superblock.first_data_block()..log_bytes.div_ceil(BLOCK_BYTES),
                 epoch: core.state.epoch.0,
             };
             work.scan = Some(Scan::new(core.state.index.runs(), bounds));

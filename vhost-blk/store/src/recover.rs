@@ -22,6 +22,8 @@ use crate::volume::VolumeFiles;
 /// A volume as its files describe it.
 #[derive(Debug)]
 pub(crate) struct Loaded {
+    /// Length of the log, journals included.
+    pub(crate) log_blocks: u64,
     pub(crate) superblock: Superblock,
     /// The other slot, if it verifies.
     pub(crate) previous: Option<Superblock>,
@@ -76,7 +78,7 @@ impl Loaded {
     pub(crate) fn bounds(&self) -> Bounds {
         Bounds {
             volume_blocks: self.superblock.size_bytes.div_ceil(BLOCK_BYTES),
-            log_blocks: self.superblock.first_data_block()..self.superblock.log_high_water,
+            log_blocks: self.superblock.first_data_block()..self.log_blocks,
             epoch: self.superblock.epoch.0,
         }
     }
@@ -176,6 +178,7 @@ pub(crate) fn load(
         ),
     };
     Ok(Some(Loaded {
+        log_blocks,
         superblock,
         previous,
         other_slot_damaged,

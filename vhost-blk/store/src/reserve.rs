@@ -34,7 +34,11 @@ impl Shared {
             let records = core.state.index.records();
             match core.state.table.is_empty() {
                 true => 0,
-                false => 1 + (records * RECORD_BYTES).div_ceil(self.options.segment_bytes),
+                false => {
+                    1 + records
+                        .saturating_mul(RECORD_BYTES)
+                        .div_ceil(self.options.segment_bytes)
+                }
             }
         };
         if self.is_reserve_lent() {

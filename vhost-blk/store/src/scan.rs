@@ -20,7 +20,8 @@ const PART_PAGES: u64 = 64;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Bounds {
     pub(crate) volume_blocks: u64,
-    /// Behind the journals, below the high-water mark.
+    /// Behind the journals, before the log's end. Not the high-water mark: a version that a newer run or the journal
+    /// overrides names a block that was given back, and the mark may have come down since.
     pub(crate) log_blocks: Range<u64>,
     /// The open epoch.
     pub(crate) epoch: u32,
