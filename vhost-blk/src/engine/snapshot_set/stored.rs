@@ -44,10 +44,7 @@ impl SnapshotSets {
         self.volumes
             .iter()
             .find_map(|volume| {
-                let found = volume.store().snapshots().into_iter();
-                let info = found
-                    .into_iter()
-                    .find(|info| Uuid::from(info.snapshot_id) == id)?;
+                let info = volume.store().snapshot(id.into())?;
                 Some((volume, wire_info(volume, &info)))
             })
             .ok_or(SetError::NoSuchSnapshot(id))
@@ -185,13 +182,9 @@ impl SnapshotSets {
     pub(super) fn stored(&self, id: Uuid) -> Vec<(&Arc<VolumeEngine>, SnapshotInfo)> {
         self.volumes
             .iter()
-            .flat_map(|volume| {
-                volume
-                    .store()
-                    .snapshots()
-                    .into_iter()
-                    .filter(move |info| Uuid::from(info.set_id) == id)
-                    .map(move |info| (volume, wire_info(volume, &info)))
+            .filter_map(|volume| {
+                let info = volume.store().snapshot_of_set(id.into())?;
+                Some((volume, wire_info(volume, &info)))
             })
             .collect()
     }
