@@ -122,6 +122,13 @@ impl Contestant for Ours {
         self.daemon.wait_idle()
     }
 
+    fn settle(&mut self) -> Result<()> {
+        if self.snapshot.is_some() {
+            self.daemon.wait_idle()?;
+        }
+        Ok(())
+    }
+
     fn pid(&self) -> Option<u32> {
         Some(self.daemon.pid())
     }

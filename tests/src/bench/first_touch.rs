@@ -112,7 +112,7 @@ pub fn redirect(bench: &mut Bench) -> Result<()> {
         first_touch(bench, 2, &place, "row", &peers, REDIRECT)?;
     }
     bench.report.note(2, "QSD raw has no snapshot: its plain write is the measure; the overlays are QEMU's snapshots");
-    bench.report.note(2, "\"bytes written ahead\" is what our prepare and commit (and the making of an overlay) wrote before the round, such as segments written in advance");
+    bench.report.note(2, "\"bytes ahead and behind\" were written outside of the round: by our prepare and commit, by the making of an overlay, by checkpoints and segments written in advance in the background");
     Ok(())
 }
 

@@ -33,7 +33,7 @@ pub enum Quantity {
     Written,
     /// Bytes that were read from the device per read or write.
     BytesRead,
-    /// Bytes that were written before the round to make ready for it, per read or write of the round.
+    /// Bytes that were written before the round to make ready for it and behind it, per read or write of the round.
     Prepared,
 }
 
@@ -50,7 +50,7 @@ impl Quantity {
             Self::SyncsPerFlush => "sync calls per flush",
             Self::Written => "bytes written per I/O",
             Self::BytesRead => "bytes read per I/O",
-            Self::Prepared => "bytes written ahead per I/O",
+            Self::Prepared => "bytes ahead and behind per I/O",
         }
     }
 

@@ -30,6 +30,11 @@ pub trait Contestant: Debug {
         Ok(())
     }
 
+    /// Waits for what a round has left to be done in the background, so that it does not fall on the next contestant. Not measured.
+    fn settle(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// The process whose processor time and calls count.
     fn pid(&self) -> Option<u32>;
 
@@ -58,7 +63,7 @@ pub struct Turn {
     pub written_bytes: Option<f64>,
     /// Bytes read from the device per read or write.
     pub read_bytes: Option<f64>,
-    /// Bytes that were written to make ready for the round, per read or write.
+    /// Bytes that were written before the round to make ready for it, and behind it in the background, per read or write.
     pub prepared_bytes: Option<f64>,
 }
 
@@ -175,10 +180,16 @@ pub fn measured(
         turn.processor_us = Some(spent.as_secs_f64() * 1e6 / ios);
     }
     if let (Some(device), Some(first), Some(before)) = (device, device_at_first, device_before) {
-        turn.prepared_bytes = Some(before.since(first).written_bytes as f64 / ios);
-        let done = device.settled()?.since(before);
+        let end = device.settled()?;
+        let done = end.since(before);
         turn.written_bytes = Some(done.written_bytes as f64 / ios);
         turn.read_bytes = Some(done.read_bytes as f64 / ios);
+        contestant.settle()?;
+        let ahead = before.since(first).written_bytes;
+        let behind = device.settled()?.since(end).written_bytes;
+        turn.prepared_bytes = Some((ahead + behind) as f64 / ios);
+    } else {
+        contestant.settle()?;
     }
     Ok(turn)
 }
