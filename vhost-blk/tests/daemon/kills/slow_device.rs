@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// The device. Dropped after everything that uses it.
 pub(super) struct SlowDevice {
@@ -27,6 +28,22 @@ fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
     } else {
         let told = String::from_utf8_lossy(&output.stderr);
         Err(format!("{program} {arguments:?}: {told}"))
+    }
+}
+
+/// The same, again while something lets go of it: a loop device is detached when its last user has closed it.
+fn run_until_free(program: &str, argument: &str) -> Result<String, String> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match run(
+            program,
+            &["-d", argument][usize::from(program == "umount")..],
+        ) {
+            Err(busy) if busy.contains("busy") && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            ended => return ended,
+        }
     }
 }
 
@@ -119,18 +136,16 @@ impl Drop for SlowDevice {
         // From the top down: a file system, the loop device below it, and the same again.
         let mut failed = Vec::new();
         if self.mounts.len() == 2 {
-            failed.push(run(
-                "umount",
-                &[self.mounts.pop().unwrap().to_str().unwrap()],
-            ));
+            let upper = self.mounts.pop().unwrap();
+            failed.push(run_until_free("umount", upper.to_str().unwrap()));
         }
         while let Some(device) = self.loops.pop() {
             if self.loops.is_empty()
-                && let Some(at) = self.mounts.pop()
+                && let Some(lower) = self.mounts.pop()
             {
-                failed.push(run("umount", &[at.to_str().unwrap()]));
+                failed.push(run_until_free("umount", lower.to_str().unwrap()));
             }
-            failed.push(run("losetup", &["--detach", &device]));
+            failed.push(run_until_free("losetup", &device));
         }
         for failure in failed.into_iter().filter_map(Result::err) {
             println!("left behind: {failure}");
