@@ -129,6 +129,8 @@ pub(crate) mod record {
     pub(crate) const EPOCH: usize = 40;
     /// MAP, PRESERVE, sealed.
     pub(crate) const DATA_CRC: usize = 44;
+    /// MAP with history.
+    pub(crate) const OLD_LOCATION: usize = 48;
     /// COMMIT, RESTART.
     pub(crate) const THROUGH: usize = 24;
     /// COMMIT.
@@ -225,6 +227,7 @@ pub const FIELDS: &[Field] = &[
     ("payload", "map.location", record::LOCATION, 8),
     ("payload", "map.epoch", record::EPOCH, 4),
     ("payload", "map.data_crc", record::DATA_CRC, 4),
+    ("payload", "map.old_location", record::OLD_LOCATION, 8),
     ("payload", "commit.through", record::THROUGH, 8),
     ("payload", "commit.superblock", record::SUPERBLOCK, 8),
     ("payload", "commit.synced", record::SYNCED, 8),

@@ -172,7 +172,8 @@ pub(crate) struct MapRun {
     pub(crate) block: Block,
     pub(crate) count: u64,
     pub(crate) location: Location,
-    pub(crate) history: bool,
+    /// Where the first of them lived, if those versions become history; the rest follows.
+    pub(crate) old: Option<Location>,
     /// Whether the request holds all its bytes, so that a checksum can be made of them.
     pub(crate) whole: bool,
     /// CRC32C of the bytes that were written to the log.
@@ -417,7 +418,8 @@ impl Outline {
                     push_extent(&mut extents, *block, Location::Log(new), from, to - from);
                     let end = (size_bytes - block.offset_bytes()).min(BLOCK_BYTES);
                     let whole = from == 0 && to == end;
-                    push_map(&mut work.maps, *block, Location::Log(new), *history, whole);
+                    let old = history.then_some(*live);
+                    push_map(&mut work.maps, *block, Location::Log(new), old, whole);
                     if let (Location::Log(old), false) = (*live, *history) {
                         push_log_block(&mut work.supersedes, old);
                     }
@@ -432,7 +434,8 @@ impl Outline {
                     push_preserve(&mut work, *block, *old, copy, length);
                 }
                 Step::ToZero { history } => {
-                    push_map(&mut work.maps, *block, Location::Zero, *history, false);
+                    let old = history.then_some(*live);
+                    push_map(&mut work.maps, *block, Location::Zero, old, false);
                 }
                 Step::Nothing => {}
             }
@@ -464,9 +467,20 @@ fn push_log_block(runs: &mut Vec<LogRun>, block: LogBlock) {
     }
 }
 
-fn push_map(maps: &mut Vec<MapRun>, block: Block, location: Location, history: bool, whole: bool) {
+/// Whether `next` is where a run of `count` blocks that lived at `first` and on goes on.
+pub(crate) fn follows(first: Option<Location>, count: u64, next: Option<Location>) -> bool {
+    first.map(|first| first.plus(count)) == next
+}
+
+fn push_map(
+    maps: &mut Vec<MapRun>,
+    block: Block,
+    location: Location,
+    old: Option<Location>,
+    whole: bool,
+) {
     if let Some(last) = maps.last_mut()
-        && last.history == history
+        && follows(last.old, last.count, old)
         && last.whole == whole
         && (!whole || last.count < u64::from(MAX_SEALED_BLOCKS))
         && last.block.plus(last.count) == block
@@ -479,7 +493,7 @@ fn push_map(maps: &mut Vec<MapRun>, block: Block, location: Location, history: b
         block,
         count: 1,
         location,
-        history,
+        old,
         whole,
         crc: None,
     });

@@ -266,6 +266,7 @@ impl Core {
     pub(crate) fn record(&mut self, shared: &Shared, records: &[Record]) -> Result<()> {
         let mut puts = Vec::with_capacity(records.len());
         for record in records {
+            debug_assert!(self.state.old_is_live(record), "{record:?}");
             puts.push(self.state.puts(record)?);
         }
         let mut sequence = self.journal.next;

@@ -11,7 +11,8 @@ use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
 use crate::journal::Record;
 use crate::plan::{
-    Extent, Extents, MAX_REQUEST_BYTES, MapRun, Source, Work, WriteKind, WritePlan, outline,
+    Extent, Extents, MAX_REQUEST_BYTES, MapRun, Source, Work, WriteKind, WritePlan, follows,
+    outline,
 };
 use crate::units::{ByteRange, in_memory};
 use crate::volume::{Core, Shared, Volume};
@@ -97,11 +98,11 @@ fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: crate::un
             count,
             location,
             epoch: _,
-            history,
+            old,
             crc: None,
         }) = records.last_mut()
             && run.crc.is_none()
-            && *history == run.history
+            && follows(*old, u64::from(*count), run.old)
             && block.plus(u64::from(*count)) == run.block
             && location.plus(u64::from(*count)) == run.location
             && *count + blocks <= crate::layout::MAX_RECORD_BLOCKS
@@ -114,7 +115,7 @@ fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: crate::un
             count: blocks,
             location: run.location,
             epoch,
-            history: run.history,
+            old: run.old,
             crc: run.crc,
         });
     }
@@ -227,7 +228,7 @@ impl Shared {
         for mut work in works {
             if result.is_ok() {
                 for run in &work.maps {
-                    if run.location == Location::Zero && !run.history {
+                    if run.location == Location::Zero && run.old.is_none() {
                         core.discarded_blocks += run.count;
                     }
                 }

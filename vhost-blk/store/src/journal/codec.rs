@@ -46,7 +46,10 @@ impl UnverifiedRecord<'_> {
                 count,
                 location: Location::decode(u64_at(bytes, record::LOCATION))?,
                 epoch,
-                history: flags & layout::FLAG_HISTORY != 0,
+                old: match flags & layout::FLAG_HISTORY {
+                    0 => None,
+                    _ => Some(Location::decode(u64_at(bytes, record::OLD_LOCATION))?),
+                },
                 crc,
             },
             kind::PRESERVE => match Location::decode(u64_at(bytes, record::LOCATION))? {
@@ -133,15 +136,19 @@ impl Entry {
                 count,
                 location,
                 epoch,
-                history,
+                old,
                 crc,
             } => {
                 number(&mut bytes, record::BLOCK, block.0);
                 small(&mut bytes, record::COUNT, *count);
                 number(&mut bytes, record::LOCATION, location.encode());
                 small(&mut bytes, record::EPOCH, epoch.0);
-                let history = if *history { layout::FLAG_HISTORY } else { 0 };
-                flags_and_crc(&mut bytes, history, *crc);
+                let mut flags = 0;
+                if let Some(old) = old {
+                    flags |= layout::FLAG_HISTORY;
+                    number(&mut bytes, record::OLD_LOCATION, old.encode());
+                }
+                flags_and_crc(&mut bytes, flags, *crc);
                 kind::MAP
             }
             Record::Preserve {

@@ -27,14 +27,14 @@ use crate::units::{
 pub(crate) enum Record {
     /// First record of a journal generation.
     Start { generation: Generation },
-    /// `count` blocks from `block` live at `location` onwards; with `history` their old live versions
-    /// become history of `epoch`.
+    /// `count` blocks from `block` live at `location` onwards; with `old` they lived there onwards until
+    /// now, and those versions become history of `epoch`.
     Map {
         block: Block,
         count: u32,
         location: Location,
         epoch: Epoch,
-        history: bool,
+        old: Option<Location>,
         /// CRC32C of the bytes at `location`: the record is sealed.
         crc: Option<u32>,
     },

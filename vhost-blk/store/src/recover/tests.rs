@@ -27,7 +27,7 @@ fn sealed_map() -> Record {
         count: 1,
         location: Location::Log(LogBlock(50_000)),
         epoch: Epoch(1),
-        history: false,
+        old: None,
         crc: Some(7),
     }
 }
