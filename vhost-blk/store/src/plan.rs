@@ -335,7 +335,13 @@ pub(crate) struct Outline {
     pub(crate) log_blocks: u64,
     /// Some of it would go in place, if the data there were confirmed.
     pub(crate) in_doubt: bool,
+    /// First and last block of the request; steps of others preserve ahead.
+    covers: (Block, Block),
 }
+
+/// Blocks that are preserved together when a second one of them is: what other copy-on-write stores copy at
+/// the first. 64 KiB, aligned.
+pub(crate) const NEIGHBOURHOOD_BLOCKS: u64 = 16;
 
 /// Decides every block of the request. `in_doubt` tells of a log block whether its bytes must not change yet.
 pub(crate) fn outline(
@@ -350,6 +356,7 @@ pub(crate) fn outline(
         steps: Vec::new(),
         log_blocks: 0,
         in_doubt: false,
+        covers: (range.first_block(), range.last_block()),
     };
     let mut block = range.first_block();
     for state in states {
@@ -375,6 +382,57 @@ fn covered(range: ByteRange, block: Block) -> (u64, u64) {
 }
 
 impl Outline {
+    /// Where the neighbourhoods begin that the request covers a part of, if it preserves anything in them.
+    pub(crate) fn neighbourhoods(&self) -> Vec<Block> {
+        let start = |block: Block| Block(block.0 - block.0 % NEIGHBOURHOOD_BLOCKS);
+        let preserves = |at: Block| {
+            self.steps
+                .iter()
+                .any(|(step, block, _)| matches!(step, Step::Preserve(_)) && start(*block) == at)
+        };
+        let (first, last) = self.covers;
+        let mut found = vec![start(first), start(last)];
+        found.dedup();
+        found.retain(|at| {
+            let whole = first <= *at && at.plus(NEIGHBOURHOOD_BLOCKS - 1) <= last;
+            !whole && preserves(*at)
+        });
+        found
+    }
+
+    /// Adds the rest of a neighbourhood that begins at `first`, of whose blocks these are the states: once a
+    /// block of it was touched, writing goes on there. `is_free` tells whether no write moves a block.
+    pub(crate) fn preserve_ahead(
+        &mut self,
+        first: Block,
+        states: &[BlockState],
+        is_free: impl Fn(Block) -> bool,
+    ) {
+        if !states.iter().any(|state| state.touched) {
+            return;
+        }
+        for (place, state) in (0..).zip(states) {
+            let block = first.plus(place);
+            let covered = self.covers.0 <= block && block <= self.covers.1;
+            if !covered && !state.touched && state.live == Location::Base && is_free(block) {
+                self.log_blocks += 1;
+                self.steps
+                    .push((Step::Preserve(state.live), block, state.live));
+            }
+        }
+        self.steps.sort_by_key(|(_, block, _)| *block);
+    }
+
+    /// Takes back what [`Outline::preserve_ahead`] added; whether there was anything.
+    pub(crate) fn forget_ahead(&mut self) -> bool {
+        let (before, (first, last)) = (self.steps.len(), self.covers);
+        self.steps
+            .retain(|(_, block, _)| first <= *block && *block <= last);
+        let gone = before - self.steps.len();
+        self.log_blocks -= gone as u64;
+        gone > 0
+    }
+
     /// Blocks whose location changes: no other write may be planned for them meanwhile.
     pub(crate) fn busy(&self) -> Vec<(u64, u64)> {
         let mut busy: Vec<(u64, u64)> = Vec::new();
@@ -410,11 +468,14 @@ impl Outline {
             .iter()
             .flat_map(|run| (0..run.count).map(|place| run.start.plus(place)));
         for (step, block, live) in &self.steps {
-            let (from, to) = covered(range, *block);
             match step {
-                Step::InPlace(at) => push_extent(&mut extents, *block, *at, from, to - from),
+                Step::InPlace(at) => {
+                    let (from, to) = covered(range, *block);
+                    push_extent(&mut extents, *block, *at, from, to - from);
+                }
                 Step::Redirect { history } => {
                     let Some(new) = fresh.next() else { continue };
+                    let (from, to) = covered(range, *block);
                     push_extent(&mut extents, *block, Location::Log(new), from, to - from);
                     let end = (size_bytes - block.offset_bytes()).min(BLOCK_BYTES);
                     let whole = from == 0 && to == end;
@@ -429,7 +490,10 @@ impl Outline {
                 }
                 Step::Preserve(old) => {
                     let Some(copy) = fresh.next() else { continue };
-                    push_extent(&mut extents, *block, *old, from, to - from);
+                    if self.covers.0 <= *block && *block <= self.covers.1 {
+                        let (from, to) = covered(range, *block);
+                        push_extent(&mut extents, *block, *old, from, to - from);
+                    }
                     let length = (size_bytes - block.offset_bytes()).min(BLOCK_BYTES);
                     push_preserve(&mut work, *block, *old, copy, length);
                 }

@@ -11,10 +11,11 @@ use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
 use crate::journal::Record;
 use crate::plan::{
-    Extent, Extents, MAX_REQUEST_BYTES, MapRun, Source, Work, WriteKind, WritePlan, follows,
-    outline,
+    Extent, Extents, MAX_REQUEST_BYTES, MapRun, NEIGHBOURHOOD_BLOCKS, Outline, Source, Work,
+    WriteKind, WritePlan, follows, outline,
 };
-use crate::units::{ByteRange, in_memory};
+use crate::snapshot_table::Method;
+use crate::units::{BLOCK_BYTES, Block, ByteRange, Epoch, in_memory};
 use crate::volume::{Core, Shared, Volume};
 
 impl WritePlan {
@@ -90,7 +91,7 @@ impl Drop for WritePlan {
 }
 
 /// Appends the records of a plan's runs; neighbours without a checksum share one.
-fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: crate::units::Epoch) {
+fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: Epoch) {
     for run in runs {
         let blocks = u32::try_from(run.count).unwrap_or(u32::MAX);
         if let Some(Record::Map {
@@ -121,6 +122,24 @@ fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: crate::un
     }
 }
 
+impl Core {
+    /// Lets a preserving request take the rest of its neighbourhoods along, where there is room.
+    fn look_ahead(
+        &mut self,
+        steps: &mut Outline,
+        floor: Option<Epoch>,
+        size_bytes: u64,
+    ) -> Result<()> {
+        let end = Block(size_bytes.div_ceil(BLOCK_BYTES));
+        for first in steps.neighbourhoods() {
+            let last = Block(first.plus(NEIGHBOURHOOD_BLOCKS).0.min(end.0) - 1);
+            let states = self.state.index.states(first, last, floor)?;
+            steps.preserve_ahead(first, &states, |block| !self.is_busy(block.0, block.0));
+        }
+        Ok(())
+    }
+}
+
 impl Shared {
     fn plan_write(self: &Arc<Self>, range: ByteRange, kind: WriteKind) -> Result<WritePlan> {
         self.check_range(range)?;
@@ -148,7 +167,13 @@ impl Shared {
         };
         let in_doubt = |block| core.unconfirmed.names(block);
         let mut steps = outline(kind, range, self.size_bytes, states, method, in_doubt);
+        if method == Some(Method::CopyOnWrite) {
+            core.look_ahead(&mut steps, floor, self.size_bytes)?;
+        }
         let mut found = core.space.allocate(steps.log_blocks);
+        if found.is_none() && steps.forget_ahead() {
+            found = core.space.allocate(steps.log_blocks);
+        }
         let confirm_first = found.is_none() && steps.in_doubt;
         if confirm_first {
             // Without room for another place the old one will do, after a round that confirms it.

@@ -150,6 +150,63 @@ fn preserving_batch_costs_one_sync() {
 }
 
 #[test]
+fn second_touch_of_a_neighbourhood_preserves_the_rest_of_it() {
+    let volume = volume_of(64);
+    snapshot(&volume, Method::CopyOnWrite);
+    let used = || volume.status().log_used_bytes / BLOCK;
+    // Sparse: one block each.
+    for first in [0, 16, 32] {
+        write(&volume, first + 5, 1);
+    }
+    assert_eq!(used(), 3);
+    // The second write to a neighbourhood takes the rest along, and what is in flight out.
+    let flying = plan(&volume, 9);
+    assert_eq!(used(), 3 + 15, "planned, not yet copied");
+    drop(flying);
+    assert_eq!(used(), 3);
+    let mut flying = plan(&volume, 25);
+    let other = plan(&volume, 40);
+    assert_eq!(used(), 3 + 15 + 15);
+    assert!(matches!(
+        volume.plan_write(ByteRange::new(26 * BLOCK, BLOCK), WriteKind::Write),
+        Err(StoreError::Overlaps)
+    ));
+    volume
+        .prepare_writes(std::slice::from_mut(&mut flying))
+        .unwrap();
+    drop((flying, other));
+    // All of them are written in place now, and none of them is preserved twice.
+    let cost = syncs_of(&volume, || {
+        for block in 16..32 {
+            write(&volume, block, 2);
+        }
+    });
+    assert_eq!(cost, (0, 0));
+    assert_eq!(used(), 3 + 15);
+    let seen = volume.snapshots()[0].snapshot_id;
+    let mut bytes = vec![1; 64 * 4096];
+    volume.read_at(View::Snapshot(seen), 0, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn preserving_ahead_never_takes_the_last_room() {
+    let options = OpenOptions {
+        log_limit_bytes: 6 * BLOCK,
+        segment_bytes: 8 * BLOCK,
+        ..roomy()
+    };
+    let files = memory_volume(blank(32));
+    let (volume, _) = Volume::open_files(files, &options).unwrap();
+    snapshot(&volume, Method::CopyOnWrite);
+    for block in 0..6 {
+        write(&volume, block, 3);
+    }
+    let full = volume.write_at(6 * BLOCK, &filled(3));
+    assert!(matches!(full, Err(StoreError::NoSpace)));
+}
+
+#[test]
 fn sealed_data_stays_where_it_is_until_a_later_round_confirms_it() {
     let volume = volume_of(16);
     snapshot(&volume, Method::RedirectOnWrite);
