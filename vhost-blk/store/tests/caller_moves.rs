@@ -7,8 +7,8 @@ mod harness;
 use harness::{Model, Op, Verdict, World, expect, read_all, sector_bytes, small_options};
 use vhost_blk_store::sim::{CrashDisk, FILES, Image, memory_volume, volume_files};
 use vhost_blk_store::{
-    BlockCopy, ByteRange, DataFile, Extent, Method, NewSnapshot, Source, StoreError, View, Volume,
-    WriteKind, WritePlan,
+    BlockCopy, ByteRange, DataFile, Extent, Method, NewSnapshot, OpenOptions, Source, StoreError,
+    View, Volume, WriteKind, WritePlan,
 };
 
 const SECTORS: u64 = 83;
@@ -20,7 +20,11 @@ fn world() -> (World, CrashDisk) {
     images.resize(FILES, Image::default());
     let disk = CrashDisk::new(images, 0);
     let files = volume_files(|place| disk.file(place));
-    (World::new(files, small_options(1), model), disk)
+    let options = OpenOptions {
+        segment_bytes: 1 << 20,
+        ..small_options(1)
+    };
+    (World::new(files, options, model), disk)
 }
 
 fn new_snapshot(world: &mut World, method: Method) -> NewSnapshot {
@@ -106,14 +110,6 @@ fn writes_whose_bytes_the_caller_moves_are_the_volumes() {
             data.push(bytes);
         }
         let volume = world.volume();
-        // Room is the one thing that the store alone can make.
-        let warm = volume
-            .plan_write(ByteRange::new(0, 512), WriteKind::Write)
-            .unwrap();
-        assert!(warm.needs_room() || !warm.copies().is_empty());
-        let mut warm = [warm];
-        volume.prepare_writes(&mut warm).unwrap();
-        drop(warm);
         let mut plans: Vec<WritePlan> = writes
             .iter()
             .map(|(first, count)| {
@@ -121,10 +117,8 @@ fn writes_whose_bytes_the_caller_moves_are_the_volumes() {
                 volume.plan_write(range, WriteKind::Write).unwrap()
             })
             .collect();
-        if plans.iter().any(WritePlan::needs_room) {
-            // Copies come with it; what is left to the caller is the data.
-            volume.prepare_writes(&mut plans).unwrap();
-        }
+        // Room is the one thing that the store alone can make, and preparing the snapshot has made it.
+        assert!(!plans.iter().any(WritePlan::needs_room));
         for plan in &mut plans {
             copy_and_seal(volume, plan);
         }
