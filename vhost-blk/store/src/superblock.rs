@@ -6,6 +6,7 @@
 #![deny(clippy::indexing_slicing)]
 
 use crate::error::{FileName, Result, StoreError};
+use crate::index_room::table_pages;
 use crate::io::BlockFile;
 use crate::layout::{self, put, run, slot, u32_at, u64_at, uuid_at};
 use crate::units::{
@@ -145,13 +146,15 @@ impl UnverifiedSuperblock {
             })
             .collect();
         let table_page = u64_at(bytes, slot::TABLE_PAGE);
+        let table_records = u64_at(bytes, slot::TABLE_RECORDS);
         let log_high_water = u64_at(bytes, slot::LOG_HIGH_WATER);
         // Sums and products of these cannot overflow.
         let sane = |pages: u64| pages < layout::MAX_INDEX_PAGES;
         let runs_are_sane = runs.iter().all(|run| {
             sane(run.first_page) && sane(run.pages) && sane(run.fence_pages) && run.pages > 0
         });
-        if !runs_are_sane || !sane(table_page) || log_high_water > layout::MAX_LOG_BLOCKS {
+        let table_is_sane = sane(table_page) && sane(table_pages(table_records));
+        if !runs_are_sane || !table_is_sane || log_high_water > layout::MAX_LOG_BLOCKS {
             return Ok(None);
         }
         if u64::from(u32_at(bytes, slot::BLOCK_BYTES)) != BLOCK_BYTES
@@ -180,7 +183,7 @@ impl UnverifiedSuperblock {
             next_generation: Generation(u64_at(bytes, slot::NEXT_GENERATION)),
             table_page,
             table_generation: Generation(u64_at(bytes, slot::TABLE_GENERATION)),
-            table_records: u64_at(bytes, slot::TABLE_RECORDS),
+            table_records,
             journal_generation: Generation(u64_at(bytes, slot::JOURNAL_GENERATION)),
             first_sequence: Sequence(u64_at(bytes, slot::FIRST_SEQUENCE)),
             applied_through: Sequence(u64_at(bytes, slot::APPLIED_THROUGH)),
