@@ -209,8 +209,10 @@ pub(crate) struct Work {
     pub(crate) pressure: bool,
     /// It writes over data in doubt: a round that confirms it comes first.
     pub(crate) confirm_first: bool,
-    /// Blocks no other write may be planned for: first and last.
-    pub(crate) busy: Vec<(u64, u64)>,
+    /// Blocks no other write may be planned for before the plan is complete: first and last.
+    pub(crate) moving: Vec<(u64, u64)>,
+    /// The same, but only until their old data is durable: from then on they are written in place.
+    pub(crate) preserving: Vec<(u64, u64)>,
     /// Log blocks that nobody lives in any more when the plan is complete.
     pub(crate) supersedes: Vec<LogRun>,
     /// Records that it may append, and that rounds may append for it.
@@ -221,6 +223,11 @@ pub(crate) struct Work {
 }
 
 impl Work {
+    /// All that it claims, as they were given to [`crate::volume::Core::busy`].
+    pub(crate) fn claims(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.moving.iter().chain(&self.preserving).copied()
+    }
+
     pub(crate) fn needs_prepare(&self) -> bool {
         !self.prepared && (self.needs_room() || self.needs_copies() || !self.preserves.is_empty())
     }
@@ -401,7 +408,7 @@ impl Outline {
     }
 
     /// Adds the rest of a neighbourhood that begins at `first`, of whose blocks these are the states: once a
-    /// block of it was touched, writing goes on there. `is_free` tells whether no write moves a block.
+    /// block of it was touched, writing goes on there. `is_free` tells whether no write in flight claims a block.
     pub(crate) fn preserve_ahead(
         &mut self,
         first: Block,
@@ -433,21 +440,16 @@ impl Outline {
         gone > 0
     }
 
-    /// Blocks whose location changes: no other write may be planned for them meanwhile.
-    pub(crate) fn busy(&self) -> Vec<(u64, u64)> {
-        let mut busy: Vec<(u64, u64)> = Vec::new();
-        for (step, block, _) in &self.steps {
-            match step {
-                Step::InPlace(_) | Step::Nothing => {}
-                Step::Redirect { .. } | Step::Preserve(_) | Step::ToZero { .. } => {
-                    match busy.last_mut() {
-                        Some((_, last)) if *last + 1 == block.0 => *last = block.0,
-                        Some(_) | None => busy.push((block.0, block.0)),
-                    }
-                }
+    /// Neighbouring blocks in one piece: those whose steps are chosen.
+    fn claimed(&self, is_chosen: impl Fn(&Step) -> bool) -> Vec<(u64, u64)> {
+        let mut claimed: Vec<(u64, u64)> = Vec::new();
+        for (_, block, _) in self.steps.iter().filter(|(step, _, _)| is_chosen(step)) {
+            match claimed.last_mut() {
+                Some((_, last)) if *last + 1 == block.0 => *last = block.0,
+                Some(_) | None => claimed.push((block.0, block.0)),
             }
         }
-        busy
+        claimed
     }
 
     /// Gives the steps their places in the log. `runs` hold exactly the blocks asked for.
@@ -461,7 +463,9 @@ impl Outline {
         let mut extents = Vec::new();
         let mut work = Work {
             reserved: runs.to_vec(),
-            busy: self.busy(),
+            moving: self
+                .claimed(|step| matches!(step, Step::Redirect { .. } | Step::ToZero { .. })),
+            preserving: self.claimed(|step| matches!(step, Step::Preserve(_))),
             ..Work::default()
         };
         let mut fresh = runs

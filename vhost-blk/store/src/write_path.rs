@@ -64,8 +64,8 @@ impl WritePlan {
 
 impl Work {
     fn give_back(&self, core: &mut Core) {
-        for (first, _) in &self.busy {
-            core.busy.remove(first);
+        for (first, _) in self.claims() {
+            core.busy.remove(&first);
         }
         core.promised_records -= self.promised_records;
         for run in &self.reserved {
@@ -193,7 +193,8 @@ impl Shared {
         let fits = core
             .journal
             .has_room(core.promised_records + work.promised_records);
-        if !work.busy.is_empty() && !fits && core.promised_records > 0 {
+        let claims_some = work.claims().next().is_some();
+        if claims_some && !fits && core.promised_records > 0 {
             // Those in flight end, or a checkpoint makes room.
             runs.iter().for_each(|run| core.space.free(*run));
             drop(core);
@@ -203,24 +204,22 @@ impl Shared {
             core.reserved.insert(run.start.0, run.count);
             work.bare_segments.extend(core.space.bare_segments(*run));
         }
-        for (first, last) in &work.busy {
-            core.busy.insert(*first, *last);
-        }
+        core.busy.extend(work.claims());
         let settled: Vec<u64> = core.settling.range(first.0..=last.0).copied().collect();
         for block in settled {
             core.settling.remove(&block);
         }
-        if work.busy.is_empty() {
-            work.promised_records = 0;
-        } else {
+        if claims_some {
             work.pressure = !fits || core.is_over_bounds(&self.options, 4);
             core.promised_records += work.promised_records;
+        } else {
+            work.promised_records = 0;
         }
         plan._pin = Some(core.pins.pin());
         drop(core);
         plan.extents = Extents::Many(extents);
         work.confirm_first = confirm_first;
-        if !work.busy.is_empty() || confirm_first {
+        if claims_some || confirm_first {
             plan.work = Some(Box::new(work));
         }
         Ok(plan)

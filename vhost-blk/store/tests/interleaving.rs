@@ -350,6 +350,64 @@ impl BlockFile for Interrupted {
 }
 
 #[test]
+fn blocks_preserved_ahead_are_written_once_they_are_durable_and_not_before() {
+    let model = Model::new(SECTORS);
+    let mut images = vec![model.bytes().into()];
+    images.resize(FILES, Image::default());
+    let disk = CrashDisk::new(images, 1);
+    let hook: Arc<OnceLock<Box<dyn Fn() + Send + Sync>>> = Arc::default();
+    let mut files = volume_files(|place| disk.file(place));
+    files.log = Arc::new(Interrupted {
+        file: disk.file(LOG),
+        during_sync: Arc::clone(&hook),
+    });
+    let mut world = World::new(files, small_options(1), model);
+    let first = snapshot(&mut world, Method::CopyOnWrite);
+    let volume = Arc::new(world.volume.take().unwrap());
+    volume.write_at(0, &value_bytes(7)).unwrap();
+    let mut ahead = [volume.plan_write(block(3), WriteKind::Write).unwrap()];
+    assert!(ahead[0].needs_preserve());
+
+    let (weak, refused) = (Arc::downgrade(&volume), Arc::new(AtomicU64::new(0)));
+    let counted = Arc::clone(&refused);
+    let interrupt = move || {
+        for number in [3, 5] {
+            let plan = weak
+                .upgrade()
+                .unwrap()
+                .plan_write(block(number), WriteKind::Write);
+            assert!(matches!(plan, Err(StoreError::Overlaps)), "{number}");
+            counted.fetch_add(1, Ordering::SeqCst);
+        }
+    };
+    assert!(hook.set(Box::new(interrupt)).is_ok());
+    disk.take_points();
+    volume.prepare_writes(&mut ahead).unwrap();
+    assert_eq!(refused.load(Ordering::SeqCst), 2, "one sync");
+    // The write itself is still under way.
+    volume.write_at(5 * BLOCK, &value_bytes(50)).unwrap();
+    volume.write_at(3 * BLOCK, &value_bytes(30)).unwrap();
+    disk.record();
+    let mut images_tried = 0;
+    for point in disk.take_points() {
+        for image in point.power_cuts(40, 5) {
+            let (volume, _) = Volume::open_files(memory_volume(image), &small_options(2)).unwrap();
+            let old = read_all(&volume, View::Snapshot(first));
+            for (sector, value) in (1_000_000..).zip(old) {
+                assert_eq!(value, Some(sector), "what the snapshot sees");
+            }
+            images_tried += 1;
+        }
+    }
+    assert!(images_tried > 20, "{images_tried}");
+    drop(ahead);
+    let head = read_all(&volume, View::Head);
+    assert_eq!(head[24..32], [Some(30); 8]);
+    assert_eq!(head[32], Some(1_000_032));
+    assert_eq!(head[40..48], [Some(50); 8]);
+}
+
+#[test]
 fn write_that_completes_during_a_flush_is_not_committed_by_it() {
     let model = Model::new(SECTORS);
     let mut images = vec![model.bytes().into()];
@@ -436,7 +494,13 @@ fn threads_write_flush_snapshot_read_and_maintain_together() {
                     let _shared = gate.read().unwrap();
                     let mut current = head[usize::try_from(place).unwrap()].lock().unwrap();
                     let value = round * WRITERS + writer + 1;
-                    volume.write_at(place * BLOCK, &value_bytes(value)).unwrap();
+                    let mut tried = volume.write_at(place * BLOCK, &value_bytes(value));
+                    while matches!(tried, Err(StoreError::Overlaps)) {
+                        // Another writer preserves it ahead.
+                        std::thread::yield_now();
+                        tried = volume.write_at(place * BLOCK, &value_bytes(value));
+                    }
+                    tried.unwrap();
                     *current = value;
                     drop(current);
                     if round % 16 == writer {

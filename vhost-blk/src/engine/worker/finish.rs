@@ -23,12 +23,20 @@ impl Worker {
             self.transfer_over(transfer);
         }
         self.completed = completed;
+        let mut preserved = false;
         for report in self.inbox.take() {
             match report {
-                Report::Prepared(number, plan) => self.prepared(number, plan),
+                Report::Prepared(number, plan) => {
+                    preserved |= plan.is_ok();
+                    self.prepared(number, plan);
+                }
                 Report::Performed(number, performed) => self.performed(number, performed),
                 Report::Flushed(number, result) => self.flushed(number, result),
             }
+        }
+        if preserved {
+            // What was preserved is written in place from now on, the blocks beside these requests' own, too.
+            self.wake_overlapping();
         }
         self.moves_over();
     }
