@@ -14,7 +14,7 @@ use crate::journal::{Entry, Journal, Place, Record, Scan, UnverifiedRecord, scan
 use crate::layout::{self, PAGE_BYTES, RECORD_BYTES, Seal};
 use crate::scan::Bounds;
 use crate::space::LogRun;
-use crate::state::State;
+use crate::state::{Puts, State};
 use crate::superblock::{self, SlotsFound, Superblock};
 use crate::units::{BLOCK_BYTES, BootId, Generation, Incarnation, LogBlock, Sequence, in_memory};
 use crate::volume::VolumeFiles;
@@ -141,13 +141,16 @@ pub(crate) fn load(
     })?;
 
     let mut replayed_records = 0;
+    // Most records are of one block, and half of their changes are versions.
+    let mut puts = Puts::with_capacity(2 * decided.kept.len());
     for entry in &decided.kept {
         if entry.sequence <= superblock.applied_through {
             continue;
         }
         state.check_snap(&entry.record)?;
-        let puts = state.puts(&entry.record)?;
-        for (_, location) in &puts {
+        let first = puts.len();
+        state.puts(&entry.record, &mut puts)?;
+        for (_, location) in puts.get(first..).unwrap_or_default() {
             if let Location::Log(at) = location {
                 if at.0 < superblock.first_data_block() {
                     return Err(corrupted(
@@ -166,9 +169,10 @@ pub(crate) fn load(
                 named.push(*at);
             }
         }
-        state.apply(&entry.record, puts);
+        state.apply(&entry.record);
         replayed_records += 1;
     }
+    state.index.put_all(puts);
     let (generation, first, end_bytes) = match younger {
         Some((scan, first)) => (superblock.journal_generation.next(), first, scan.end_bytes),
         None => (
@@ -274,7 +278,7 @@ fn load_table(files: &VolumeFiles, superblock: &Superblock, state: &mut State) -
             }
         }
         state.check_snap(&entry.record)?;
-        state.apply(&entry.record, Vec::new());
+        state.apply(&entry.record);
     }
     if state.floor().is_some_and(|floor| floor >= superblock.epoch) {
         return Err(broken("a snapshot of an epoch that is not closed (I5)"));

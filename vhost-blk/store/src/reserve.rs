@@ -13,8 +13,8 @@ use crate::volume::Shared;
 
 /// A log that cannot have this many segments keeps no reserve.
 const SEGMENTS_MIN: u64 = 16;
-/// Bytes of index for each record of it, at most.
-const RECORD_BYTES: u64 = 20;
+/// Bytes of index for each record of it: packed ones take about five, and a segment more than that is kept.
+const RECORD_BYTES: u64 = 6;
 
 /// The reserve of a volume.
 #[derive(Debug, Default)]

@@ -32,7 +32,7 @@ pub(crate) struct State {
     parts: Option<Parts>,
 }
 
-/// What a record does to the index.
+/// What records do to the index, in their order.
 pub(crate) type Puts = Vec<(Key, Location)>;
 
 fn broken(what: &'static str) -> StoreError {
@@ -75,9 +75,8 @@ impl State {
         }
     }
 
-    /// What `record` will do to the index. All that can fail is here; [`State::apply`] cannot.
-    pub(crate) fn puts(&self, record: &Record) -> Result<Puts> {
-        let mut puts = Puts::new();
+    /// Adds what `record` will do to the index. All that can fail is here; [`State::apply`] cannot.
+    pub(crate) fn puts(&self, record: &Record, puts: &mut Puts) -> Result<()> {
         match record {
             Record::Map {
                 block,
@@ -137,7 +136,7 @@ impl State {
             | Record::Commit { .. }
             | Record::Restart { .. } => {}
         }
-        Ok(puts)
+        Ok(())
     }
 
     /// Whether the blocks of a MAP with history live where it says. Asks the index: for debug builds alone.
@@ -170,11 +169,8 @@ impl State {
         }
     }
 
-    /// Makes the change.
-    pub(crate) fn apply(&mut self, record: &Record, puts: Puts) {
-        for (key, location) in puts {
-            self.index.put(key, location);
-        }
+    /// Makes the change to everything but the index.
+    pub(crate) fn apply(&mut self, record: &Record) {
         match record {
             Record::SnapId {
                 snapshot_id,

@@ -16,8 +16,8 @@ use std::time::Instant;
 use clap::{Parser, Subcommand};
 use uuid::Uuid;
 use vhost_blk_store::{
-    BlockFile, ByteRange, Maintenance, Method, NewSnapshot, OpenOptions, View, Volume, VolumeFiles,
-    WriteKind,
+    BlockFile, ByteRange, Maintenance, Method, NewSnapshot, OpenOptions, RecoveryReport, View,
+    Volume, VolumeFiles, WriteKind,
 };
 
 /// Make a volume with many redirected blocks, or measure opening one
@@ -52,6 +52,9 @@ enum Command {
         /// Random reads of 4 KiB
         #[arg(long, default_value_t = 100_000)]
         reads: u64,
+        /// Then redirect so many blocks behind one more snapshot, which only the journal will know
+        #[arg(long, default_value_t = 0)]
+        unmerged: u64,
     },
 }
 
@@ -112,7 +115,7 @@ fn resident_kib() -> io::Result<u64> {
     Ok(words.and_then(|word| word.parse().ok()).unwrap_or(0))
 }
 
-fn open(arguments: &Arguments) -> Result<Volume, Box<dyn Error>> {
+fn open(arguments: &Arguments) -> Result<(Volume, RecoveryReport), Box<dyn Error>> {
     let options = OpenOptions {
         direct: false,
         segments_ahead: 0,
@@ -122,7 +125,7 @@ fn open(arguments: &Arguments) -> Result<Volume, Box<dyn Error>> {
     let shadow = arguments.directory.join("shadow");
     let mut files = VolumeFiles::open(&base, &shadow, &options)?;
     files.log = Arc::new(SparseLog(files.log));
-    Ok(Volume::open_files(files, &options)?.0)
+    Ok(Volume::open_files(files, &options)?)
 }
 
 fn print(
@@ -145,36 +148,46 @@ fn print(
     Ok(())
 }
 
-fn fill(
-    arguments: &Arguments,
+/// What to make.
+struct Wanted {
     gib: u64,
     blocks: u64,
     snapshots: u64,
     close: bool,
-) -> Result<(), Box<dyn Error>> {
+}
+
+fn take_snapshot(volume: &Volume, number: u64) -> Result<(), Box<dyn Error>> {
+    let set_id = Uuid::from_u128(u128::from(number) << 64 | 1).into();
+    volume.take_snapshot(NewSnapshot {
+        snapshot_id: Uuid::from_u128(u128::from(number) << 64 | 2).into(),
+        set_id,
+        members: vec![volume.id()],
+        method: Method::RedirectOnWrite,
+        created_unix_ms: number,
+    })?;
+    Ok(volume.keep_set(set_id)?)
+}
+
+fn redirect(volume: &Volume, block: u64) -> Result<(), Box<dyn Error>> {
+    let mut plans = [volume.plan_write(ByteRange::new(block << 12, 4096), WriteKind::Write)?];
+    if plans.iter().any(|plan| plan.needs_prepare()) {
+        volume.prepare_writes(&mut plans)?;
+    }
+    let [plan] = plans;
+    Ok(volume.complete_write(plan)?)
+}
+
+fn fill(arguments: &Arguments, wanted: &Wanted) -> Result<(), Box<dyn Error>> {
     std::fs::create_dir_all(&arguments.directory)?;
     let base = std::fs::File::create(arguments.directory.join("base"))?;
-    base.set_len(gib << 30)?;
-    let volume = open(arguments)?;
+    base.set_len(wanted.gib << 30)?;
+    let (volume, _) = open(arguments)?;
     let (begun, mut numbers) = (Instant::now(), Numbers(0x9e37_79b9_7f4a_7c15));
-    for number in 0..snapshots.max(1) {
-        let set_id = Uuid::from_u128(u128::from(number) << 64 | 1).into();
-        volume.take_snapshot(NewSnapshot {
-            snapshot_id: Uuid::from_u128(u128::from(number) << 64 | 2).into(),
-            set_id,
-            members: vec![volume.id()],
-            method: Method::RedirectOnWrite,
-            created_unix_ms: number,
-        })?;
-        volume.keep_set(set_id)?;
-        for write in 0..blocks / snapshots.max(1) {
-            let range = ByteRange::new(numbers.below(gib << 18) << 12, 4096);
-            let mut plans = [volume.plan_write(range, WriteKind::Write)?];
-            if plans.iter().any(|plan| plan.needs_prepare()) {
-                volume.prepare_writes(&mut plans)?;
-            }
-            let [plan] = plans;
-            volume.complete_write(plan)?;
+    let (blocks, snapshots) = (wanted.gib << 18, wanted.snapshots.max(1));
+    for number in 0..snapshots {
+        take_snapshot(&volume, number)?;
+        for write in 0..wanted.blocks / snapshots {
+            redirect(&volume, numbers.below(blocks))?;
             if write % 65_536 == 0 {
                 for _ in 0..64 {
                     if volume.maintain(4096)? == Maintenance::Idle {
@@ -186,15 +199,15 @@ fn fill(
     }
     volume.flush()?;
     let filled_ms = begun.elapsed().as_secs_f64() * 1e3;
-    if close {
+    if wanted.close {
         volume.close()?;
     }
     print(arguments, &volume, &[("fill_ms", filled_ms)])
 }
 
-fn measure(arguments: &Arguments, reads: u64) -> Result<(), Box<dyn Error>> {
+fn measure(arguments: &Arguments, reads: u64, unmerged: u64) -> Result<(), Box<dyn Error>> {
     let begun = Instant::now();
-    let volume = open(arguments)?;
+    let (volume, report) = open(arguments)?;
     let mut numbers = Numbers(0x1234_5678_9abc_def1);
     let blocks = volume.size_bytes() / 4096;
     volume.plan_read(
@@ -214,6 +227,7 @@ fn measure(arguments: &Arguments, reads: u64) -> Result<(), Box<dyn Error>> {
     let begun = Instant::now();
     while volume.maintain(4096)? == Maintenance::More {}
     let settled_ms = begun.elapsed().as_secs_f64() * 1e3;
+    let settled_kib = resident_kib()?;
     let begun = Instant::now();
     for _ in 0..reads {
         volume.plan_read(
@@ -222,15 +236,25 @@ fn measure(arguments: &Arguments, reads: u64) -> Result<(), Box<dyn Error>> {
         )?;
     }
     let warm_ms = begun.elapsed().as_secs_f64() * 1e3;
+    if unmerged > 0 {
+        // No other snapshot has this number.
+        take_snapshot(&volume, 1 << 32 | u64::from(volume.status().epoch.0))?;
+        for _ in 0..unmerged {
+            redirect(&volume, numbers.below(blocks))?;
+        }
+        volume.flush()?;
+    }
     let nanoseconds = |ms: f64| ms * 1e6 / (reads.max(1) as f64);
     print(
         arguments,
         &volume,
         &[
+            ("replayed_records", report.replayed_records as f64),
             ("open_to_first_plan_ms", open_ms),
             ("resident_kib_when_opened", opened_kib as f64),
             ("first_look_ups_ns", nanoseconds(reads_ms)),
             ("background_ms", settled_ms),
+            ("resident_kib_after_background", settled_kib as f64),
             ("look_up_ns", nanoseconds(warm_ms)),
         ],
     )
@@ -244,8 +268,16 @@ fn main() -> ExitCode {
             blocks,
             snapshots,
             close,
-        } => fill(&arguments, gib, blocks, snapshots, close),
-        Command::Open { reads } => measure(&arguments, reads),
+        } => {
+            let wanted = Wanted {
+                gib,
+                blocks,
+                snapshots,
+                close,
+            };
+            fill(&arguments, &wanted)
+        }
+        Command::Open { reads, unmerged } => measure(&arguments, reads, unmerged),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -41,6 +41,11 @@ fn location(packed: [u32; 2]) -> Location {
     Location::decode(whole(packed)).unwrap_or(Location::Base)
 }
 
+/// The key as one number, of the same order: quicker to compare.
+fn number([high, low, death]: PackedKey) -> u128 {
+    u128::from(high) << 64 | u128::from(low) << 32 | u128::from(death)
+}
+
 /// Records in key order.
 #[derive(Debug, Default)]
 pub(crate) struct Memtable {
@@ -56,9 +61,26 @@ impl Memtable {
         self.records.is_empty()
     }
 
-    /// A record of the same key is replaced.
-    pub(crate) fn insert(&mut self, key: Key, location: Location) {
-        self.records.insert(pack(key), words(location.encode()));
+    /// Sets records in this order: of one key the last one stays.
+    pub(crate) fn insert_all(&mut self, records: Vec<(Key, Location)>) {
+        if self.records.is_empty() {
+            // Replay: a map that is built in order takes a fraction of the time, and less memory.
+            let pack = |(key, location): (Key, Location)| (pack(key), words(location.encode()));
+            let mut packed: Vec<_> = records.into_iter().map(pack).collect();
+            packed.sort_by_key(|(key, _)| number(*key));
+            packed.dedup_by(|later, earlier| {
+                let same = later.0 == earlier.0;
+                if same {
+                    earlier.1 = later.1;
+                }
+                same
+            });
+            self.records = packed.into_iter().collect();
+            return;
+        }
+        for (key, location) in records {
+            self.records.insert(pack(key), words(location.encode()));
+        }
     }
 
     pub(crate) fn get(&self, key: Key) -> Option<Location> {
@@ -75,5 +97,35 @@ impl Memtable {
         self.records
             .range(range)
             .map(|(key, packed)| (unpack(*key), location(*packed)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::LogBlock;
+
+    fn record(block: u64, at: u64) -> (Key, Location) {
+        (Key::live(Block(block)), Location::Log(LogBlock(at)))
+    }
+
+    #[test]
+    fn the_last_record_of_a_key_stays_however_they_came() {
+        let records = [(7, 1), (1 << 40, 2), (7, 3), (3, 4), (7, 5), (3, 6)];
+        let records: Vec<_> = records.map(|(block, at)| record(block, at)).into();
+        let mut at_once = Memtable::default();
+        at_once.insert_all(records.clone());
+        let mut one_by_one = Memtable::default();
+        records
+            .into_iter()
+            .for_each(|record| one_by_one.insert_all(vec![record]));
+        let expected = vec![record(3, 6), record(7, 5), record(1 << 40, 2)];
+        let all = |table: &Memtable| -> Vec<_> {
+            table
+                .range(Key::live(Block(0))..=Key::live(Block(u64::MAX)))
+                .collect()
+        };
+        assert_eq!(all(&at_once), expected);
+        assert_eq!(all(&one_by_one), expected);
     }
 }

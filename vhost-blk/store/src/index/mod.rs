@@ -234,8 +234,9 @@ impl Index {
         &self.runs
     }
 
-    pub(crate) fn put(&mut self, key: Key, location: Location) {
-        self.memtable.insert(key, location);
+    /// Sets records in this order: of one key the last one stays.
+    pub(crate) fn put_all(&mut self, records: Vec<(Key, Location)>) {
+        self.memtable.insert_all(records);
     }
 
     /// The layers in memory, newest first.
