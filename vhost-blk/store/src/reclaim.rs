@@ -277,6 +277,56 @@ pub(crate) fn no_space(error: StoreError) -> StoreError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::{SetId, SnapshotId};
+    use crate::{Method, NewSnapshot, OpenOptions, Volume};
+
+    /// That a pin may be dropped in the middle of a maintenance step no history can force.
+    #[test]
+    fn sweep_leaves_superseded_blocks_to_the_round_that_confirms_them() {
+        let mut base = crate::sim::Image::default();
+        base.set_len(64 * BLOCK_BYTES);
+        let options = OpenOptions {
+            journal_prewritten_bytes: 0,
+            segments_ahead: 0,
+            ..OpenOptions::default()
+        };
+        let opened = Volume::open_files(crate::sim::memory_volume(vec![base]), &options);
+        let volume = opened.map(|(volume, _)| volume).expect("a new volume");
+        let new = NewSnapshot {
+            snapshot_id: SnapshotId::from(uuid::Uuid::from_u128(1)),
+            set_id: SetId::from(uuid::Uuid::from_u128(2)),
+            members: vec![volume.id()],
+            method: Method::RedirectOnWrite,
+            created_unix_ms: 1,
+        };
+        volume.take_snapshot(new).expect("a snapshot");
+        for value in [1, 2] {
+            let bytes = [value; 4096];
+            volume.write_at(BLOCK_BYTES, &bytes).expect("a write");
+        }
+        let mut core = volume.shared.core();
+        let superseded: Vec<_> = core.unconfirmed.superseded().collect();
+        assert_eq!(superseded.len(), 1);
+        let used_blocks = core.space.used_blocks();
+        // Nothing is marked: all is swept but that.
+        Shared::begin_sweep(&mut core);
+        let mut cursor = 0;
+        while let Some(next) = core.space.sweep(cursor) {
+            cursor = next;
+        }
+        core.sweep = Sweep::Idle;
+        assert!(used_blocks > superseded[0].count);
+        assert_eq!(core.space.used_blocks(), superseded[0].count);
+        let taken = core.space.allocate(64).expect("room");
+        let held = superseded[0].start.0;
+        let holds =
+            |run: &crate::space::LogRun| run.start.0 <= held && held < run.start.0 + run.count;
+        assert!(!taken.iter().any(holds), "{taken:?}");
+        // From now on it is nobody's.
+        let last = core.journal.last();
+        core.confirm(last);
+        assert_eq!(core.space.used_blocks(), 64);
+    }
 
     #[test]
     fn runs_are_merged_when_the_older_is_not_much_larger() {
