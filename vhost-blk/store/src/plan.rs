@@ -12,7 +12,7 @@ use crate::layout::MAX_SEALED_BLOCKS;
 use crate::pins::Pin;
 use crate::snapshot_table::Method;
 use crate::space::LogRun;
-use crate::units::{BLOCK_BYTES, Block, ByteRange, LogBlock, SnapshotId};
+use crate::units::{BLOCK_BYTES, Block, ByteRange, LogBlock, SnapshotId, in_memory};
 use crate::volume::Shared;
 
 /// Longest request of any kind, in bytes. The device advertises limits no larger.
@@ -350,6 +350,24 @@ pub(crate) struct Outline {
 /// the first. 64 KiB, aligned.
 pub(crate) const NEIGHBOURHOOD_BLOCKS: u64 = 16;
 
+/// Blocks that are preserved together when writing is dense all around: 1 MiB, aligned.
+pub(crate) const DISTRICT_BLOCKS: u64 = 256;
+
+/// So many neighbourhoods of a district have nothing left to preserve when writing in it counts as dense.
+const DENSE_NEIGHBOURHOODS: usize = 4;
+
+/// Whether a district of whose blocks these are the states is being written densely.
+pub(crate) fn is_dense(states: &[BlockState]) -> bool {
+    let is_through = |states: &&[BlockState]| {
+        states.iter().any(|state| state.touched)
+            && states
+                .iter()
+                .all(|state| state.touched || state.live != Location::Base)
+    };
+    let neighbourhoods = states.chunks(in_memory(NEIGHBOURHOOD_BLOCKS));
+    neighbourhoods.filter(is_through).count() >= DENSE_NEIGHBOURHOODS
+}
+
 /// Decides every block of the request. `in_doubt` tells of a log block whether its bytes must not change yet.
 pub(crate) fn outline(
     kind: WriteKind,
@@ -407,8 +425,8 @@ impl Outline {
         found
     }
 
-    /// Adds the rest of a neighbourhood that begins at `first`, of whose blocks these are the states: once a
-    /// block of it was touched, writing goes on there. `is_free` tells whether no write in flight claims a block.
+    /// Adds the untouched rest of a stretch that begins at `first`, of whose blocks these are the states, if a block
+    /// of it was touched: writing goes on there. `is_free` tells whether no write in flight claims a block.
     pub(crate) fn preserve_ahead(
         &mut self,
         first: Block,
@@ -418,10 +436,13 @@ impl Outline {
         if !states.iter().any(|state| state.touched) {
             return;
         }
+        let planned = self.steps.len();
         for (place, state) in (0..).zip(states) {
             let block = first.plus(place);
-            let covered = self.covers.0 <= block && block <= self.covers.1;
-            if !covered && !state.touched && state.live == Location::Base && is_free(block) {
+            let has_step = self.steps[..planned]
+                .binary_search_by_key(&block, |(_, block, _)| *block)
+                .is_ok();
+            if !has_step && !state.touched && state.live == Location::Base && is_free(block) {
                 self.log_blocks += 1;
                 self.steps
                     .push((Step::Preserve(state.live), block, state.live));

@@ -11,8 +11,8 @@ use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
 use crate::journal::Record;
 use crate::plan::{
-    Extent, Extents, MAX_REQUEST_BYTES, MapRun, NEIGHBOURHOOD_BLOCKS, Outline, Source, Work,
-    WriteKind, WritePlan, follows, outline,
+    DISTRICT_BLOCKS, Extent, Extents, MAX_REQUEST_BYTES, MapRun, NEIGHBOURHOOD_BLOCKS, Outline,
+    Source, Work, WriteKind, WritePlan, follows, is_dense, outline,
 };
 use crate::snapshot_table::Method;
 use crate::units::{BLOCK_BYTES, Block, ByteRange, Epoch, in_memory};
@@ -123,7 +123,7 @@ fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: Epoch) {
 }
 
 impl Core {
-    /// Lets a preserving request take the rest of its neighbourhoods along, where there is room.
+    /// Lets a preserving request take the rest of its neighbourhoods along, or of its district, where writing is dense.
     fn look_ahead(
         &mut self,
         steps: &mut Outline,
@@ -134,7 +134,18 @@ impl Core {
         for first in steps.neighbourhoods() {
             let last = Block(first.plus(NEIGHBOURHOOD_BLOCKS).0.min(end.0) - 1);
             let states = self.state.index.states(first, last, floor)?;
-            steps.preserve_ahead(first, &states, |block| !self.is_busy(block.0, block.0));
+            if !states.iter().any(|state| state.touched) {
+                continue;
+            }
+            let is_free = |core: &Core, block: Block| !core.is_busy(block.0, block.0);
+            let district = Block(first.0 - first.0 % DISTRICT_BLOCKS);
+            let last = Block(district.plus(DISTRICT_BLOCKS).0.min(end.0) - 1);
+            let around = self.state.index.states(district, last, floor)?;
+            if is_dense(&around) {
+                steps.preserve_ahead(district, &around, |block| is_free(self, block));
+            } else {
+                steps.preserve_ahead(first, &states, |block| is_free(self, block));
+            }
         }
         Ok(())
     }

@@ -190,6 +190,35 @@ fn second_touch_of_a_neighbourhood_preserves_the_rest_of_it() {
 }
 
 #[test]
+fn dense_writing_preserves_its_district_and_no_more() {
+    let volume = volume_of(1024);
+    snapshot(&volume, Method::CopyOnWrite);
+    let used = || volume.status().log_used_bytes / BLOCK;
+    for neighbourhood in 0..4 {
+        write(&volume, 256 + neighbourhood * 48, 1);
+        write(&volume, 256 + neighbourhood * 48 + 7, 1);
+    }
+    assert_eq!(used(), 4 * 16, "their own neighbourhoods");
+    write(&volume, 500, 1);
+    assert_eq!(used(), 4 * 16 + 1, "a first touch is a first touch");
+    let flying = plan(&volume, 390);
+    assert_eq!(used(), 4 * 16 + 2);
+    write(&volume, 501, 1);
+    assert_eq!(used(), 256, "all of the district");
+    drop(flying);
+    assert_eq!(used(), 255, "but what was in flight");
+    let seen = volume.snapshots()[0].snapshot_id;
+    let mut bytes = vec![1; 1024 * 4096];
+    volume.read_at(View::Snapshot(seen), 0, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0));
+    // In place from now on.
+    let cost = syncs_of(&volume, || {
+        (256..384).for_each(|block| write(&volume, block, 2))
+    });
+    assert_eq!((cost, used()), ((0, 0), 255));
+}
+
+#[test]
 fn preserving_ahead_never_takes_the_last_room() {
     let options = OpenOptions {
         log_limit_bytes: 6 * BLOCK,
