@@ -111,7 +111,7 @@ impl Volume {
     /// again changes nothing. Blocking.
     pub fn keep_set(&self, set_id: SetId) -> Result<()> {
         self.shared.check_writable()?;
-        let _work = lock(&self.shared.maintenance);
+        let mut work = lock(&self.shared.maintenance);
         let snapshot = self.snapshot_of_set(set_id);
         match snapshot.map(|snapshot| snapshot.state) {
             None => return Err(StoreError::NoSuchSet(set_id)),
@@ -123,6 +123,9 @@ impl Volume {
         if snap_pending {
             self.shared.flush()?;
         }
+        // A first snapshot finds no reserve yet, and background work may come too late: the file system could be full by then, and
+        // nothing of this snapshot could ever be given back.
+        self.shared.keep_reserve(&mut work.reserve)?;
         self.shared.change_table(&[Record::Keep { set_id }])
     }
 
