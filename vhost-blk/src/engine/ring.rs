@@ -6,6 +6,7 @@
 //! Invariants:
 //! * A transfer's memory and vectors live in `transfers` until its completion was taken, so the kernel never sees memory
 //!   that has been given back. Dropping the ring waits for all of them.
+//! * Only writes of private memory are joined, and none is kept back for it: the next submission takes all.
 //! * A short transfer is continued from where it stopped; one that stops at nothing is an error.
 //! * Completions wake the kick only between [`Ring::arm`] and [`Ring::disarm`]: a thread that is awake looks by itself, and
 //!   a signal would cost a system call and another pass.
@@ -46,10 +47,6 @@ pub(super) struct Completed {
     pub(super) span: Span,
     /// How it ended.
     pub(super) outcome: io::Result<()>,
-    #[allow(
-        dead_code,
-        reason = "sealed writes and copies, which use it, come next"
-    )]
     /// What it moved from or to.
     pub(super) memory: Memory,
 }
@@ -61,6 +58,8 @@ pub struct Ring {
     transfers: Slab<Transfer>,
     /// Transfers that found no room in the submission queue, or have to be continued.
     waiting: VecDeque<u32>,
+    /// Writes of private memory since the last submission, which may be neighbours.
+    gathered: Vec<Transfer>,
     in_kernel: usize,
     /// Keeps the registered eventfd open.
     _kick: Arc<Kick>,
@@ -117,6 +116,7 @@ impl Ring {
             uring,
             transfers: Slab::default(),
             waiting: VecDeque::new(),
+            gathered: Vec::new(),
             in_kernel: 0,
             _kick: kick,
             _files: files,
@@ -153,11 +153,8 @@ impl Ring {
         Ok(())
     }
 
-    #[allow(
-        dead_code,
-        reason = "sealed writes and copies, which use it, come next"
-    )]
-    /// Queues a transfer between the first bytes of a private buffer and a file.
+    /// Queues a transfer between the first bytes of a private buffer and a file. Of those to a file that are queued between
+    /// two submissions, neighbours go as one, whose error is the error of each.
     ///
     /// # Errors
     /// If the buffer is shorter than the transfer.
@@ -170,7 +167,12 @@ impl Ring {
     ) -> io::Result<()> {
         let vectors = Vectors::of_private(&mut buffer, span.length_bytes)?;
         let memory = Memory::Private(buffer);
-        self.start(Transfer::new(number, file, span, vectors, memory));
+        let transfer = Transfer::new(number, file, span, vectors, memory);
+        match span.direction {
+            // A read that fails must not fail others: old data that nobody has to read may be bad beside it.
+            Direction::FromFile => self.start(transfer),
+            Direction::ToFile => self.gathered.push(transfer),
+        }
         Ok(())
     }
 
@@ -179,12 +181,34 @@ impl Ring {
         self.waiting.push_back(place);
     }
 
+    /// One transfer for each stretch of what was gathered: requests come in any order, but the log is filled in one.
+    fn join_neighbours(&mut self) {
+        let mut gathered = std::mem::take(&mut self.gathered);
+        gathered.sort_unstable_by_key(|transfer| transfer.span.file_offset_bytes);
+        let mut stretch: Option<Transfer> = None;
+        for transfer in gathered.drain(..) {
+            match &mut stretch {
+                Some(stretch) if stretch.can_join(&transfer) => stretch.join(transfer),
+                Some(_) | None => {
+                    if let Some(ended) = stretch.replace(transfer) {
+                        self.start(ended);
+                    }
+                }
+            }
+        }
+        if let Some(ended) = stretch {
+            self.start(ended);
+        }
+        self.gathered = gathered;
+    }
+
     /// Hands waiting transfers to the kernel, as many as it takes, and lets it finish what is ready; no system call if there
     /// is neither. Answers whether it was entered, and took what there was.
     ///
     /// # Errors
     /// What `io_uring_enter(2)` answers, but for `EBUSY` and `EAGAIN`, after which the next call tries again.
     pub(super) fn submit(&mut self) -> io::Result<bool> {
+        self.join_neighbours();
         let mut entered = false;
         loop {
             let mut submission = self.uring.submission();
@@ -218,7 +242,7 @@ impl Ring {
 
     /// True if there are transfers that the kernel does not have yet.
     pub(super) fn has_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+        !self.waiting.is_empty() || !self.gathered.is_empty()
     }
 
     /// Takes what is complete.
@@ -241,12 +265,7 @@ impl Ring {
                 Progress::Again => self.waiting.push_back(place),
                 Progress::Over(outcome) => {
                     if let Some(transfer) = self.transfers.remove(place) {
-                        completed.push(Completed {
-                            number: transfer.number,
-                            span: transfer.span,
-                            outcome,
-                            memory: transfer.memory,
-                        });
+                        transfer.end(outcome, completed);
                     }
                 }
             }
@@ -261,8 +280,9 @@ impl Ring {
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         drop(completion);
         let news = !self.uring.completion().is_empty();
+        let waiting = self.has_waiting();
         let submission = self.uring.submission();
-        let left = !self.waiting.is_empty() || !submission.is_empty();
+        let left = waiting || !submission.is_empty();
         news || left || submission.taskrun() || submission.cq_overflow()
     }
 
@@ -274,7 +294,7 @@ impl Ring {
     /// True if nothing is in flight or waiting.
     #[must_use]
     pub(super) fn is_idle(&self) -> bool {
-        self.in_kernel == 0 && self.waiting.is_empty()
+        self.in_kernel == 0 && !self.has_waiting()
     }
 
     /// Enters the kernel; waits for `wanted` completions. Answers how many entries it took.

@@ -1,13 +1,18 @@
 //! One transfer of a ring: its memory, what is left of it, and what the kernel's answer means.
 //!
-//! Used by `ring` alone.
+//! Used by `ring` alone. Transfers that lie one behind the other in a file may be joined: one for the kernel, and a share of
+//! it for each that was asked for.
 //!
-//! Invariant: `vectors` point into `memory`; a list of several lies on the heap, so that moving the transfer does not move
-//! what the kernel reads.
+//! Invariants:
+//! * `vectors` point into the memory of `shares`; a list of several lies on the heap, so that moving the transfer does not
+//!   move what the kernel reads.
+//! * The shares are in the order of the file and fill the span.
 
 use super::super::buffers::{GuestBuffers, HostPiece};
 use super::super::pool::PrivateBuffer;
+use super::Completed;
 use io_uring::{opcode, squeue, types};
+use smallvec::{SmallVec, smallvec};
 use std::io;
 use std::sync::Arc;
 use vhost_blk_store::DataFile;
@@ -15,6 +20,9 @@ use vm_memory::GuestMemoryMmap;
 
 /// Longest vector list the kernel takes (`UIO_MAXIOV`).
 const VECTORS_MAX: usize = 1024;
+
+/// Most bytes of joined transfers: as many as devices commonly take in one command.
+const JOINED_BYTES_MAX: u64 = 256 << 10;
 
 /// Direction of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,16 +67,24 @@ pub(super) enum Vectors {
 
 #[derive(Debug)]
 pub(in super::super) struct Transfer {
-    pub(super) number: u64,
     pub(in super::super) file: DataFile,
     pub(in super::super) span: Span,
-    pub(in super::super) memory: Memory,
+    shares: SmallVec<[Share; 1]>,
     vectors: Vectors,
     left_bytes: u64,
 }
 
-// SAFETY: the raw pointers in `vectors` point into `memory`, a shared mapping which any thread may name, or a buffer that
-// moves with the transfer; they are only handed to the kernel, never dereferenced here.
+/// What one caller asked for.
+#[derive(Debug)]
+struct Share {
+    number: u64,
+    length_bytes: u64,
+    memory: Memory,
+}
+
+// SAFETY: the raw pointers in `vectors` point into the memory of `shares`, shared mappings which any thread may name, or
+// buffers on the heap that stay where they are when the transfer moves; they are only handed to the kernel, never
+// dereferenced here.
 unsafe impl Send for Transfer {}
 
 pub(super) enum Progress {
@@ -91,10 +107,6 @@ impl Vectors {
         })
     }
 
-    #[allow(
-        dead_code,
-        reason = "sealed writes and copies, which use it, come next"
-    )]
     pub(super) fn of_private(buffer: &mut PrivateBuffer, length_bytes: u64) -> io::Result<Self> {
         let bytes = usize::try_from(length_bytes)
             .ok()
@@ -104,6 +116,22 @@ impl Vectors {
             iov_base: bytes.as_mut_ptr().cast(),
             iov_len: bytes.len(),
         }))
+    }
+
+    fn as_slice(&self) -> &[libc::iovec] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
+        }
+    }
+
+    fn append(&mut self, others: &Self) {
+        if let Self::One(one) = self {
+            *self = Self::Many(vec![*one]);
+        }
+        if let Self::Many(many) = self {
+            many.extend_from_slice(others.as_slice());
+        }
     }
 
     fn skip(&mut self, moved_bytes: usize) {
@@ -133,13 +161,61 @@ impl Transfer {
         memory: Memory,
     ) -> Self {
         Self {
-            number,
             file,
             span,
-            memory,
+            shares: smallvec![Share {
+                number,
+                length_bytes: span.length_bytes,
+                memory,
+            }],
             vectors,
             left_bytes: span.length_bytes,
         }
+    }
+
+    /// True if `next` goes on where this one ends and both are not too long for one. Neither has been begun.
+    pub(super) fn can_join(&self, next: &Self) -> bool {
+        self.file == next.file
+            && self.span.direction == next.span.direction
+            && self.span.file_offset_bytes + self.span.length_bytes == next.span.file_offset_bytes
+            && self.span.length_bytes + next.span.length_bytes <= JOINED_BYTES_MAX
+            && self.vectors.as_slice().len() + next.vectors.as_slice().len() <= VECTORS_MAX
+    }
+
+    /// Takes over what `next` would have moved; [`Self::can_join`] was asked.
+    pub(super) fn join(&mut self, next: Self) {
+        self.span.length_bytes += next.span.length_bytes;
+        self.left_bytes += next.left_bytes;
+        self.vectors.append(&next.vectors);
+        self.shares.extend(next.shares);
+    }
+
+    /// Tells each share how the whole ended.
+    pub(super) fn end(self, outcome: io::Result<()>, completed: &mut Vec<Completed>) {
+        let mut file_offset_bytes = self.span.file_offset_bytes;
+        for share in self.shares {
+            let span = Span {
+                direction: self.span.direction,
+                file_offset_bytes,
+                length_bytes: share.length_bytes,
+            };
+            file_offset_bytes += share.length_bytes;
+            completed.push(Completed {
+                number: share.number,
+                span,
+                outcome: outcome
+                    .as_ref()
+                    .map_or_else(|error| Err(same(error)), |()| Ok(())),
+                memory: share.memory,
+            });
+        }
+    }
+
+    /// True if no guest can change what is moved.
+    #[cfg(test)]
+    pub(in super::super) fn is_private(&self) -> bool {
+        let mut shares = self.shares.iter();
+        shares.all(|share| matches!(share.memory, Memory::Private(_)))
     }
 
     pub(super) fn entry(&self, place: u32) -> squeue::Entry {
@@ -193,6 +269,11 @@ impl Transfer {
             .skip(usize::try_from(moved).unwrap_or(usize::MAX));
         Progress::Again
     }
+}
+
+fn same(error: &io::Error) -> io::Error {
+    let code = error.raw_os_error();
+    code.map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
 /// A request is at most 64 MiB, so a piece fits.

@@ -1,7 +1,7 @@
 //! Old data to the log, before or beside the new: what a copy-on-write preserves, and what surrounds an unaligned redirect.
 //!
-//! Used by the worker. The copies of a whole pass are read at once and written at once; then all plans whose copies have
-//! landed go to a hand together, for one round of syncs. Requests that only read pass by.
+//! Used by the worker. The copies of a whole pass are read at once and written at once (the ring joins neighbours in the
+//! log); then all plans whose copies have landed go to a hand together, for one round of syncs. Requests that only read pass by.
 //!
 //! Invariant: a copy's bytes are summed in the buffer that is written, which nobody else sees.
 
