@@ -151,7 +151,9 @@ impl UnverifiedSuperblock {
         // Sums and products of these cannot overflow.
         let sane = |pages: u64| pages < layout::MAX_INDEX_PAGES;
         let runs_are_sane = runs.iter().all(|run| {
-            sane(run.first_page) && sane(run.pages) && sane(run.fence_pages) && run.pages > 0
+            let few = sane(run.first_page) && sane(run.pages) && sane(run.fence_pages);
+            // What is set aside for a merge goes by the records: no more of them than bytes.
+            few && run.pages > 0 && run.records <= run.pages * layout::PAGE_BYTES as u64
         });
         let table_is_sane = sane(table_page) && sane(table_pages(table_records));
         if !runs_are_sane || !table_is_sane || log_high_water > layout::MAX_LOG_BLOCKS {
