@@ -1,6 +1,6 @@
 //! The command `vmshadow`: options in, an operation on sets, tables or JSON out, an exit code.
 //!
-//! Called by `bin/vmshadow`. It works alone or through a daemon ([`backend`]); the texts are in [`show`]. Progress goes to
+//! Called by `bin/vmshadow`. It works alone or through a daemon (`backend`); the texts are in `show`. Progress goes to
 //! standard error from a thread of its own, so that a slow terminal never keeps a guest frozen.
 
 mod args;

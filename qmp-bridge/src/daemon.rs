@@ -1,6 +1,6 @@
 //! The daemon: options, listening socket, recovery at the start, orderly end.
 //!
-//! Called by `main`. Each connection is a [`session`]. Access: the socket has mode 0600, and only its owner's and root's
+//! Called by `main`. Each connection is a `session`. Access: the socket has mode 0600, and only its owner's and root's
 //! processes are served (SO_PEERCRED).
 
 mod session;

@@ -5,6 +5,11 @@
 //! One disk is said in flags (`--disk disk.raw --socket S`), several in groups
 //! (`--disk path=a.raw,socket=a.sock,serial=A`, a comma inside a value doubled as in QEMU) or in a TOML file. Flags beside groups
 //! are defaults for all of them.
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    rustdoc::invalid_html_tags,
+    reason = "these comments are the command line's help"
+)]
 
 use crate::engine::EngineKind;
 use crate::frontend::QUEUES_MAX;

@@ -2,13 +2,13 @@
 //!
 //! Called by `daemon`. Knows sessions as things that are taken apart and put together, and nothing of what is in them.
 //!
-//! The old daemon has closed its stores when it sends; the new one opens them, prepares the sessions and then says [`TAKEN`]. Until then
+//! The old daemon has closed its stores when it sends; the new one opens them, prepares the sessions and then says `TAKEN`. Until then
 //! the old one keeps every descriptor, and takes up again what it has given if the other end closes, fails or says nothing in time.
 //! So at every moment exactly one of them may touch rings and disks, and the guest is never left without a disk in silence: if both die,
 //! its connection closes.
 //!
 //! The message: magic (8 bytes), length of the text and number of descriptors (u32 each), the text (JSON), then the descriptors in
-//! pieces of [`PIECE`], each with one byte. Descriptors are in the order of the text: of each disk its listener and its session's, at last
+//! pieces of `PIECE`, each with one byte. Descriptors are in the order of the text: of each disk its listener and its session's, at last
 //! the control listener.
 
 use crate::config::Config;
