@@ -1,31 +1,18 @@
 //! QMP framing, as clients see it.
 
-use crate::harness::{Control, Daemon, Scratch};
+use crate::harness::{Control, Served, serve_disk};
 use serde_json::json;
-use std::path::PathBuf;
 use vhost_blk_wire::command::{COMMAND_NAMES, QueryVersion, QueryVolumes};
 
-fn serve() -> (Scratch, Daemon, PathBuf) {
-    let scratch = Scratch::new();
-    let disk = scratch.disk("disk.raw", 1 << 20);
-    let (socket, control) = (scratch.path("socket"), scratch.path("control"));
-    let daemon = Daemon::start(&[
-        "--disk",
-        disk.to_str().unwrap(),
-        "--socket",
-        socket.to_str().unwrap(),
-        "--control",
-        control.to_str().unwrap(),
-        "--serial",
-        "serial-1",
-    ]);
-    (scratch, daemon, control)
+fn serve() -> Served {
+    serve_disk(1 << 20, &["--serial", "serial-1"])
 }
 
 #[test]
 fn nothing_works_before_negotiation_and_negotiation_only_once() {
-    let (_scratch, _daemon, socket) = serve();
-    let mut control = Control::greeted(&socket);
+    let served = serve();
+    let socket = &served.control;
+    let mut control = Control::greeted(socket);
     assert_eq!(
         control
             .execute("query-version", json!({}))
@@ -46,8 +33,9 @@ fn nothing_works_before_negotiation_and_negotiation_only_once() {
 
 #[test]
 fn messages_need_no_newline_and_may_come_in_any_pieces() {
-    let (_scratch, _daemon, socket) = serve();
-    let mut control = Control::greeted(&socket);
+    let served = serve();
+    let socket = &served.control;
+    let mut control = Control::greeted(socket);
     control
         .send(r#"{"execute":"qmp_capabilities"}{"execute":"query-version","id":{"a":[1]}}{"exec"#);
     assert_eq!(control.value(), json!({ "return": {} }));
@@ -66,8 +54,9 @@ fn messages_need_no_newline_and_may_come_in_any_pieces() {
 
 #[test]
 fn every_command_that_is_named_is_there_and_others_are_not() {
-    let (_scratch, _daemon, socket) = serve();
-    let mut control = Control::connect(&socket);
+    let served = serve();
+    let socket = &served.control;
+    let mut control = Control::connect(socket);
     for name in COMMAND_NAMES
         .iter()
         .filter(|name| **name != "qmp_capabilities")
@@ -84,15 +73,16 @@ fn every_command_that_is_named_is_there_and_others_are_not() {
 
 #[test]
 fn garbage_is_answered_and_the_connection_closed_and_others_go_on() {
-    let (_scratch, _daemon, socket) = serve();
+    let served = serve();
+    let socket = &served.control;
     for garbage in ["hello\n", "}", "\u{1}\u{2}"] {
-        let mut control = Control::connect(&socket);
+        let mut control = Control::connect(socket);
         control.send(garbage);
         assert_eq!(control.answer().unwrap_err().class, "GenericError");
         assert!(control.is_closed());
     }
     for odd in ["[]", "17", "{}", r#"{"execute":7}"#, r#"{"arguments":{}}"#] {
-        let mut control = Control::connect(&socket);
+        let mut control = Control::connect(socket);
         control.send(odd);
         control.send("\n");
         assert_eq!(control.answer().unwrap_err().class, "GenericError", "{odd}");
@@ -102,8 +92,9 @@ fn garbage_is_answered_and_the_connection_closed_and_others_go_on() {
 
 #[test]
 fn volumes_are_described() {
-    let (scratch, _daemon, socket) = serve();
-    let volumes = Control::connect(&socket)
+    let served = serve();
+    let (scratch, socket) = (&served.scratch, &served.control);
+    let volumes = Control::connect(socket)
         .run(&QueryVolumes::default())
         .unwrap();
     let [volume] = volumes.as_slice() else {
@@ -118,8 +109,9 @@ fn volumes_are_described() {
 
 #[test]
 fn getfd_without_a_descriptor_is_an_error() {
-    let (_scratch, _daemon, socket) = serve();
-    let mut control = Control::connect(&socket);
+    let served = serve();
+    let socket = &served.control;
+    let mut control = Control::connect(socket);
     let error = control
         .execute("getfd", json!({ "fdname": "x" }))
         .unwrap_err();

@@ -1,40 +1,12 @@
 //! In-flight memory: what a killed daemon had not answered is done by the next, what it had answered is not.
 
 use crate::harness::{
-    Control, Daemon, InFlightMemory, RawFrontEnd, Scratch, SharedRam, wait_until,
+    Control, Daemon, InFlightMemory, RawFrontEnd, Served, SharedRam, serve, wait_until,
 };
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use uuid::Uuid;
 use vhost::VhostBackend;
 use vhost_blk_wire::command::{QueryWrites, SnapshotSetHold, SnapshotSetRelease, WriteMark};
-
-struct Served {
-    scratch: Scratch,
-    daemon: Daemon,
-    socket: PathBuf,
-    control: PathBuf,
-}
-
-fn serve() -> Served {
-    let scratch = Scratch::new();
-    let disk = scratch.disk("disk.raw", 16 << 20);
-    let (socket, control) = (scratch.path("socket"), scratch.path("control"));
-    let daemon = Daemon::start(&[
-        "--disk",
-        disk.to_str().unwrap(),
-        "--socket",
-        socket.to_str().unwrap(),
-        "--control",
-        control.to_str().unwrap(),
-    ]);
-    Served {
-        scratch,
-        daemon,
-        socket,
-        control,
-    }
-}
 
 fn kill_and_restart(daemon: Daemon) -> Daemon {
     let arguments = daemon.kill();
@@ -63,7 +35,7 @@ fn wait_for_writes(control: &mut Control, mark: u64, count: u64) {
 #[test]
 fn with_in_flight_memory_a_read_overtakes_a_held_write_and_without_it_does_not() {
     for tracked in [true, false] {
-        let served = serve();
+        let served = serve(&[]);
         let mut control = Control::connect(&served.control);
         let ram = SharedRam::new();
         let guest = if tracked {
@@ -98,7 +70,7 @@ fn the_next_daemon_does_what_was_in_flight_and_nothing_else() {
         daemon,
         socket,
         control,
-    } = serve();
+    } = serve(&[]);
     let mut client = Control::connect(&control);
     let (ram, mut memory) = (SharedRam::new(), None);
     let guest = RawFrontEnd::start_tracked(&socket, ram.clone(), &mut memory);
@@ -141,7 +113,7 @@ fn no_request_is_lost_or_answered_twice_when_the_daemon_is_killed_under_load() {
         mut daemon,
         socket,
         ..
-    } = serve();
+    } = serve(&[]);
     let (ram, mut memory) = (SharedRam::new(), None);
     let mut guest = RawFrontEnd::start_tracked(&socket, ram.clone(), &mut memory);
     let mut position = 0_u16;
@@ -189,7 +161,7 @@ fn no_request_is_lost_or_answered_twice_when_the_daemon_is_killed_under_load() {
 
 #[test]
 fn memory_that_lies_costs_the_ring_and_nothing_else() {
-    let served = serve();
+    let served = serve(&[]);
     let mut control = Control::connect(&served.control);
     let (ram, mut memory) = (SharedRam::new(), None);
     drop(RawFrontEnd::start_tracked(
@@ -215,7 +187,7 @@ fn memory_that_lies_costs_the_ring_and_nothing_else() {
 
 #[test]
 fn a_ring_with_in_flight_memory_is_stopped_when_held_writes_are_through() {
-    let served = serve();
+    let served = serve(&[]);
     let mut control = Control::connect(&served.control);
     let (ram, mut memory) = (SharedRam::new(), None);
     let guest = RawFrontEnd::start_tracked(&served.socket, ram.clone(), &mut memory);

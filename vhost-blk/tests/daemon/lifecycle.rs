@@ -1,39 +1,9 @@
 //! How the daemon starts, takes front ends and stops.
 
-use crate::harness::{Control, Daemon, Disk, Scratch, wait_until};
+use crate::harness::{Control, Daemon, Disk, Served, serve, wait_until};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::Duration;
-
-struct Served {
-    scratch: Scratch,
-    daemon: Daemon,
-    socket: PathBuf,
-    control: PathBuf,
-}
-
-fn serve(extra: &[&str]) -> Served {
-    let scratch = Scratch::new();
-    let disk = scratch.disk("disk.raw", 16 << 20);
-    let (socket, control) = (scratch.path("socket"), scratch.path("control"));
-    let mut arguments = vec![
-        "--disk",
-        disk.to_str().unwrap(),
-        "--socket",
-        socket.to_str().unwrap(),
-        "--control",
-        control.to_str().unwrap(),
-    ];
-    arguments.extend(extra);
-    let daemon = Daemon::start(&arguments);
-    Served {
-        scratch,
-        daemon,
-        socket,
-        control,
-    }
-}
 
 #[test]
 fn sigterm_drains_closes_and_exits_with_zero() {

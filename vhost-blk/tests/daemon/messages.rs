@@ -1,38 +1,10 @@
 //! What a front end may say while a ring runs, and what it is refused.
 
-use crate::harness::{Control, Daemon, Disk, RawFrontEnd, Scratch, SharedRam};
+use crate::harness::{Control, Disk, RawFrontEnd, SharedRam, serve};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-
-struct Served {
-    _scratch: Scratch,
-    daemon: Daemon,
-    socket: PathBuf,
-    control: PathBuf,
-}
-
-fn serve() -> Served {
-    let scratch = Scratch::new();
-    let disk = scratch.disk("disk.raw", 16 << 20);
-    let (socket, control) = (scratch.path("socket"), scratch.path("control"));
-    let daemon = Daemon::start(&[
-        "--disk",
-        disk.to_str().unwrap(),
-        "--socket",
-        socket.to_str().unwrap(),
-        "--control",
-        control.to_str().unwrap(),
-    ]);
-    Served {
-        _scratch: scratch,
-        daemon,
-        socket,
-        control,
-    }
-}
 
 /// Five writes, told to the device and not waited for.
 fn five_writes(guest: &RawFrontEnd, position: u16, byte: u8) {
@@ -45,7 +17,7 @@ fn five_writes(guest: &RawFrontEnd, position: u16, byte: u8) {
 
 #[test]
 fn a_ring_size_that_is_no_power_of_two_or_too_long_is_refused_and_the_socket_goes_on() {
-    let served = serve();
+    let served = serve(&[]);
     for size in [0, 3, 100, 1025, 2048, 65535] {
         let guest = RawFrontEnd::connect(&served.socket, SharedRam::new());
         assert!(guest.frontend.set_vring_num(0, size).is_err(), "{size}");
@@ -62,7 +34,7 @@ fn a_ring_size_that_is_no_power_of_two_or_too_long_is_refused_and_the_socket_goe
 
 #[test]
 fn what_a_running_ring_stands_on_cannot_be_changed() {
-    let served = serve();
+    let served = serve(&[]);
     let changes: [fn(&mut RawFrontEnd) -> bool; 4] = [
         |guest| guest.frontend.set_vring_num(0, 8).is_ok(),
         |guest| guest.frontend.set_vring_base(0, 0).is_ok(),
@@ -79,7 +51,7 @@ fn what_a_running_ring_stands_on_cannot_be_changed() {
 
 #[test]
 fn a_running_ring_takes_another_kick() {
-    let served = serve();
+    let served = serve(&[]);
     let mut guest = RawFrontEnd::start(&served.socket, SharedRam::new(), 0);
     for position in 0..20_u16 {
         guest.offer_write(position, 0, 0, &[1; 512]);
@@ -91,7 +63,7 @@ fn a_running_ring_takes_another_kick() {
 
 #[test]
 fn a_disabled_ring_takes_nothing_and_goes_on_where_it_was() {
-    let served = serve();
+    let served = serve(&[]);
     let guest = RawFrontEnd::start(&served.socket, SharedRam::new(), 0);
     guest.enable_ring(false);
     guest.offer_write(0, 0, 0, &[1; 512]);
@@ -106,7 +78,7 @@ fn a_disabled_ring_takes_nothing_and_goes_on_where_it_was() {
 
 #[test]
 fn guest_memory_is_replaced_while_requests_are_in_flight() {
-    let served = serve();
+    let served = serve(&[]);
     let guest = RawFrontEnd::start(&served.socket, SharedRam::new(), 0);
     let mut position = 0_u16;
     for round in 0..50 {
@@ -127,7 +99,7 @@ fn guest_memory_is_replaced_while_requests_are_in_flight() {
 
 #[test]
 fn a_ring_is_drained_before_its_position_is_told() {
-    let served = serve();
+    let served = serve(&[]);
     for tracked in [false, true] {
         let ram = SharedRam::new();
         let mut memory = None;
@@ -158,7 +130,7 @@ fn a_ring_is_drained_before_its_position_is_told() {
 
 #[test]
 fn a_reset_device_forgets_its_rings_and_starts_anew() {
-    let served = serve();
+    let served = serve(&[]);
     let (ram, mut memory) = (SharedRam::new(), None);
     let mut guest = RawFrontEnd::start_tracked(&served.socket, ram.clone(), &mut memory);
     five_writes(&guest, 0, 1);
@@ -179,7 +151,7 @@ fn a_reset_device_forgets_its_rings_and_starts_anew() {
 
 #[test]
 fn memory_that_the_file_does_not_have_is_refused() {
-    let served = serve();
+    let served = serve(&[]);
     let guest = RawFrontEnd::connect(&served.socket, SharedRam::new());
     assert!(guest.share_more_than_there_is().is_err());
     drop(guest);
@@ -188,7 +160,7 @@ fn memory_that_the_file_does_not_have_is_refused() {
 
 #[test]
 fn a_hundred_front_ends_leave_no_descriptor_behind() {
-    let served = serve();
+    let served = serve(&[]);
     let mut control = Control::connect(&served.control);
     let mut descriptors = Vec::new();
     for round in 0..100_u16 {
@@ -241,7 +213,7 @@ fn changed_by_a_read(guest: &RawFrontEnd, position: u16, sector: u64) -> Vec<u64
 
 #[test]
 fn pages_that_the_device_writes_are_logged_while_it_is_switched_on() {
-    let served = serve();
+    let served = serve(&[]);
     let guest = RawFrontEnd::start(&served.socket, SharedRam::new(), 0);
     for (position, byte) in (0_u16..).zip(1..=4_u8) {
         guest.offer_write(position, 0, u64::from(byte) * 64, &[byte; 8192]);

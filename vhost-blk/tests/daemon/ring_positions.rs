@@ -1,31 +1,16 @@
 //! Where a ring goes on after it was stopped, or after the daemon was killed.
 
-use crate::harness::{Control, Daemon, RawFrontEnd, Scratch, SharedRam, wait_until};
-use std::path::PathBuf;
+use crate::harness::{Control, Daemon, RawFrontEnd, Served, SharedRam, serve, wait_until};
 use uuid::Uuid;
 use vhost::VhostBackend;
 use vhost_blk_wire::command::{QueryWrites, SnapshotSetHold, SnapshotSetRelease, WriteMark};
 
-fn serve() -> (Scratch, Daemon, PathBuf, PathBuf) {
-    let scratch = Scratch::new();
-    let disk = scratch.disk("disk.raw", 16 << 20);
-    let (socket, control) = (scratch.path("socket"), scratch.path("control"));
-    let daemon = Daemon::start(&[
-        "--disk",
-        disk.to_str().unwrap(),
-        "--socket",
-        socket.to_str().unwrap(),
-        "--control",
-        control.to_str().unwrap(),
-    ]);
-    (scratch, daemon, socket, control)
-}
-
 #[test]
 fn a_stopped_ring_has_published_what_is_done_and_gives_held_writes_back() {
-    let (_scratch, _daemon, socket, control) = serve();
-    let mut control = Control::connect(&control);
-    let guest = RawFrontEnd::start(&socket, SharedRam::new(), 0);
+    let served = serve(&[]);
+    let (socket, control) = (&served.socket, &served.control);
+    let mut control = Control::connect(control);
+    let guest = RawFrontEnd::start(socket, SharedRam::new(), 0);
     guest.offer_write(0, 0, 0, &[1; 4096]);
     guest.kick();
     guest.wait_used(1);
@@ -55,7 +40,7 @@ fn a_stopped_ring_has_published_what_is_done_and_gives_held_writes_back() {
     control.run(&SnapshotSetRelease { set }).unwrap();
     let ram = guest.ram.clone();
     drop(guest);
-    let guest = RawFrontEnd::start(&socket, ram, 1);
+    let guest = RawFrontEnd::start(socket, ram, 1);
     guest.wait_used(3);
     assert_eq!((guest.status(1), guest.status(2)), (0, 0));
     control.abort(set).unwrap();
@@ -64,7 +49,12 @@ fn a_stopped_ring_has_published_what_is_done_and_gives_held_writes_back() {
 /// What QEMU does after a reconnect without in-flight tracking: go on at the used index.
 #[test]
 fn no_request_is_lost_when_the_daemon_is_killed_under_load() {
-    let (scratch, mut daemon, socket, _) = serve();
+    let Served {
+        scratch,
+        mut daemon,
+        socket,
+        ..
+    } = serve(&[]);
     let ram = SharedRam::new();
     let mut guest = RawFrontEnd::start(&socket, ram.clone(), 0);
     let mut position = 0_u16;
@@ -114,9 +104,10 @@ fn no_request_is_lost_when_the_daemon_is_killed_under_load() {
 
 #[test]
 fn the_write_cache_is_switched_and_the_setting_outlives_the_connection() {
-    let (_scratch, _daemon, socket, _) = serve();
+    let served = serve(&[]);
+    let socket = &served.socket;
     let ram = SharedRam::new();
-    let mut guest = RawFrontEnd::start(&socket, ram.clone(), 0);
+    let mut guest = RawFrontEnd::start(socket, ram.clone(), 0);
     assert_eq!(guest.config(32, 1), [1]);
     guest.set_config(32, &[0]);
     assert_eq!(guest.config(32, 1), [0]);
@@ -124,7 +115,7 @@ fn the_write_cache_is_switched_and_the_setting_outlives_the_connection() {
     guest.kick();
     guest.wait_used(1);
     drop(guest);
-    let mut guest = RawFrontEnd::start(&socket, ram, 1);
+    let mut guest = RawFrontEnd::start(socket, ram, 1);
     assert_eq!(guest.config(32, 1), [0]);
     assert_eq!(guest.config(0, 60).len(), 60);
 }

@@ -52,11 +52,7 @@ impl Daemon {
         for socket in daemon.sockets() {
             // A connection to a vhost-user socket would count as a front end, so only its existence is looked at: the
             // daemon binds under another name and renames.
-            let started = std::time::SystemTime::now();
-            wait_until("the daemon's socket", || {
-                let _ = started;
-                socket.exists()
-            });
+            wait_until("the daemon's socket", || socket.exists());
         }
         daemon
     }
@@ -187,5 +183,42 @@ impl Drop for Daemon {
         // It may be stopped, or gone already.
         drop(self.child.kill());
         drop(self.child.wait());
+    }
+}
+
+/// A daemon with one disk, and where it is reached.
+pub(crate) struct Served {
+    // Before the directory it works in.
+    pub(crate) daemon: Daemon,
+    pub(crate) scratch: Scratch,
+    pub(crate) socket: PathBuf,
+    pub(crate) control: PathBuf,
+}
+
+/// Serves `disk.raw` of 16 MiB with `extra` arguments.
+pub(crate) fn serve(extra: &[&str]) -> Served {
+    serve_disk(16 << 20, extra)
+}
+
+/// The same with a disk of another size.
+pub(crate) fn serve_disk(size_bytes: u64, extra: &[&str]) -> Served {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("disk.raw", size_bytes);
+    let (socket, control) = (scratch.path("socket"), scratch.path("control"));
+    let mut arguments = vec![
+        "--disk",
+        disk.to_str().unwrap(),
+        "--socket",
+        socket.to_str().unwrap(),
+        "--control",
+        control.to_str().unwrap(),
+    ];
+    arguments.extend(extra);
+    let daemon = Daemon::start(&arguments);
+    Served {
+        daemon,
+        scratch,
+        socket,
+        control,
     }
 }
