@@ -125,7 +125,8 @@ fn under_load(bench: &mut Bench, place: &Place) -> Result<()> {
     };
     let mut ours = Ours::start(bench, place, spec)?;
     let (turns, commits) = (bench.size(10, 2), bench.size(100, 5));
-    let probe = Probe::new(place.path())?;
+    let beside = place.directory("probe")?;
+    let probe = Probe::new(beside.path())?;
     let job = Job::random(Op::Write, LOAD_DEPTH, DISK_BYTES);
     let volumes = ["disk".to_owned()];
     let (mut with, mut without, mut flushes, mut taken) =
@@ -339,8 +340,8 @@ fn many_volumes(bench: &mut Bench) -> Result<()> {
     const VOLUMES: usize = 64;
     bench.say("sets of 64 volumes");
     let place = bench.ram.clone();
-    let directory = place.directory("many")?;
-    let mut daemon = sparse(bench, &directory, VOLUMES, 16 << 20)?;
+    let files = place.directory("many")?;
+    let mut daemon = sparse(bench, files.path(), VOLUMES, 16 << 20)?;
     let mut clients = Vec::new();
     for name in names(VOLUMES).iter().step_by(VOLUMES / 4) {
         clients.push(daemon.client(name, 1)?);
@@ -365,7 +366,8 @@ fn many_volumes(bench: &mut Bench) -> Result<()> {
             load.join().map_err(|_| anyhow!("a load has panicked"))??;
         }
         took
-    })?;
+    })
+    .with_context(|| daemon.said())?;
     let answered: Vec<f64> = taken.iter().map(|one| one.answered_us / 1000.0).collect();
     let held: Vec<f64> = taken.iter().map(|one| one.held_us / 1000.0).collect();
     let workload = "one set of 64 volumes, random write QD1 on 4 of them, RAM";

@@ -13,7 +13,7 @@ use super::daemon::Daemon;
 use super::fio;
 use super::job::Job;
 use super::peers::{Overlay, StorageDaemon};
-use super::place::Place;
+use super::place::{Files, Place};
 use super::rounds::{Contestant, Turn};
 
 /// Our daemon with one disk.
@@ -29,6 +29,8 @@ pub struct Ours {
     pub snapshot: Option<&'static str>,
     /// Most queues of the connection that a job gets.
     pub queues_max: usize,
+    // Removed after the daemon is killed.
+    files: Files,
 }
 
 /// How ours is started.
@@ -47,10 +49,10 @@ pub struct OursSpec<'a> {
 impl Ours {
     /// On a new file.
     pub fn start(bench: &Bench, place: &Place, spec: OursSpec<'_>) -> Result<Self> {
-        let directory = place.directory(&spec.name.replace([' ', ','], "-"))?;
-        let base = directory.join("base.raw");
+        let files = place.directory(&spec.name.replace([' ', ','], "-"))?;
+        let base = files.path().join("base.raw");
         place.file(&base, spec.size_bytes)?;
-        let daemon = Daemon::one(&bench.vhost_blk, &directory, &base, spec.arguments)?;
+        let daemon = Daemon::one(&bench.vhost_blk, files.path(), &base, spec.arguments)?;
         let client = daemon.client("disk", spec.queues)?;
         Ok(Self {
             name: spec.name.to_owned(),
@@ -59,6 +61,7 @@ impl Ours {
             daemon,
             snapshot: None,
             queues_max: spec.queues,
+            files,
         })
     }
 
@@ -82,6 +85,7 @@ impl Ours {
             mut daemon,
             snapshot,
             queues_max,
+            files,
         } = self;
         drop(client);
         daemon.stop()?;
@@ -94,13 +98,14 @@ impl Ours {
             daemon,
             snapshot,
             queues_max,
+            files,
         })
     }
 
-    /// The daemon alone; the client has hung up.
+    /// The daemon and its files; the client has hung up.
     #[must_use]
-    pub fn hung_up(self) -> Daemon {
-        self.daemon
+    pub fn hung_up(self) -> (Daemon, Files) {
+        (self.daemon, self.files)
     }
 
     /// The connection.
@@ -177,7 +182,6 @@ impl Arrangement {
 #[derive(Debug)]
 pub struct Peer {
     arrangement: Arrangement,
-    directory: PathBuf,
     base: PathBuf,
     size_bytes: u64,
     queues: usize,
@@ -185,6 +189,8 @@ pub struct Peer {
     pub fresh: bool,
     // The client hangs up before the daemon is killed.
     running: Option<(Client, StorageDaemon)>,
+    // Removed after the daemon is killed.
+    files: Files,
 }
 
 impl Peer {
@@ -195,19 +201,19 @@ impl Peer {
         size_bytes: u64,
         queues: usize,
     ) -> Result<Self> {
-        let directory = place.directory(&arrangement.name().replace(' ', "-"))?;
-        let base = directory.join("base.raw");
+        let files = place.directory(&arrangement.name().replace(' ', "-"))?;
+        let base = files.path().join("base.raw");
         if arrangement != Arrangement::Null {
             place.file(&base, size_bytes)?;
         }
         let mut peer = Self {
             arrangement,
-            directory,
             base,
             size_bytes,
             queues,
             fresh: !matches!(arrangement, Arrangement::Raw | Arrangement::Null),
             running: None,
+            files,
         };
         peer.restart()?;
         Ok(peer)
@@ -215,7 +221,7 @@ impl Peer {
 
     fn restart(&mut self) -> Result<()> {
         self.running = None;
-        let run = self.directory.join("run");
+        let run = self.files.path().join("run");
         if run.exists() {
             fs::remove_dir_all(&run)?;
         }
@@ -260,14 +266,19 @@ impl Contestant for Peer {
 #[derive(Debug)]
 pub struct Fio {
     file: PathBuf,
+    _files: Files,
 }
 
 impl Fio {
     /// On a new file.
     pub fn on(place: &Place, size_bytes: u64) -> Result<Self> {
-        let file = place.path().join("fio.raw");
+        let files = place.directory("fio")?;
+        let file = files.path().join("fio.raw");
         place.file(&file, size_bytes)?;
-        Ok(Self { file })
+        Ok(Self {
+            file,
+            _files: files,
+        })
     }
 }
 
@@ -295,18 +306,5 @@ impl Contestant for Fio {
             read_bytes: None,
             prepared_bytes: None,
         })
-    }
-}
-
-impl Drop for Fio {
-    fn drop(&mut self) {
-        remove(&self.file);
-    }
-}
-
-/// Gives the space back before the place itself goes.
-fn remove(path: &Path) {
-    if let Err(error) = fs::remove_file(path) {
-        eprintln!("bench: cannot remove {}: {error}", path.display());
     }
 }

@@ -100,6 +100,12 @@ impl Daemon {
         self.process.pid()
     }
 
+    /// What it has written to standard error: why a request failed.
+    #[must_use]
+    pub fn said(&self) -> String {
+        self.process.stderr()
+    }
+
     /// The connection to its control socket.
     pub fn control(&mut self) -> &mut Qmp {
         &mut self.control

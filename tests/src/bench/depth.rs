@@ -19,7 +19,7 @@ use super::client::Client;
 use super::contestants::{Ours, OursSpec};
 use super::job::{BLOCK_BYTES, Job, Op};
 use super::peers::{self, StorageDaemon};
-use super::place::Place;
+use super::place::{Files, Place};
 use super::plot::{self, Series};
 use super::report::{Goal, Quantity};
 use super::rounds::{Contestant, Turn, interleaved};
@@ -149,19 +149,22 @@ struct Chain {
     // Hangs up before the daemon is killed.
     client: Client,
     daemon: StorageDaemon,
+    // Removed after the daemon is killed.
+    _files: Files,
 }
 
 impl Chain {
     fn make(place: &Place, depth: usize) -> Result<Self> {
-        let directory = place.directory(&format!("chain-{depth}"))?;
-        place.file(&directory.join(peers::BASE), DISK_BYTES)?;
-        peers::make_chain(&directory, DISK_BYTES, &writes(depth))?;
-        let daemon = StorageDaemon::chain(&directory, depth)?;
+        let files = place.directory(&format!("chain-{depth}"))?;
+        place.file(&files.path().join(peers::BASE), DISK_BYTES)?;
+        peers::make_chain(files.path(), DISK_BYTES, &writes(depth))?;
+        let daemon = StorageDaemon::chain(files.path(), depth)?;
         let client = daemon.client(1)?;
         Ok(Self {
             depth,
             client,
             daemon,
+            _files: files,
         })
     }
 }

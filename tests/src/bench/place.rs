@@ -3,6 +3,8 @@
 //! Called by the figures. In memory means ext4 on a loop device whose file is in `/dev/shm`: unlike tmpfs it takes O_DIRECT as a disk's
 //! file system does, answers io_uring without worker threads and counts what is written. The mount is in a mount namespace of this
 //! program alone and the loop's file is unlinked as soon as it is mounted, so nothing is left behind however the program ends.
+//!
+//! Files go with whoever made them (`Files`), so that a figure begins with the room that the one before it had.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -14,7 +16,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
-use rustix::fs::{Advice, fadvise, syncfs};
+use rustix::fs::{Advice, fadvise, statvfs, syncfs};
 use tempfile::TempDir;
 
 use super::cost::Device;
@@ -32,13 +34,13 @@ pub struct Place {
     /// The block device under it, if it has one.
     pub device: Option<Device>,
     path: PathBuf,
-    _guard: Arc<Guard>,
+    guard: Arc<Guard>,
 }
 
 #[derive(Debug)]
 struct Guard {
     // Removed after the mount below it has gone.
-    _mount: Option<Mount>,
+    mount: Option<Mount>,
     _directory: TempDir,
 }
 
@@ -68,8 +70,8 @@ impl Place {
                 description: "tmpfs at /dev/shm (not root: no loop device)".to_owned(),
                 device: None,
                 path: directory.path().to_owned(),
-                _guard: Arc::new(Guard {
-                    _mount: None,
+                guard: Arc::new(Guard {
+                    mount: None,
                     _directory: directory,
                 }),
             });
@@ -99,8 +101,8 @@ impl Place {
             description: "ext4 (noatime) on a loop device over a file in tmpfs".to_owned(),
             device: Device::under(&path)?,
             path,
-            _guard: Arc::new(Guard {
-                _mount: Some(mount),
+            guard: Arc::new(Guard {
+                mount: Some(mount),
                 _directory: directory,
             }),
         })
@@ -119,8 +121,8 @@ impl Place {
             description,
             device: Device::under(directory.path())?,
             path: directory.path().to_owned(),
-            _guard: Arc::new(Guard {
-                _mount: None,
+            guard: Arc::new(Guard {
+                mount: None,
                 _directory: directory,
             }),
         })
@@ -132,14 +134,30 @@ impl Place {
         &self.path
     }
 
-    /// A new empty directory.
-    pub fn directory(&self, name: &str) -> Result<PathBuf> {
+    /// A new empty directory, removed with its files when it is dropped.
+    pub fn directory(&self, name: &str) -> Result<Files> {
         let path = self.path.join(name);
         if path.exists() {
             fs::remove_dir_all(&path)?;
         }
         fs::create_dir(&path)?;
-        Ok(path)
+        Ok(Files { path })
+    }
+
+    /// Gives the memory of removed files back. Fails if there are files left; answers how much memory all files in `/dev/shm`
+    /// took until now, at most, in bytes.
+    pub fn emptied(&self) -> Result<u64> {
+        for entry in fs::read_dir(&self.path)? {
+            let name = entry?.file_name();
+            ensure!(name == "lost+found", "{} was left behind", name.display());
+        }
+        let memory = statvfs("/dev/shm")?;
+        let most_bytes = (memory.f_blocks - memory.f_bfree) * memory.f_frsize;
+        // Until then the loop's file keeps every block that was ever written.
+        if self.guard.mount.is_some() {
+            run(Command::new("fstrim").arg(&self.path))?;
+        }
+        Ok(most_bytes)
     }
 
     /// A file full of noise, on the device and out of the page cache.
@@ -157,6 +175,28 @@ impl Place {
         syncfs(&file)?;
         fadvise(&file, 0, None, Advice::DontNeed)?;
         Ok(())
+    }
+}
+
+/// A directory of a place, removed with all that is in it on drop: behind the programs that use it.
+#[derive(Debug)]
+pub struct Files {
+    path: PathBuf,
+}
+
+impl Files {
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            eprintln!("bench: cannot remove {}: {error}", self.path.display());
+        }
     }
 }
 

@@ -147,7 +147,7 @@ fn plain_is_true(bench: &mut Bench, mut ours: Ours, workload: &str) -> Result<()
     let offsets: Vec<u64> = (0..64).map(|number| number * (DISK_BYTES / 64)).collect();
     ours.client().write_at(&offsets)?;
     let base = ours.base().to_owned();
-    let mut daemon = ours.hung_up();
+    let (mut daemon, _files) = ours.hung_up();
     daemon.stop()?;
     // The client writes its memory's slots, which are noise; a hole or an old block would differ from any of them.
     let file = File::open(base)?;

@@ -15,7 +15,7 @@ use vmshadow_tests::bench::{Bench, FIGURES, plot, setup};
 use vmshadow_tests::harness::image;
 
 /// Bytes of the file system in memory; only what is written takes memory.
-const RAM_BYTES: u64 = 12 << 30;
+const RAM_BYTES: u64 = 7 << 30;
 
 /// Measures vmshadow beside its peers.
 #[derive(Debug, Parser)]
@@ -83,6 +83,9 @@ fn main() -> Result<()> {
                 .note(*number, format!("ended early: {error:#}"));
             failed.push(number.to_string());
         }
+        bench.disk.emptied()?;
+        let most_bytes = bench.ram.emptied()?;
+        bench.say(&format!("files took {} MiB of memory", most_bytes >> 20));
         draw_ratios(&mut bench.report, *number, title);
         let table = bench.report.table(*number, title);
         if !args.json {
