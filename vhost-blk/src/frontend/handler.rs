@@ -335,6 +335,9 @@ impl Handler {
             queue.vring.set_queue_ready(false);
             queue.stop(Stop::Reset).map_err(Error::ReqHandlerError)?;
         }
+        if let Some(region) = &self.tracking {
+            (0..region.queues()).for_each(|index| region.gate.leave(index));
+        }
         Ok(())
     }
 }
@@ -495,6 +498,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
         queue.call = None;
         queue.kick = None;
         queue.refresh(None, None).map_err(Error::ReqHandlerError)?;
+        if let Some(region) = &self.tracking
+            && let Ok(index) = usize::try_from(index)
+        {
+            region.gate.leave(index);
+        }
         Ok(VhostUserVringState::new(index, u32::from(position)))
     }
 
@@ -605,7 +613,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
         {
             return Err(Error::InvalidOperation("a ring is running"));
         }
-        self.tracking = Some(Region::map(inflight, file).map_err(refused)?);
+        let region = Region::map(inflight, file).map_err(refused)?;
+        // Nobody serves what is named of queues that the device does not have.
+        (self.queues.len()..region.queues()).for_each(|index| region.gate.leave(index));
+        self.tracking = Some(region);
         Ok(())
     }
 

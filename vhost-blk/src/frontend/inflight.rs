@@ -44,6 +44,7 @@ use vm_memory::volatile_memory::Error as AccessError;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use super::config_space::{QUEUE_SIZE_MAX, QUEUES_MAX};
+use super::gate::Gate;
 
 const VERSION: u16 = 1;
 const VERSION_AT: usize = 8;
@@ -116,6 +117,8 @@ pub(super) struct Region {
     map: MmapRegion<()>,
     queues: u16,
     size: u16,
+    /// Nothing new on any queue before all that the region named when it was mapped is done.
+    pub(super) gate: Gate,
 }
 
 fn part_bytes(size: u16) -> usize {
@@ -161,11 +164,20 @@ impl Region {
         }
         let map = MmapRegion::from_file(FileOffset::new(file, given.mmap_offset), bytes)
             .map_err(|error| BadRegion::Map(std::io::Error::other(error)))?;
+        let (queues, size) = (given.num_queues, given.queue_size);
+        let left = unanswered(&map.as_volatile_slice(), queues, size)
+            .map_err(|error| BadRegion::Map(std::io::Error::other(error)))?;
         Ok(Arc::new(Self {
             map,
-            queues: given.num_queues,
-            size: given.queue_size,
+            queues,
+            size,
+            gate: Gate::new(left),
         }))
+    }
+
+    /// Queues that it has a part for.
+    pub(super) fn queues(&self) -> usize {
+        usize::from(self.queues)
     }
 
     /// Its shape, and a copy of its file.
@@ -186,6 +198,30 @@ impl Region {
         }
         Ok(usize::from(queues) * part_bytes(size))
     }
+}
+
+/// Requests that each queue's part names. Some of them may have been answered by a daemon that died before it cleared them: only
+/// [`Tracker::recover`] knows, when the ring is there.
+fn unanswered(
+    memory: &VolatileSlice<'_>,
+    queues: u16,
+    size: u16,
+) -> Result<Vec<usize>, AccessError> {
+    let mut left = Vec::new();
+    for queue in 0..usize::from(queues) {
+        let start = queue * part_bytes(size);
+        let version: u16 = memory.load(start + VERSION_AT, Ordering::Acquire)?;
+        let mut count = 0;
+        if u16::from_le(version) == VERSION {
+            for entry in 0..usize::from(size) {
+                let place = start + HEADER_BYTES + entry * ENTRY_BYTES;
+                let inflight: u8 = memory.load(place, Ordering::Acquire)?;
+                count += usize::from(inflight != 0);
+            }
+        }
+        left.push(count);
+    }
+    Ok(left)
 }
 
 /// What is to be done after the daemon before this one.
@@ -225,6 +261,11 @@ impl Tracker {
             counter: 0,
             last_batch_head: 0,
         })
+    }
+
+    /// Says when new requests may be taken.
+    pub(super) fn gate(&self) -> &Gate {
+        &self.region.gate
     }
 
     /// Reads what was in flight when the used index of the ring was `used_index`, and sets the region right. The ring has

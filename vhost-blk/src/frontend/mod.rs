@@ -9,7 +9,7 @@
 //! * `queue`: the handle of a queue's thread; `serving`: the thread itself.
 //! * `polling`: how long a queue's thread goes on looking before it sleeps.
 //! * `ring`, `chain`: a split virtqueue in guest memory, descriptor chains.
-//! * `inflight`: what the front end keeps for us while we may die.
+//! * `inflight`: what the front end keeps for us while we may die; `gate`: nothing new before that is done again.
 //! * `dirty_log`: which pages the device has written, for live migration.
 //! * `request`: descriptor chain to request; everything in it is hostile.
 //! * `completion`: what the guest has not been told of, and in which order it is.
@@ -21,6 +21,7 @@ mod chain;
 mod completion;
 mod config_space;
 mod dirty_log;
+mod gate;
 mod handler;
 mod handover;
 mod inflight;

@@ -57,6 +57,16 @@ impl Shared {
             reason,
         });
     }
+
+    /// Tells that new requests are taken before all that a killed daemon left is done again.
+    pub(super) fn tell_overtaken(&self, left: usize) {
+        let volume = &self.volume.settings.name;
+        tracing::warn!(%volume, left, "new requests go before some that a killed daemon left");
+        self.volume.tell(WireEvent::RequestsOvertaken {
+            volume: volume.clone(),
+            requests: u32::try_from(left).unwrap_or(u32::MAX),
+        });
+    }
 }
 
 /// How a ring is stopped.

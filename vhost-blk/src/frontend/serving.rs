@@ -6,11 +6,13 @@
 //! Invariants:
 //! * Orders are obeyed between passes: nothing is read from or written to the ring while one is.
 //! * A ring that makes no sense is left alone until it is started again; what it had in flight is carried to its end, untold.
+//! * After a killed daemon nothing new is taken before what it left is done, on any queue (`gate`).
 //! * The thread never sleeps without having asked the guest for a kick and looked once more.
 
 use super::chain::Chain;
 use super::completion::{InFlight, Order as Publication};
 use super::dirty_log::DirtyLog;
+use super::gate::Look;
 use super::inflight::{BadTracking, Recovered, Region, Tracker};
 use super::polling::Polling;
 use super::queue::{Ask, ErrorCall, Order, Shared, Stop, Vring};
@@ -68,6 +70,8 @@ struct Running {
     next_used: u16,
     in_flight: InFlight,
     tracker: Option<Tracker>,
+    /// Nothing new is taken before the gate is open; looked at again then at the latest.
+    waits_until: Option<Instant>,
     /// Disabled rings take nothing new.
     enabled: bool,
     broken: bool,
@@ -181,9 +185,14 @@ impl Server {
         if let Some(running) = &mut self.running {
             running.enabled = enabled;
         } else if ready && enabled {
-            match self.start(layout, base, tracking) {
+            match self.start(layout, base, tracking.clone()) {
                 Ok(running) => self.running = Some(running),
-                Err(failure) => self.fail(&failure),
+                Err(failure) => {
+                    if let Some(region) = tracking {
+                        region.gate.leave(self.index);
+                    }
+                    self.fail(&failure);
+                }
             }
         }
     }
@@ -215,6 +224,7 @@ impl Server {
             next_available: base,
             next_used,
             in_flight: InFlight::new(layout.size, order),
+            waits_until: tracker.as_ref().map(|_| Instant::now()),
             tracker,
             enabled: true,
             broken: false,
@@ -228,6 +238,10 @@ impl Server {
             for head in heads {
                 self.accept(&ring, &memory, &mut running, head)?;
             }
+        }
+        if let Some(tracker) = &running.tracker {
+            let left = running.in_flight.len();
+            tracker.gate().join(self.index, left, &self.wake);
         }
         // The guest may have been answered by a daemon that died before it could interrupt.
         self.interrupt();
@@ -244,6 +258,9 @@ impl Server {
         let found = *result.as_ref().unwrap_or(&false);
         if let Err(failure) = result {
             running.broken = true;
+            if let Some(tracker) = &running.tracker {
+                tracker.gate().leave(self.index);
+            }
             self.fail(&failure);
         }
         self.running = Some(running);
@@ -271,7 +288,7 @@ impl Server {
         memory: &Arc<GuestMemoryMmap>,
         running: &mut Running,
     ) -> Result<u16, Failure> {
-        if !running.enabled {
+        if !self.may_take(running) || !running.enabled {
             return Ok(0);
         }
         let available = ring.available_from(running.next_available)?;
@@ -289,6 +306,25 @@ impl Server {
             self.accept(ring, memory, running, head)?;
         }
         Ok(taken)
+    }
+
+    /// Whether what a killed daemon has left is done again, on all queues.
+    fn may_take(&self, running: &mut Running) -> bool {
+        let waits = running.waits_until.is_some();
+        let Some(tracker) = running.tracker.as_ref().filter(|_| waits) else {
+            return true;
+        };
+        // Nothing new has been taken, so what is in flight is what is left.
+        let look = tracker.gate().look(self.index, running.in_flight.len());
+        running.waits_until = match look {
+            Look::Open => None,
+            Look::Closed { until } => Some(until),
+            Look::Overdue { left } => {
+                self.shared.tell_overtaken(left);
+                None
+            }
+        };
+        running.waits_until.is_none()
     }
 
     /// Understands a chain and hands it to the worker.
@@ -399,8 +435,9 @@ impl Server {
         let Some(running) = &self.running else {
             return false;
         };
-        // A ring with no room has to wait for its own requests, whatever its index says.
-        if running.broken || !running.enabled || running.room() == 0 {
+        // A ring with no room has to wait for its own requests, one that may take nothing new for the gate, whatever its index says.
+        let is_shut = running.room() == 0 || running.waits_until.is_some();
+        if running.broken || !running.enabled || is_shut {
             return false;
         }
         let memory = self.shared.memory.memory();
@@ -413,7 +450,8 @@ impl Server {
 
     fn sleep(&self) -> io::Result<()> {
         let mut events = [MaybeUninit::uninit(); 2];
-        match epoll::wait(&self.epoll, events.as_mut_slice(), None) {
+        let longest = self.running.as_ref().and_then(Running::waits);
+        match epoll::wait(&self.epoll, events.as_mut_slice(), longest.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -499,6 +537,12 @@ impl Running {
     fn room(&self) -> u16 {
         let in_flight = u16::try_from(self.in_flight.len()).unwrap_or(u16::MAX);
         self.layout.size.saturating_sub(in_flight)
+    }
+
+    /// How long the thread may sleep; `None`: until it is woken.
+    fn waits(&self) -> Option<Timespec> {
+        let until = self.waits_until.filter(|_| !self.broken)?;
+        Timespec::try_from(until.saturating_duration_since(Instant::now())).ok()
     }
 }
 

@@ -3,9 +3,12 @@
 use crate::harness::{
     Control, Daemon, InFlightMemory, RawFrontEnd, Served, SharedRam, serve, wait_until,
 };
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use uuid::Uuid;
 use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
 use vhost_blk_wire::command::{QueryWrites, SnapshotSetHold, SnapshotSetRelease, WriteMark};
 
 fn kill_and_restart(daemon: Daemon) -> Daemon {
@@ -202,4 +205,135 @@ fn a_ring_with_in_flight_memory_is_stopped_when_held_writes_are_through() {
     assert_eq!(stopping.join().unwrap(), 1);
     assert_eq!((ram.used_index(), guest.status(0)), (1, 0));
     control.abort(set).unwrap();
+}
+
+/// A daemon that was started after one that was killed with a write of ones to block 0 in flight on queue 0. Of the connection neither
+/// queue runs yet, and queue 1 has a write of twos to the same block on its ring.
+struct Cut {
+    served: Served,
+    memory: InFlightMemory,
+    first: RawFrontEnd,
+    second: RawFrontEnd,
+}
+
+impl Cut {
+    fn new() -> Self {
+        let mut served = serve(&[]);
+        let mut control = Control::connect(&served.control);
+        let ram = SharedRam::new();
+        let mut first = RawFrontEnd::connect(&served.socket, ram.clone());
+        let wanted = VhostUserInflight::new(0, 0, 2, 16);
+        let (shape, file) = first.frontend.get_inflight_fd(&wanted).unwrap();
+        let memory = InFlightMemory { shape, file };
+        let hand_over = |guest: &mut RawFrontEnd| {
+            let number = memory.file.as_raw_fd();
+            guest
+                .frontend
+                .set_inflight_fd(&memory.shape, number)
+                .unwrap();
+        };
+        hand_over(&mut first);
+        first.start_ring(0);
+        first.second().start_ring(0);
+        let (_, mark) = hold(&mut control);
+        first.offer_write(0, 0, 0, &[1; 4096]);
+        first.kick();
+        wait_for_writes(&mut control, mark, 1);
+        served.daemon = kill_and_restart(served.daemon);
+        drop(first);
+        let mut first = RawFrontEnd::connect(&served.socket, ram);
+        hand_over(&mut first);
+        let second = first.second();
+        second.offer_write(0, 1, 0, &[2; 4096]);
+        second.kick();
+        Self {
+            served,
+            memory,
+            first,
+            second,
+        }
+    }
+
+    /// Starts queue 1 alone: it must not take its request.
+    fn start_second(&self) {
+        self.second.start_ring(0);
+        // Orders are obeyed between passes over the ring.
+        for _ in 0..5 {
+            self.second.enable_ring(true);
+        }
+        let mut marked = [0];
+        let entry = (16 + 16 * 16_u64).next_multiple_of(64) + 16 + 3 * 16;
+        self.memory.file.read_exact_at(&mut marked, entry).unwrap();
+        assert_eq!((marked, self.second.ram.used_index()), ([0], 0), "taken");
+    }
+
+    fn block(self) -> u8 {
+        drop(self.second);
+        drop(self.first);
+        assert!(self.served.daemon.terminate().success());
+        let disk = std::fs::read(self.served.scratch.path("disk.raw")).unwrap();
+        assert!(disk[..4096].iter().all(|byte| *byte == disk[0]));
+        disk[0]
+    }
+}
+
+#[test]
+fn nothing_new_is_taken_on_any_queue_before_what_was_in_flight_on_all_is_done() {
+    let cut = Cut::new();
+    cut.start_second();
+    cut.first.start_ring(0);
+    cut.first.wait_used(1);
+    cut.second.wait_used(1);
+    assert_eq!((cut.first.status(0), cut.second.status(1)), (0, 0));
+    assert_eq!(cut.block(), 2, "what was in flight came after what is new");
+}
+
+#[test]
+fn what_a_hold_keeps_in_flight_again_keeps_out_what_is_new() {
+    let cut = Cut::new();
+    let mut control = Control::connect(&cut.served.control);
+    let (set, _) = hold(&mut control);
+    cut.first.start_ring(0);
+    cut.start_second();
+    assert_eq!(cut.first.ram.used_index(), 0);
+    control.run(&SnapshotSetRelease { set }).unwrap();
+    cut.second.wait_used(1);
+    assert_eq!(cut.first.ram.used_index(), 1);
+    control.abort(set).unwrap();
+    assert_eq!(cut.block(), 2);
+}
+
+#[test]
+fn a_queue_that_is_stopped_keeps_no_other_waiting() {
+    let cut = Cut::new();
+    cut.start_second();
+    assert_eq!(cut.first.frontend.get_vring_base(0).unwrap(), 0);
+    cut.second.wait_used(1);
+    assert_eq!((cut.first.status(0), cut.block()), (0xee, 2));
+}
+
+#[test]
+fn after_a_reset_nothing_is_waited_for() {
+    let mut cut = Cut::new();
+    cut.first.frontend.reset_device().unwrap();
+    let features = cut.first.frontend.get_features().unwrap();
+    let features = features & !(1 << 29);
+    cut.first.frontend.set_features(features).unwrap();
+    cut.second.start_ring(0);
+    cut.second.wait_used(1);
+    assert_eq!((cut.first.status(0), cut.block()), (0xee, 2));
+}
+
+#[test]
+fn a_queue_that_does_not_come_back_is_waited_for_for_a_while_and_told_of() {
+    let cut = Cut::new();
+    let mut control = Control::connect(&cut.served.control);
+    cut.start_second();
+    let told = control.wait_for_event("REQUESTS_OVERTAKEN");
+    assert_eq!(
+        (&told["volume"], &told["requests"]),
+        (&"disk".into(), &1.into())
+    );
+    cut.second.wait_used(1);
+    assert_eq!(cut.block(), 2);
 }

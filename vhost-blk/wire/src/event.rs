@@ -48,6 +48,14 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// Requests that a killed daemon had left in flight are not done again in time, so new ones are not kept waiting for them any
+    /// more: a queue did not come back, or is held up. A repetition may now come after a newer request to the same sectors.
+    RequestsOvertaken {
+        /// Volume by name.
+        volume: String,
+        /// How many are left.
+        requests: u32,
+    },
     /// A disk failed: the volume refuses everything until the daemon is restarted.
     VolumePoisoned {
         /// Volume by name.

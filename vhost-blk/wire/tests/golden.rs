@@ -77,6 +77,7 @@ fn name(event: &Event) -> &'static str {
         Event::VolumeDisconnected { .. } => "VOLUME_DISCONNECTED",
         Event::FrontEndRefused { .. } => "FRONT_END_REFUSED",
         Event::QueueFailed { .. } => "QUEUE_FAILED",
+        Event::RequestsOvertaken { .. } => "REQUESTS_OVERTAKEN",
         Event::VolumePoisoned { .. } => "VOLUME_POISONED",
         Event::ShadowStorageFull { .. } => "SHADOW_STORAGE_FULL",
         Event::SnapshotSetCommitted { .. } => "SNAPSHOT_SET_COMMITTED",
@@ -103,5 +104,5 @@ fn every_event_keeps_its_bytes() {
         assert_eq!(name(&serde_json::from_value(message).unwrap()), file);
         events += 1;
     }
-    assert_eq!(events, 11, "an event has no file");
+    assert_eq!(events, 12, "an event has no file");
 }

@@ -25,6 +25,8 @@ const USER_ADDRESS: u64 = 0x7000_0000_0000;
 const TABLE: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
+/// How far behind those of queue 0 the places of queue 1 are.
+const SECOND_RING: u64 = 0x4000;
 /// First byte that tests may use for headers and data.
 pub(crate) const FREE: u64 = 0x1_0000;
 
@@ -44,13 +46,22 @@ pub(crate) struct Descriptor {
 /// Guest memory; outlives connections, as a VM does.
 pub(crate) struct SharedRam {
     file: File,
+    /// Where the places of the ring begin that is written by [`Self::describe`] and the like.
+    ring: u64,
 }
 
 impl SharedRam {
     pub(crate) fn new() -> Arc<Self> {
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(RAM_BYTES).unwrap();
-        Arc::new(Self { file })
+        Arc::new(Self { file, ring: 0 })
+    }
+
+    /// The same memory with the ring of queue 1.
+    fn second_ring(&self) -> Arc<Self> {
+        let file = self.file.try_clone().unwrap();
+        let ring = SECOND_RING;
+        Arc::new(Self { file, ring })
     }
 
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
@@ -76,26 +87,27 @@ impl SharedRam {
         bytes.extend(descriptor.length.to_le_bytes());
         bytes.extend(descriptor.flags.to_le_bytes());
         bytes.extend(descriptor.next.to_le_bytes());
-        self.write(TABLE + u64::from(index) * 16, &bytes);
+        self.write(self.ring + TABLE + u64::from(index) * 16, &bytes);
     }
 
     pub(crate) fn set_available(&self, position: u16, head: u16) {
         self.write(
-            AVAILABLE + 4 + u64::from(position % RING) * 2,
+            self.ring + AVAILABLE + 4 + u64::from(position % RING) * 2,
             &head.to_le_bytes(),
         );
     }
 
     pub(crate) fn set_available_index(&self, index: u16) {
-        self.write(AVAILABLE + 2, &index.to_le_bytes());
+        self.write(self.ring + AVAILABLE + 2, &index.to_le_bytes());
     }
 
     pub(crate) fn used_index(&self) -> u16 {
-        u16::from_le_bytes(self.read(USED + 2))
+        u16::from_le_bytes(self.read(self.ring + USED + 2))
     }
 
     pub(crate) fn used_head(&self, position: u16) -> u32 {
-        u32::from_le_bytes(self.read(USED + 4 + u64::from(position % RING) * 8))
+        let entry = self.ring + USED + 4 + u64::from(position % RING) * 8;
+        u32::from_le_bytes(self.read(entry))
     }
 }
 
@@ -108,6 +120,8 @@ pub(crate) struct InFlightMemory {
 /// A connection with one running queue.
 pub(crate) struct RawFrontEnd {
     pub(crate) frontend: Frontend,
+    /// Number of the queue.
+    queue: usize,
     pub(crate) ram: Arc<SharedRam>,
     kick: EventFd,
     call: EventFd,
@@ -147,7 +161,7 @@ impl RawFrontEnd {
         let deadline = Instant::now() + Duration::from_secs(20);
         let mut frontend = loop {
             // A connection that is turned away fails at the first answer.
-            let tried = Frontend::connect(socket, 1)
+            let tried = Frontend::connect(socket, 2)
                 .and_then(|frontend| frontend.get_features().map(|_| frontend));
             match tried {
                 Ok(frontend) => break frontend,
@@ -174,12 +188,24 @@ impl RawFrontEnd {
         frontend.set_features(features & !(1 << 29)).unwrap();
         let guest = Self {
             frontend,
+            queue: 0,
             ram,
             kick: EventFd::new(EFD_NONBLOCK).unwrap(),
             call: EventFd::new(EFD_NONBLOCK).unwrap(),
         };
         guest.share_memory();
         guest
+    }
+
+    /// Queue 1 of the same connection; it does not run yet. Slots are shared: use others.
+    pub(crate) fn second(&self) -> Self {
+        Self {
+            frontend: self.frontend.clone(),
+            queue: 1,
+            ram: self.ram.second_ring(),
+            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
+            call: EventFd::new(EFD_NONBLOCK).unwrap(),
+        }
     }
 
     /// Sends the memory table, for the first time or again.
@@ -212,12 +238,12 @@ impl RawFrontEnd {
             queue_max_size: RING,
             queue_size: RING,
             flags: 0,
-            desc_table_addr: USER_ADDRESS + TABLE + by,
-            used_ring_addr: USER_ADDRESS + USED + by,
-            avail_ring_addr: USER_ADDRESS + AVAILABLE + by,
+            desc_table_addr: USER_ADDRESS + self.ram.ring + TABLE + by,
+            used_ring_addr: USER_ADDRESS + self.ram.ring + USED + by,
+            avail_ring_addr: USER_ADDRESS + self.ram.ring + AVAILABLE + by,
             log_addr: None,
         };
-        self.frontend.set_vring_addr(0, &ring)
+        self.frontend.set_vring_addr(self.queue, &ring)
     }
 
     /// Gives the daemon a log of written pages, a bit for each.
@@ -247,20 +273,21 @@ impl RawFrontEnd {
         self.frontend.set_inflight_fd(&shape, file.as_raw_fd())
     }
 
-    /// Starts queue 0.
+    /// Starts the queue.
     pub(crate) fn start_ring(&self, base: u16) {
-        self.frontend.set_vring_num(0, RING).unwrap();
+        let queue = self.queue;
+        self.frontend.set_vring_num(queue, RING).unwrap();
         self.move_ring(0).unwrap();
-        self.frontend.set_vring_base(0, base).unwrap();
-        self.frontend.set_vring_call(0, &self.call).unwrap();
-        self.frontend.set_vring_kick(0, &self.kick).unwrap();
+        self.frontend.set_vring_base(queue, base).unwrap();
+        self.frontend.set_vring_call(queue, &self.call).unwrap();
+        self.frontend.set_vring_kick(queue, &self.kick).unwrap();
         self.enable_ring(true);
     }
 
-    /// SET_VRING_ENABLE for queue 0.
+    /// SET_VRING_ENABLE.
     pub(crate) fn enable_ring(&self, enable: bool) {
         let mut frontend = self.frontend.clone();
-        frontend.set_vring_enable(0, enable).unwrap();
+        frontend.set_vring_enable(self.queue, enable).unwrap();
     }
 
     /// Gives the running ring another descriptor to kick by.

@@ -8,7 +8,8 @@
 //! only: the other was requested after this one had been answered, or had been seen by a reader.
 //!
 //! What a kill changes: a request that was not answered is done again by the next daemon, so it may take effect once more, after
-//! changes it ran beside, until it is answered; that it was seen says nothing then. Nothing that was answered is forgotten.
+//! changes it ran beside; that it was seen before the kill says nothing then. But it does so before the next daemon takes
+//! anything new, so nothing that is asked for behind the kill is undone by it. Nothing that was answered is forgotten.
 //!
 //! Times are ticks of one counter; every begin and end of anything has its own.
 
@@ -344,8 +345,8 @@ impl Oracle {
 fn took_effect_before(changes: &[Change], version: &Version, tick: Tick) -> bool {
     let change = &changes[usize::try_from(version.change).unwrap()];
     let before = |moment: Option<Tick>| moment.is_some_and(|moment| moment < tick);
-    // Behind a kill a reader may see what the dead daemon did, and the next one has still to do it again.
-    before(change.answered) || (before(version.seen) && !change.spanned_a_kill)
+    // What a reader of the next daemon has seen is done again already: nothing that is asked for after that comes before it.
+    before(change.answered) || before(version.seen)
 }
 
 /// What the disk could hold while a snapshot was taken.
