@@ -24,7 +24,7 @@ build_programs() {
     # A build inside `cargo test` must not inherit what cargo told that run.
     env -u CARGO_ENCODED_RUSTFLAGS RUSTFLAGS="-C target-feature=+crt-static" \
         cargo build --quiet --locked --release --target "$triple" --bins \
-        -p vhost-blk -p guest-agent -p sqlite-writer -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
+        -p vhost-blk -p vhost-blk-store -p guest-agent -p sqlite-writer -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
 }
 
 # The words of a list without its comments.
