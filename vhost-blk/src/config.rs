@@ -25,8 +25,6 @@ const SERIAL_BYTES_MAX: usize = 20;
 /// Most disks of one daemon.
 const DISKS_MAX: usize = 256;
 
-/// Looking for so long costs little more than a sleep and a wake-up, and is QEMU's default for its own I/O threads.
-const POLL_US: u32 = 32;
 /// Longer than any gap that looking could pay for.
 const POLL_US_MAX: u32 = 100_000;
 
@@ -105,7 +103,7 @@ pub struct ServeArgs {
     /// Most bytes the shadow storage of a disk may grow to; writes that need more are held [default: no limit]
     #[arg(long, value_name = "BYTES")]
     pub shadow_limit: Option<u64>,
-    /// Longest time, in microseconds, that a queue's thread looks for work before it sleeps; 0: it sleeps at once [default: 32]
+    /// Longest time, in microseconds, that a queue's thread looks for work before it sleeps, where looking proves to be faster; 0: it sleeps at once [default: 0]
     #[arg(long, value_name = "N")]
     pub poll_max_us: Option<u32>,
     /// Open a base that was changed by somebody else while snapshots needed it unchanged
@@ -264,7 +262,7 @@ pub fn resolve(args: &ServeArgs) -> Result<Config, ConfigError> {
 }
 
 fn poll_max(wanted_us: Option<u32>) -> Result<Duration, ConfigError> {
-    let us = wanted_us.unwrap_or(POLL_US);
+    let us = wanted_us.unwrap_or(0);
     if us > POLL_US_MAX {
         return invalid(format!("poll-max-us is at most {POLL_US_MAX}"));
     }

@@ -74,7 +74,7 @@ fn one_queue(bench: &mut Bench, place: &Place) -> Result<()> {
         let mut all: Vec<&mut dyn Contestant> = vec![&mut ours, &mut raw, &mut fio];
         all.extend(
             beside
-                .sleeping
+                .polling
                 .as_mut()
                 .map(|one| one as &mut dyn Contestant),
         );
@@ -112,8 +112,8 @@ fn one_queue(bench: &mut Bench, place: &Place) -> Result<()> {
 struct Beside {
     /// Ours once more: the machine's noise.
     again: Option<Ours>,
-    /// Ours without polling, if it polls.
-    sleeping: Option<Ours>,
+    /// Ours with polling, if it can.
+    polling: Option<Ours>,
     /// What the client and the ring allow.
     null: Option<Peer>,
 }
@@ -130,9 +130,9 @@ impl Beside {
         let again = in_memory.then(|| Ours::start(bench, place, spec("vmshadow again")));
         let null = in_memory.then(|| Peer::start(place, Arrangement::Null, size_bytes, 1));
         let polls = daemon::takes(&bench.vhost_blk, POLLING)?;
-        let sleeping = polls.then(|| {
-            let arguments = &[POLLING, "0"];
-            let spec = spec("vmshadow, no polling");
+        let polling = polls.then(|| {
+            let arguments = &[POLLING, "32"];
+            let spec = spec("vmshadow, polling");
             Ours::start(bench, place, OursSpec { arguments, ..spec })
         });
         if !polls && in_memory {
@@ -141,7 +141,7 @@ impl Beside {
         }
         Ok(Self {
             again: again.transpose()?,
-            sleeping: sleeping.transpose()?,
+            polling: polling.transpose()?,
             null: null.transpose()?,
         })
     }

@@ -22,11 +22,11 @@ fn one_disk_needs_a_file_and_a_socket_only() {
     assert_eq!(disk.method, Method::Row);
     assert!(config.direct);
     assert_eq!(config.control, None);
-    assert_eq!(config.poll_max.as_micros(), 32);
+    assert_eq!(config.poll_max.as_micros(), 0);
 }
 
 #[test]
-fn looking_for_work_can_be_limited_or_switched_off() {
+fn looking_for_work_can_be_allowed_up_to_a_limit() {
     let with = |us| {
         let flags = ["--disk", "/d/a", "--socket", "/s/a", "--poll-max-us", us];
         configure(&flags).map(|config| config.poll_max.as_micros())

@@ -3,24 +3,17 @@
 //! Called by everything that has news for a queue: the io_uring (completions), the hands (blocking work is done), the
 //! barrier (writes may go on) and the device (stop). Knows nothing of why.
 //!
-//! Invariants: a wake-up that comes after [`Kick::clear`] makes the descriptor readable; a descriptor that is readable is
-//! read by the next clear but one at the latest; a clear with nothing to take costs no system call.
+//! Invariant: every wake-up is an edge for an epoll, and makes the descriptor readable until the next [`Kick::clear`]. A thread
+//! that waits for edges need not clear, which saves it a system call for every wake-up.
 
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Wakes one event loop; many kicks may be seen as one.
 #[derive(Debug)]
 pub struct Kick {
     fd: OwnedFd,
-    /// Somebody has written since the last clear, or is about to.
-    rung: AtomicBool,
-    /// The kernel may write by itself now.
-    kernel_may: AtomicBool,
-    /// The kernel may have written since the last clear.
-    kernel: AtomicBool,
 }
 
 impl Kick {
@@ -30,43 +23,21 @@ impl Kick {
     /// What `eventfd(2)` answers.
     pub fn new() -> io::Result<Self> {
         let fd = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self {
-            fd,
-            rung: AtomicBool::new(false),
-            kernel_may: AtomicBool::new(false),
-            kernel: AtomicBool::new(false),
-        })
+        Ok(Self { fd })
     }
 
-    /// Wakes the event loop. Cannot fail in a way that loses the wake-up: a full counter is readable too.
+    /// Wakes the event loop.
     pub fn wake(&self) {
-        // Said before and after: a clear in between may find nothing yet, and the next one has to look again.
-        self.rung.store(true, Ordering::SeqCst);
-        // Any number but zero will do, so the byte order is of no matter.
-        if let Err(error) = rustix::io::write(&self.fd, &[1_u8; 8])
-            && error != rustix::io::Errno::AGAIN
-        {
+        // By one, so that the counter is never full: a full one would take no wake-up.
+        #[allow(clippy::host_endian_bytes, reason = "the kernel's own number")]
+        let one = 1_u64.to_ne_bytes();
+        if let Err(error) = rustix::io::write(&self.fd, &one) {
             tracing::error!(%error, "cannot wake a queue");
         }
-        self.rung.store(true, Ordering::SeqCst);
     }
 
-    /// The kernel may write to the descriptor by itself from now on, or not any more: clears have to look as long as it may,
-    /// and once after. On the thread that waits only.
-    pub(super) fn let_kernel(&self, may: bool) {
-        self.kernel_may.store(may, Ordering::Relaxed);
-        if may {
-            self.kernel.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// Takes all wake-ups so far. On the thread that waits only.
+    /// Takes all wake-ups so far, for who waits by `poll(2)`.
     pub fn clear(&self) {
-        let rung = self.rung.swap(false, Ordering::SeqCst);
-        let may = self.kernel_may.load(Ordering::Relaxed);
-        if !self.kernel.swap(may, Ordering::Relaxed) && !rung {
-            return;
-        }
         let mut count = [0_u8; 8];
         if let Err(error) = rustix::io::read(&self.fd, &mut count)
             && error != rustix::io::Errno::AGAIN
@@ -91,15 +62,33 @@ impl AsRawFd for Kick {
 #[cfg(test)]
 mod tests {
     use super::Kick;
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+
+    const AT_ONCE: Timespec = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    const LONG: Timespec = Timespec {
+        tv_sec: 10,
+        tv_nsec: 0,
+    };
 
     fn is_readable(kick: &Kick) -> bool {
         let mut wait = [PollFd::new(kick, PollFlags::IN)];
-        let at_once = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        poll(&mut wait, Some(&at_once)).unwrap() == 1
+        poll(&mut wait, Some(&AT_ONCE)).unwrap() == 1
+    }
+
+    fn edges_of(kick: &Kick) -> rustix::fd::OwnedFd {
+        let edges = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&edges, kick, epoll::EventData::new_u64(0), flags).unwrap();
+        edges
+    }
+
+    fn has_edge(edges: &rustix::fd::OwnedFd, longest: &Timespec) -> bool {
+        let mut events = [std::mem::MaybeUninit::uninit(); 2];
+        let (found, _) = epoll::wait(edges, events.as_mut_slice(), Some(longest)).unwrap();
+        !found.is_empty()
     }
 
     #[test]
@@ -116,8 +105,20 @@ mod tests {
     }
 
     #[test]
+    fn every_wake_up_is_an_edge_although_nobody_clears() {
+        let kick = Kick::new().unwrap();
+        let edges = edges_of(&kick);
+        for _ in 0..1000 {
+            kick.wake();
+            assert!(has_edge(&edges, &AT_ONCE));
+            assert!(!has_edge(&edges, &AT_ONCE));
+        }
+    }
+
+    #[test]
     fn no_wake_up_is_lost_between_two_threads() {
         let kick = Kick::new().unwrap();
+        let edges = edges_of(&kick);
         let sent = std::sync::atomic::AtomicU64::new(0);
         let rounds = 20_000;
         std::thread::scope(|scope| {
@@ -129,42 +130,11 @@ mod tests {
                     }
                 });
             }
-            let mut leave = false;
-            while sent.load(std::sync::atomic::Ordering::SeqCst) < 2 * rounds {
-                let mut wait = [PollFd::new(&kick, PollFlags::IN)];
-                let long = Timespec {
-                    tv_sec: 10,
-                    tv_nsec: 0,
-                };
-                assert_eq!(
-                    poll(&mut wait, Some(&long)).unwrap(),
-                    1,
-                    "a wake-up is lost"
-                );
-                leave = !leave;
-                kick.let_kernel(leave);
-                kick.clear();
+            let mut seen = 0;
+            while seen < 2 * rounds {
+                assert!(has_edge(&edges, &LONG), "a wake-up is lost");
+                seen = sent.load(std::sync::atomic::Ordering::SeqCst);
             }
         });
-    }
-
-    #[test]
-    fn what_the_kernel_writes_is_taken_as_long_as_it_may_and_once_after() {
-        let kick = Kick::new().unwrap();
-        let kernel_writes = || rustix::io::write(&kick, &[1_u8; 8]).unwrap();
-        kick.let_kernel(true);
-        kernel_writes();
-        kick.clear();
-        assert!(!is_readable(&kick));
-        // Between a clear and the end of its leave.
-        kernel_writes();
-        kick.let_kernel(false);
-        assert!(is_readable(&kick));
-        kick.clear();
-        assert!(!is_readable(&kick));
-        kick.let_kernel(true);
-        kick.clear();
-        kick.wake();
-        assert!(is_readable(&kick), "a leave is no wake-up");
     }
 }

@@ -1,10 +1,11 @@
-//! How long a queue's thread goes on looking before it sleeps.
+//! Whether a queue's thread goes on looking before it sleeps.
 //!
 //! Used by `serving`, one for each queue. Knows nothing of rings.
 //!
-//! A sleep and a wake-up cost more than a fast disk or a waiting guest needs for its next word. So after work the thread looks for
-//! a while, with kicks and signals switched off. The while is learned from the gaps between work: it doubles while gaps end soon
-//! after it, and falls to a quarter, soon to nothing, when one outlasts the longest while, since then looking has not paid.
+//! A sleep and a wake-up cost more than a fast disk or a waiting guest needs for its next word, but a thread that looks keeps a
+//! processor from those it waits for. Which of the two weighs more depends on the machine and its load, so it is measured: the
+//! gaps between work are compared as they are when the thread looks and as they are when it sleeps at once, and the habit with
+//! the shorter gaps is kept. From time to time the other one is tried again.
 //!
 //! Invariants:
 //! * A thread without work sleeps after at most the longest while, and looks no more until there was work.
@@ -16,12 +17,19 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// First while after sleeping at once.
-const FIRST: Duration = Duration::from_micros(4);
-/// Below this, looking is not worth its beginning.
-const LEAST: Duration = Duration::from_micros(2);
+/// Gaps that are judged together.
+const GAPS: u32 = 32;
+/// Of so many judgements one is of the other habit, at first; twice as rarely whenever that has changed nothing.
+const TRIAL_EVERY: u32 = 16;
+/// Of so many in the end: a trial may cost, but so does a habit whose time is over.
+const TRIAL_EVERY_MAX: u32 = 1024;
+/// A longer gap is the guest's own pause and says nothing.
+const PAUSE: Duration = Duration::from_millis(10);
 /// A look takes less than this, unless the processor was given to somebody else in between.
 const LOOK_MAX: Duration = Duration::from_micros(20);
+
+/// About a microsecond.
+const SPINS: u32 = 16;
 
 /// Threads of this process that are looking.
 static LOOKING: AtomicUsize = AtomicUsize::new(0);
@@ -31,11 +39,30 @@ static LOOKING_MAX: LazyLock<usize> = LazyLock::new(|| {
     (processors / 2).max(1)
 });
 
-/// The while of one queue.
+/// What a thread does when there is nothing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Habit {
+    Sleep,
+    Look,
+}
+
+/// The habit of one queue.
 #[derive(Debug)]
 pub(super) struct Polling {
     longest: Duration,
-    current: Duration,
+    /// What it does now, be it a trial.
+    current: Habit,
+    /// Means of the gaps, as far as they are known.
+    asleep: Option<Duration>,
+    looking: Option<Duration>,
+    /// Gaps of this judgement so far.
+    gaps: u32,
+    sum: Duration,
+    /// The habit that is kept, trials apart.
+    better: Habit,
+    /// Judgements since the last trial, and until the next.
+    judgements: u32,
+    trial_every: u32,
     /// Since when there is nothing to do.
     idle_since: Option<Instant>,
     last_look: Option<Instant>,
@@ -46,7 +73,14 @@ impl Polling {
     pub(super) fn new(longest: Duration) -> Self {
         Self {
             longest,
-            current: Duration::ZERO,
+            current: Habit::Sleep,
+            asleep: None,
+            looking: None,
+            gaps: 0,
+            sum: Duration::ZERO,
+            better: Habit::Sleep,
+            judgements: 0,
+            trial_every: TRIAL_EVERY,
             idle_since: None,
             last_look: None,
         }
@@ -67,7 +101,8 @@ impl Polling {
         }
         let now = Instant::now();
         let since = *self.idle_since.get_or_insert(now);
-        let may_look = now.duration_since(since) < self.current
+        let may_look = self.current == Habit::Look
+            && now.duration_since(since) < self.longest
             && match self.last_look {
                 None => start_looking(),
                 Some(last) => now.duration_since(last) < LOOK_MAX,
@@ -80,6 +115,14 @@ impl Polling {
         may_look
     }
 
+    /// Between two looks: whoever waits for this processor gets it.
+    pub(super) fn pause() {
+        for _ in 0..SPINS {
+            std::hint::spin_loop();
+        }
+        rustix::thread::sched_yield();
+    }
+
     fn stop_looking(&mut self) {
         if self.last_look.take().is_some() {
             LOOKING.fetch_sub(1, Ordering::Relaxed);
@@ -88,14 +131,47 @@ impl Polling {
 
     /// Work came after a gap.
     fn learn(&mut self, gap: Duration) {
-        if gap > self.longest {
-            self.current /= 4;
-            if self.current < LEAST {
-                self.current = Duration::ZERO;
-            }
-        } else if gap > self.current {
-            self.current = (self.current * 2).clamp(FIRST.min(self.longest), self.longest);
+        if gap > PAUSE {
+            return;
         }
+        self.sum += gap;
+        self.gaps += 1;
+        if self.gaps == GAPS {
+            self.judge();
+            self.gaps = 0;
+            self.sum = Duration::ZERO;
+        }
+    }
+
+    fn judge(&mut self) {
+        let now = self.sum / GAPS;
+        let mean = match self.current {
+            Habit::Sleep => &mut self.asleep,
+            Habit::Look => &mut self.looking,
+        };
+        *mean = Some(mean.map_or(now, |before| (before * 3 + now) / 4));
+        let better = match (self.asleep, self.looking) {
+            (None, _) => Habit::Sleep,
+            (Some(_), None) => Habit::Look,
+            // The processor time has to be worth it.
+            (Some(asleep), Some(looking)) if looking < asleep / 10 * 9 => Habit::Look,
+            (Some(_), Some(_)) => Habit::Sleep,
+        };
+        if better != self.better {
+            self.trial_every = TRIAL_EVERY;
+        }
+        self.better = better;
+        self.judgements += 1;
+        self.current = if self.judgements < self.trial_every {
+            better
+        } else {
+            self.judgements = 0;
+            self.trial_every = (self.trial_every * 2).min(TRIAL_EVERY_MAX);
+            match better {
+                Habit::Sleep => Habit::Look,
+                Habit::Look => Habit::Sleep,
+            }
+        };
     }
 }
 

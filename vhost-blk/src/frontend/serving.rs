@@ -50,7 +50,7 @@ pub(super) struct Server {
     error_call: ErrorCall,
     /// Woken by orders, completions, and the barrier.
     wake: Arc<Kick>,
-    /// Watches `wake`, and `guest_kick` for edges: it need not be read then.
+    /// Watches `wake` and `guest_kick` for edges: they need not be read then.
     epoll: OwnedFd,
     guest_kick: Option<Arc<File>>,
     worker: Worker,
@@ -87,7 +87,7 @@ impl Server {
         wake: Arc<Kick>,
     ) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        watch(&epoll, &*wake, epoll::EventFlags::IN)?;
+        watch(&epoll, &*wake)?;
         Ok(Self {
             worker: Worker::new(Arc::clone(&shared.volume), Arc::clone(&wake)),
             polling: Polling::new(shared.poll_max),
@@ -108,8 +108,6 @@ impl Server {
     /// Serves until nobody can give orders any more.
     pub(super) fn run(mut self, asks: &Receiver<Ask>) -> io::Result<()> {
         loop {
-            // Before looking for news: one that comes later wakes again.
-            self.wake.clear();
             loop {
                 match asks.try_recv() {
                     Ok(Ask { order, done }) => {
@@ -130,7 +128,7 @@ impl Server {
                 continue;
             }
             if self.polling.look_again() {
-                std::hint::spin_loop();
+                Polling::pause();
                 continue;
             }
             if self.has_more() || self.worker.arm() {
@@ -161,8 +159,7 @@ impl Server {
             epoll::delete(&self.epoll, &*old)?;
         }
         if let Some(new) = &kick {
-            let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
-            watch(&self.epoll, &**new, edges)?;
+            watch(&self.epoll, &**new)?;
         }
         self.guest_kick = kick;
         Ok(())
@@ -546,11 +543,8 @@ impl Running {
     }
 }
 
-fn watch(
-    epoll: &OwnedFd,
-    event: impl std::os::fd::AsFd,
-    flags: epoll::EventFlags,
-) -> io::Result<()> {
-    epoll::add(epoll, event, epoll::EventData::new_u64(0), flags)?;
+fn watch(epoll: &OwnedFd, event: impl std::os::fd::AsFd) -> io::Result<()> {
+    let edges = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    epoll::add(epoll, event, epoll::EventData::new_u64(0), edges)?;
     Ok(())
 }

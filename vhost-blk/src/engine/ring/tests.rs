@@ -74,10 +74,8 @@ impl Bed {
         while completed.len() < count {
             self.kick.clear();
             self.ring.disarm();
-            self.kick.let_kernel(false);
             self.ring.submit().unwrap();
             self.ring.take_completed(&mut completed);
-            self.kick.let_kernel(true);
             if completed.len() < count && !self.ring.arm() {
                 let time = Timespec {
                     tv_sec: 10,

@@ -1,45 +1,73 @@
-//! How the while is learned. The clock is only read where its answer does not matter.
+//! How the habit is found. The clock is only read where its answer does not matter.
 
-use super::{Duration, Polling};
+use super::{Duration, GAPS, Habit, PAUSE, Polling, TRIAL_EVERY, TRIAL_EVERY_MAX};
 
 const LONGEST: Duration = Duration::from_micros(32);
 
-fn after(gaps_us: &[u64]) -> Duration {
-    let mut polling = Polling::new(LONGEST);
-    for gap in gaps_us {
-        polling.learn(Duration::from_micros(*gap));
+/// Gaps as a guest makes them: `asleep_us` when the thread sleeps at once, `looking_us` when it looks.
+fn judge(polling: &mut Polling, judgements: u32, asleep_us: u64, looking_us: u64) -> [u32; 2] {
+    let mut spent = [0; 2];
+    for _ in 0..judgements {
+        let (place, gap_us) = match polling.current {
+            Habit::Sleep => (0, asleep_us),
+            Habit::Look => (1, looking_us),
+        };
+        if let Some(count) = spent.get_mut(place) {
+            *count += 1;
+        }
+        for _ in 0..GAPS {
+            polling.learn(Duration::from_micros(gap_us));
+        }
     }
-    polling.current
+    spent
 }
 
 #[test]
-fn the_while_grows_with_gaps_that_looking_would_have_met_up_to_the_longest() {
-    assert_eq!(after(&[]), Duration::ZERO, "looking has to earn its first");
-    assert_eq!(after(&[10]), Duration::from_micros(4));
-    assert_eq!(after(&[10, 10]), Duration::from_micros(8));
-    assert_eq!(after(&[10, 10, 10]), Duration::from_micros(16));
-    assert_eq!(
-        after(&[10; 20]),
-        Duration::from_micros(16),
-        "no more than it takes"
-    );
-    assert_eq!(after(&[31; 20]), LONGEST);
+fn the_habit_with_the_shorter_gaps_is_kept() {
+    for (asleep_us, looking_us, habit) in [
+        (50, 20, Habit::Look),
+        (20, 50, Habit::Sleep),
+        (50, 49, Habit::Sleep),
+    ] {
+        let mut polling = Polling::new(LONGEST);
+        judge(&mut polling, 100, asleep_us, looking_us);
+        assert_eq!(
+            polling.better, habit,
+            "{asleep_us} us asleep, {looking_us} us looking"
+        );
+    }
 }
 
 #[test]
-fn gaps_that_outlast_the_longest_while_end_it_soon() {
-    let mut gaps = vec![31; 10];
-    gaps.push(1_000);
-    assert_eq!(after(&gaps), Duration::from_micros(8));
-    gaps.push(1_000);
-    assert_eq!(after(&gaps), Duration::from_micros(2));
-    gaps.push(1_000);
-    assert_eq!(after(&gaps), Duration::ZERO);
+fn trials_that_change_nothing_become_rare() {
+    let mut polling = Polling::new(LONGEST);
+    let [asleep, looking] = judge(&mut polling, 10 * TRIAL_EVERY_MAX, 20, 50);
+    assert!(looking >= 10, "a habit is tried again");
+    assert!(asleep / looking > 300, "{asleep} {looking}");
+}
+
+#[test]
+fn the_other_habit_is_found_when_its_time_has_come() {
+    let mut polling = Polling::new(LONGEST);
+    judge(&mut polling, 4 * TRIAL_EVERY, 20, 50);
+    assert_eq!(polling.better, Habit::Sleep);
+    judge(&mut polling, 40 * TRIAL_EVERY_MAX, 50, 10);
+    assert_eq!(polling.better, Habit::Look);
+}
+
+#[test]
+fn pauses_of_the_guest_say_nothing() {
+    let mut polling = Polling::new(LONGEST);
+    for _ in 0..10 * GAPS {
+        polling.learn(PAUSE + Duration::from_micros(1));
+    }
+    assert_eq!((polling.asleep, polling.looking), (None, None));
 }
 
 #[test]
 fn without_a_longest_while_there_is_no_looking() {
     let mut polling = Polling::new(Duration::ZERO);
+    polling.current = Habit::Look;
     for _ in 0..10 {
         polling.worked();
         assert!(!polling.look_again());
@@ -49,12 +77,10 @@ fn without_a_longest_while_there_is_no_looking() {
 #[test]
 fn a_thread_with_nothing_to_do_ends_its_look_and_stays_asleep() {
     let mut polling = Polling::new(LONGEST);
-    polling.current = LONGEST;
+    polling.current = Habit::Look;
     // Whether it looks at all depends on the machine's load; that it ends does not.
     while polling.look_again() {}
     assert!(polling.last_look.is_none(), "gives its place back");
     std::thread::sleep(LONGEST);
     assert!(!polling.look_again());
-    polling.worked();
-    assert_eq!(polling.current, LONGEST / 4);
 }
