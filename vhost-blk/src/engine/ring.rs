@@ -30,6 +30,9 @@ use vhost_blk_store::{BlockFile, DataFile};
 /// Entries of the submission queue. More transfers wait in `waiting`; the kernel may hold any number.
 const SUBMISSION_ENTRIES: u32 = 256;
 
+/// A transfer of so many bytes goes to the kernel by itself: the disk works on it while the next one is made ready.
+const LONG_BYTES: u64 = 256 << 10;
+
 /// Why there is no ring.
 #[derive(Debug, thiserror::Error)]
 pub enum RingUnavailable {
@@ -218,6 +221,7 @@ impl Ring {
                     continue;
                 };
                 let entry = transfer.entry(place);
+                let is_long = transfer.span.length_bytes >= LONG_BYTES;
                 // SAFETY: memory and vectors of the entry lie in `transfers[place]` (vectors that the kernel reads later on
                 // the heap), which stays until its completion is taken.
                 if unsafe { submission.push(&entry) }.is_err() {
@@ -225,6 +229,9 @@ impl Ring {
                 }
                 self.waiting.pop_front();
                 self.in_kernel += 1;
+                if is_long {
+                    break;
+                }
             }
             let ready = submission.taskrun() || submission.cq_overflow();
             let queued = !submission.is_empty();

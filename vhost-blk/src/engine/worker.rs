@@ -28,6 +28,7 @@ use super::slab::Slab;
 use super::upkeep::Arrivals;
 use super::volume::{EngineKind, News, VolumeEngine};
 use super::witness::Arrival;
+use copy::Landed;
 use parking::{Parked, Parking, Waits};
 use std::sync::Arc;
 use vhost_blk_store::{ByteRange, DataFile, ReadPlan, StoreError, WritePlan};
@@ -51,8 +52,8 @@ pub struct Worker {
     pool: Pool,
     /// Plans that have to be prepared by the store: handed over once a pass.
     to_prepare: Vec<(u32, WritePlan)>,
-    /// Plans whose copies are done: handed over once a pass, they share a round of syncs.
-    to_preserve: Vec<(u32, WritePlan)>,
+    /// Plans whose copies are done: handed over together, they share a round of syncs.
+    landed: Landed,
     /// Flushes, and writes that need one: handed over once a pass.
     to_flush: Vec<u32>,
     done: Vec<(Token, Outcome)>,
@@ -98,6 +99,7 @@ enum Stage {
     /// Old data goes to the log; after that a hand makes it durable.
     Copying {
         plan: WritePlan,
+        begun: u64,
     },
     /// The guest's data is moved, and the old data beside it where it fills no whole blocks.
     Writing {
@@ -154,7 +156,7 @@ impl Worker {
             running: Slab::default(),
             moved: Vec::new(),
             to_prepare: Vec::new(),
-            to_preserve: Vec::new(),
+            landed: Landed::default(),
             pool: Pool::default(),
             to_flush: Vec::new(),
             done: Vec::new(),
@@ -191,7 +193,6 @@ impl Worker {
         self.decide_mover();
         if let Mover::Ring(ring) = &mut self.mover {
             ring.disarm();
-            self.kick.let_kernel(false);
         }
         self.collect();
         loop {
@@ -215,7 +216,7 @@ impl Worker {
         let transfers = matches!(&self.mover, Mover::Ring(ring) if ring.has_waiting());
         transfers
             || !self.to_prepare.is_empty()
-            || !self.to_preserve.is_empty()
+            || self.landed.is_due()
             || !self.to_flush.is_empty()
             || self.parking.is_due(self.volume.news())
     }
@@ -224,10 +225,7 @@ impl Worker {
     #[must_use]
     pub fn arm(&mut self) -> bool {
         match &mut self.mover {
-            Mover::Ring(ring) if !ring.is_idle() => {
-                self.kick.let_kernel(true);
-                ring.arm()
-            }
+            Mover::Ring(ring) if !ring.is_idle() => ring.arm(),
             Mover::Ring(_) | Mover::Sync | Mover::Undecided => false,
         }
     }
@@ -316,8 +314,8 @@ impl Worker {
             let plans = std::mem::take(&mut self.to_prepare);
             self.volume.mover.order(Task::Prepare(plans), &self.inbox);
         }
-        if !self.to_preserve.is_empty() {
-            let plans = std::mem::take(&mut self.to_preserve);
+        if self.landed.is_due() {
+            let plans = self.landed.take();
             self.volume.mover.order(Task::Preserve(plans), &self.inbox);
         }
         if !self.to_flush.is_empty() {

@@ -3,13 +3,61 @@
 //! Used by the worker. The copies of a whole pass are read at once and written at once (the ring joins neighbours in the
 //! log); then all plans whose copies have landed go to a hand together, for one round of syncs. Requests that only read pass by.
 //!
-//! Invariant: a copy's bytes are summed in the buffer that is written, which nobody else sees.
+//! Invariants:
+//! * A copy's bytes are summed in the buffer that is written, which nobody else sees.
+//! * A plan whose copies have landed waits for those that were under way then, for no later ones: a round for the first alone would
+//!   let all the others wait for two.
 
 use super::super::pool::PRIVATE_BYTES_MAX;
 use super::super::ring::{Completed, Direction, Memory, Span};
 use super::{Mover, Running, Stage, Worker};
 use std::io::ErrorKind;
 use vhost_blk_store::{BlockCopy, DataFile, Source, WritePlan};
+
+/// Plans whose copies have landed, until they go to a hand.
+#[derive(Debug, Default)]
+pub(super) struct Landed {
+    plans: Vec<(u32, WritePlan)>,
+    /// Requests that copy now.
+    under_way: usize,
+    /// How many began to copy so far; tells the older from the younger.
+    begun: u64,
+    /// Who is waited for: those that had begun by then, and how many of them are left.
+    awaited: Option<(u64, usize)>,
+}
+
+impl Landed {
+    /// A request begins to copy; answers its number among all that did.
+    pub(super) fn begin(&mut self) -> u64 {
+        self.under_way += 1;
+        self.begun += 1;
+        self.begun
+    }
+
+    /// The request that was the `begun`th to copy does so no more; its plan waits for a hand if all is well.
+    pub(super) fn end(&mut self, begun: u64, plan: Option<(u32, WritePlan)>) {
+        self.under_way = self.under_way.saturating_sub(1);
+        if let Some((youngest, left)) = &mut self.awaited
+            && begun <= *youngest
+        {
+            *left = left.saturating_sub(1);
+        }
+        if let Some(plan) = plan {
+            self.plans.push(plan);
+            self.awaited.get_or_insert((self.begun, self.under_way));
+        }
+    }
+
+    /// True if there are plans, and nobody is waited for.
+    pub(super) fn is_due(&self) -> bool {
+        matches!(self.awaited, Some((_, 0)))
+    }
+
+    pub(super) fn take(&mut self) -> Vec<(u32, WritePlan)> {
+        self.awaited = None;
+        std::mem::take(&mut self.plans)
+    }
+}
 
 /// What the transfers of a request are numbered by: the request, and 0 for its data or one more than the place of a copy.
 const COPY_SHIFT: u32 = 32;
@@ -47,7 +95,7 @@ impl Worker {
     /// Queues the first half of a request's copies: the reading.
     pub(super) fn start_copies(&mut self, number: u32) {
         let Some(Running {
-            stage: Stage::Copying { plan } | Stage::Writing { plan },
+            stage: Stage::Copying { plan, .. } | Stage::Writing { plan },
             moves,
             ..
         }) = self.running.get_mut(number)
@@ -97,7 +145,7 @@ impl Worker {
             return false;
         }
         let Some(Running {
-            stage: Stage::Copying { plan } | Stage::Writing { plan },
+            stage: Stage::Copying { plan, .. } | Stage::Writing { plan },
             moves,
             ..
         }) = self.running.get_mut(number)

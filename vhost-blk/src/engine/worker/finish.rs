@@ -87,14 +87,19 @@ impl Worker {
                     };
                     self.done.push((token, outcome));
                 }
-                Stage::Copying { plan } | Stage::Writing { plan } if failed => {
+                Stage::Copying { plan, begun } if failed => {
                     // Its blocks are free again before others are told.
                     drop(plan);
+                    self.landed.end(begun, None);
                     self.write_over(number, None);
                 }
-                Stage::Copying { mut plan } => {
+                Stage::Copying { mut plan, begun } => {
                     plan.copies_landed();
-                    self.to_preserve.push((number, plan));
+                    self.landed.end(begun, Some((number, plan)));
+                }
+                Stage::Writing { plan } if failed => {
+                    drop(plan);
+                    self.write_over(number, None);
                 }
                 Stage::Writing { mut plan } => {
                     if !plan.copies().is_empty() {

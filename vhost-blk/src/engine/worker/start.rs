@@ -151,7 +151,8 @@ impl Worker {
             let number = self.keep(job, ticket, Stage::Preparing);
             self.to_prepare.push((number, plan));
         } else if plan.needs_preserve() {
-            let number = self.keep(job, ticket, Stage::Copying { plan });
+            let begun = self.landed.begin();
+            let number = self.keep(job, ticket, Stage::Copying { plan, begun });
             self.start_copies(number);
             self.over_if_nothing_moves(number);
         } else {

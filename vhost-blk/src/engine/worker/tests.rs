@@ -1,5 +1,6 @@
 //! The worker against a real store on a temporary file, on the test's own thread.
 
+mod copies;
 mod faults;
 
 use super::Worker;
