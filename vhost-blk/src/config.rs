@@ -113,6 +113,10 @@ pub struct ServeArgs {
     /// Without such a daemon, or if it refuses, nothing is served
     #[arg(long)]
     pub replace: bool,
+    /// Only to measure what the order costs: copy-on-write overwrites old data before its copy is durable, so that a power cut may
+    /// damage snapshots
+    #[arg(long, hide_short_help = true)]
+    pub relaxed_order_for_measurement: bool,
     /// TOML file with the same settings
     #[arg(long, value_name = "FILE", conflicts_with_all = ["disk", "socket"])]
     pub config: Option<PathBuf>,
@@ -187,6 +191,8 @@ pub struct Config {
     pub force_base: bool,
     /// Take over from a running daemon.
     pub replace: bool,
+    /// Copy-on-write without its durable order.
+    pub relaxed_order: bool,
 }
 
 /// What is wrong with the flags or the file.
@@ -255,6 +261,7 @@ pub fn resolve(args: &ServeArgs) -> Result<Config, ConfigError> {
         poll_max: poll_max(args.poll_max_us.or(file.poll_max_us))?,
         force_base: args.force_base,
         replace: args.replace,
+        relaxed_order: args.relaxed_order_for_measurement,
         disks,
     };
     ensure_unique(&config)?;

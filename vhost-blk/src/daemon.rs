@@ -291,6 +291,9 @@ fn settings(config: &Config, disk: &DiskConfig) -> VolumeSettings {
 
 /// Opens and recovers all volumes, and resolves the sets that span them.
 fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
+    if config.relaxed_order {
+        tracing::warn!("--relaxed-order-for-measurement: a power cut may damage snapshots");
+    }
     let mut volumes = Vec::new();
     for disk in &config.disks {
         let options = OpenOptions {
@@ -298,6 +301,7 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
             // `read-only` keeps the guest from writing; its snapshots are still ours to take and delete.
             read_only: false,
             force_base: config.force_base,
+            relaxed_order: config.relaxed_order,
             log_limit_bytes: config.shadow_limit_bytes,
             // The loop below waits, and tells.
             lock_wait: Duration::ZERO,

@@ -106,7 +106,9 @@ impl Shared {
             }
             drop(core);
             // Nothing is overwritten before the copies and their records are durable (I3).
-            self.commit_records()?;
+            if !self.options.relaxed_order {
+                self.commit_records()?;
+            }
             // From here on their blocks are overwritten by whoever wants to, as touched ones always are.
             let mut core = self.core();
             for work in plans.iter_mut().filter_map(|plan| plan.work.as_mut()) {

@@ -150,6 +150,23 @@ fn preserving_batch_costs_one_sync() {
 }
 
 #[test]
+fn relaxed_order_leaves_the_copies_sync_to_the_next_flush() {
+    let options = OpenOptions {
+        relaxed_order: true,
+        ..roomy()
+    };
+    let (volume, _) = Volume::open_files(memory_volume(blank(64)), &options).unwrap();
+    snapshot(&volume, Method::CopyOnWrite);
+    let mut plans = vec![plan(&volume, 3)];
+    let cost = syncs_of(&volume, || volume.prepare_writes(&mut plans).unwrap());
+    assert_eq!(cost, (0, 0));
+    drop(plans);
+    write(&volume, 3, 5);
+    let (base, log) = syncs_of(&volume, || flush(&volume));
+    assert!(base == 1 && log > 0, "{base} and {log}");
+}
+
+#[test]
 fn second_touch_of_a_neighbourhood_preserves_the_rest_of_it() {
     let volume = volume_of(64);
     snapshot(&volume, Method::CopyOnWrite);
