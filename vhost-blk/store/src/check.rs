@@ -121,7 +121,11 @@ fn check_base(files: &VolumeFiles, loaded: &Loaded, findings: &mut Vec<Finding>)
     };
     let length_bytes = files.base.len_bytes().map_err(io)?;
     let plain = loaded.state.table.is_empty() && loaded.state.index.is_empty();
-    if length_bytes != loaded.superblock.size_bytes && !plain {
+    if !loaded
+        .superblock
+        .base_fits(length_bytes, files.base.is_device())
+        && !plain
+    {
         findings.push(Finding {
             severity: Severity::Damage,
             file: FileName::Base,

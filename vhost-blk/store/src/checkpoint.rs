@@ -15,7 +15,7 @@ use crate::layout::{MAX_EPOCH, MAX_RUNS, PAGE_BYTES, Seal};
 use crate::reclaim::{MANY_RUNS, RATIO, no_space};
 use crate::snapshot_table::{SnapshotInfo, table_records};
 use crate::superblock::Superblock;
-use crate::units::{BLOCK_BYTES, Epoch, Generation, Incarnation, Sequence};
+use crate::units::{BLOCK_BYTES, Block, Epoch, Generation, Incarnation, Sequence};
 use crate::volume::{Core, Maintenance, Shared};
 
 /// A checkpoint under way.
@@ -29,6 +29,8 @@ pub(crate) struct Checkpoint {
     /// The snapshots that the new index is for.
     table: Vec<Arc<SnapshotInfo>>,
     epoch: Epoch,
+    /// The volume's, in bytes.
+    size_bytes: u64,
     journal_generation: Generation,
     first_sequence: Sequence,
     applied_through: Sequence,
@@ -41,6 +43,8 @@ pub(crate) enum Turn {
     Keep,
     /// What the snapshot of this epoch sees becomes the live state.
     Revert(Epoch),
+    /// The volume gets this size in bytes.
+    Grow(u64),
 }
 
 /// What a merge keeps for these snapshots.
@@ -48,8 +52,12 @@ pub(crate) fn rule(table: &[Arc<SnapshotInfo>], turn: Turn, to_the_bottom: bool)
     MergeRule {
         epochs: table.iter().map(|snapshot| snapshot.epoch.0).collect(),
         revert_to: match turn {
-            Turn::Keep => None,
+            Turn::Keep | Turn::Grow(_) => None,
             Turn::Revert(target) => Some(target),
+        },
+        end: match (turn, table.last()) {
+            (Turn::Revert(_), Some(target)) => Block(target.size_bytes.div_ceil(BLOCK_BYTES)),
+            (Turn::Keep | Turn::Grow(_) | Turn::Revert(_), _) => Block(u64::MAX),
         },
         to_the_bottom,
     }
@@ -79,7 +87,7 @@ impl Shared {
     }
 
     pub(crate) fn volume_blocks(&self) -> u64 {
-        self.size_bytes.div_ceil(BLOCK_BYTES)
+        self.size_bytes().div_ceil(BLOCK_BYTES)
     }
 
     /// Sets pages aside for a run of `records` records and those of `inputs`.
@@ -116,14 +124,20 @@ impl Shared {
             return Err(error);
         }
         let (mut table, mut epoch) = (core.state.table.shared(), core.state.epoch);
-        if let Turn::Revert(target) = turn {
-            table.retain(|snapshot| snapshot.epoch <= target);
-            epoch = Epoch((epoch.0 + 1).min(MAX_EPOCH));
+        let mut size_bytes = self.size_bytes();
+        match turn {
+            Turn::Keep => {}
+            Turn::Revert(target) => {
+                table.retain(|snapshot| snapshot.epoch <= target);
+                epoch = Epoch((epoch.0 + 1).min(MAX_EPOCH));
+                size_bytes = table.last().map_or(size_bytes, |target| target.size_bytes);
+            }
+            Turn::Grow(wanted) => size_bytes = wanted,
         }
         let frozen = core.state.index.freeze();
         let runs = core.state.index.runs().to_vec();
         let count = match turn {
-            Turn::Keep => {
+            Turn::Keep | Turn::Grow(_) => {
                 // Those that are being merged or scanned are the oldest.
                 let free = work.newer_runs(&runs);
                 let sizes: Vec<u64> = free.iter().map(|run| run.place.records).collect();
@@ -141,6 +155,7 @@ impl Shared {
             room,
             table,
             epoch,
+            size_bytes,
             journal_generation: core.journal.generation,
             first_sequence: core.journal.first,
             applied_through: core.journal.last(),
@@ -194,6 +209,7 @@ impl Shared {
                 checkpoint.turn = Turn::Keep;
                 checkpoint.table = core.state.table.shared();
                 checkpoint.epoch = core.state.epoch;
+                checkpoint.size_bytes = self.size_bytes();
             }
             let frozen = core.state.index.frozen().cloned();
             let records = frozen.as_ref().map_or(0, |frozen| frozen.len() as u64);
@@ -212,7 +228,7 @@ impl Shared {
         let Some(checkpoint) = &work.checkpoint else {
             return Ok(None);
         };
-        let records = table_records(&checkpoint.table);
+        let records = table_records(&checkpoint.table, checkpoint.size_bytes);
         let generation = work.next_generation;
         work.next_generation = generation.next();
         let table = Table {
@@ -266,7 +282,18 @@ impl Shared {
                 .to_vec()
         };
         let runs: Vec<Arc<Run>> = merged.map(Arc::new).into_iter().chain(older).collect();
+        let size_bytes = checkpoint.size_bytes;
+        let shrinks = size_bytes < self.size_bytes();
+        let is_smaller = |snapshot: &Arc<SnapshotInfo>| snapshot.size_bytes != size_bytes;
         let superblock = Superblock {
+            size_bytes,
+            base_bytes: match (checkpoint.turn, shrinks) {
+                (Turn::Grow(_), _) => 0,
+                // What it gives up is there until this slot is durable.
+                (Turn::Revert(_), true) => work.superblock.base_bytes.max(self.size_bytes()),
+                (Turn::Keep | Turn::Revert(_), _) => work.superblock.base_bytes,
+            },
+            has_sizes: checkpoint.table.iter().any(is_smaller),
             epoch: checkpoint.epoch,
             runs: runs.iter().map(|run| run.place).collect(),
             table_page: table.room.first,
@@ -292,6 +319,9 @@ impl Shared {
             core.state.table.truncate(target);
             core.state.epoch = checkpoint.epoch;
         }
+        core.state.resize(size_bytes);
+        self.size_bytes
+            .store(size_bytes, std::sync::atomic::Ordering::SeqCst);
         self.note_plain(core);
         work.settle.note_checkpoint();
         Ok(())

@@ -21,6 +21,8 @@ pub struct SuperblockDump {
     pub generation: u64,
     /// Size in bytes.
     pub size_bytes: u64,
+    /// How long the base may be until it is cut off, in bytes; 0: no longer than the volume.
+    pub base_bytes: u64,
     /// Boot id of the machine when it was last opened.
     pub boot_id: String,
     /// Openings so far.
@@ -118,6 +120,7 @@ pub fn dump(files: &VolumeFiles) -> Result<Dump> {
             volume_id: superblock.volume_id.to_string(),
             generation: superblock.generation.0,
             size_bytes: superblock.size_bytes,
+            base_bytes: superblock.base_bytes,
             boot_id: uuid::Uuid::from_bytes(superblock.boot_id.0).to_string(),
             incarnation: superblock.incarnation.0,
             clean: superblock.clean,
@@ -187,10 +190,11 @@ impl fmt::Display for Dump {
         for snapshot in &self.snapshots {
             writeln!(
                 out,
-                "snapshot {} of set {}: epoch {}, {:?}, {:?}",
+                "snapshot {} of set {}: epoch {}, {} bytes, {:?}, {:?}",
                 snapshot.snapshot_id,
                 snapshot.set_id,
                 snapshot.epoch.0,
+                snapshot.size_bytes,
                 snapshot.method,
                 snapshot.state,
             )?;

@@ -104,6 +104,14 @@ pub enum StoreError {
     /// A snapshot of this id exists already.
     #[error("snapshot {0} exists already")]
     SnapshotExists(SnapshotId),
+    /// The volume cannot get this size. Nothing was changed.
+    #[error("the volume cannot have {wanted_bytes} bytes: {why}")]
+    BadSize {
+        /// The size asked for.
+        wanted_bytes: u64,
+        /// What forbids it.
+        why: &'static str,
+    },
     /// A limit of the format or of the options would be passed.
     #[error("limit reached: {0}")]
     Limit(&'static str),

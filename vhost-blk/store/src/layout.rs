@@ -10,8 +10,10 @@ use crate::units::{Generation, VolumeId};
 pub(crate) const MAGIC: [u8; 8] = *b"vmshadow";
 /// Version of the format this program writes and reads.
 pub(crate) const VERSION: u32 = 2;
-/// Incompatible feature bits this program knows: none yet.
-pub(crate) const KNOWN_FEATURES: u32 = 0;
+/// Feature bit: a record of the snapshot table has a size.
+pub(crate) const FEATURE_SIZES: u32 = 1;
+/// Incompatible feature bits this program knows.
+pub(crate) const KNOWN_FEATURES: u32 = FEATURE_SIZES;
 
 /// Bytes of one superblock slot; slot A at 0, slot B behind it.
 pub(crate) const SLOT_BYTES: u64 = 4096;
@@ -98,6 +100,7 @@ pub(crate) mod slot {
     pub(crate) const APPLIED_THROUGH: usize = 152;
     pub(crate) const JOURNAL_REGION_BYTES: usize = 160;
     pub(crate) const LOG_HIGH_WATER: usize = 168;
+    pub(crate) const BASE_BYTES: usize = 176;
     /// Descriptions of the runs, newest first.
     pub(crate) const RUNS: usize = 512;
 }
@@ -149,6 +152,8 @@ pub(crate) mod record {
     pub(crate) const SNAP_EPOCH: usize = 24;
     /// SNAP.
     pub(crate) const METHOD: usize = 28;
+    /// SNAP in the snapshot table.
+    pub(crate) const SIZE_BYTES: usize = 32;
 }
 
 /// Record kinds.
@@ -209,6 +214,7 @@ pub const FIELDS: &[Field] = &[
         8,
     ),
     ("slot", "log_high_water", slot::LOG_HIGH_WATER, 8),
+    ("slot", "base_bytes", slot::BASE_BYTES, 8),
     ("slot", "runs", slot::RUNS, MAX_RUNS * RUN_BYTES),
     ("run", "generation", run::GENERATION, 8),
     ("run", "first_page", run::FIRST_PAGE, 8),
@@ -242,6 +248,7 @@ pub const FIELDS: &[Field] = &[
     ),
     ("payload", "snap.epoch", record::SNAP_EPOCH, 4),
     ("payload", "snap.method", record::METHOD, 4),
+    ("payload", "snap.size_bytes", record::SIZE_BYTES, 8),
     ("page", "crc", page::CRC, 4),
     ("page", "records", page::RECORDS, 2),
     ("page", "groups", page::GROUPS, 2),

@@ -5,7 +5,7 @@
 //!
 //! Rooms, left to right as a request passes them:
 //! `plan` (with `first_write`) -> `read_path`, `write_path` (with `prepare`) -> `state` (with `index`, `snapshot_table`) ->
-//! `journal`, `space`, `pins`, `confirm` -> `commit` -> `io`. From the side: `snapshot`, `sets`, `maintain` (with
+//! `journal`, `space`, `pins`, `confirm` -> `commit` -> `io`. From the side: `snapshot`, `sets`, `grow`, `maintain` (with
 //! `checkpoint`, `reclaim`, `scan`, `settle`), `open` (with `adopt`, `recover`), `check`, `dump`.
 //!
 //! Invariants, named in comments, errors and tests:
@@ -20,6 +20,7 @@
 //! * I8: after a failed sync nothing is acknowledged until the volume is reopened.
 //! * I9: a set is kept on all its members or on none.
 //! * I10: the bytes that a sealed record names do not change before the record is confirmed.
+//! * I11: sizes never decrease from a snapshot to the next, and the base is at least as long as the volume.
 
 mod adopt;
 mod ahead;
@@ -30,6 +31,7 @@ mod confirm;
 mod dump;
 mod error;
 mod first_write;
+mod grow;
 mod index;
 mod index_room;
 mod io;

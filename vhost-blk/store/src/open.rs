@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::adopt::{base_length, format, io};
@@ -64,13 +64,13 @@ fn check_base(files: &VolumeFiles, loaded: &Loaded, options: &OpenOptions) -> Re
     let length_bytes = base_length(files)?;
     let superblock = &loaded.superblock;
     let plain = loaded.state.table.is_empty() && loaded.state.index.is_empty();
-    if plain {
+    if plain && (superblock.clean || is_to_be_cut(superblock, length_bytes).is_none()) {
         // Nothing depends on the base: it may have been used, or resized, without us.
         return Ok(length_bytes);
     }
-    if length_bytes < superblock.size_bytes
-        || (length_bytes != superblock.size_bytes && !options.force_base)
-    {
+    let fits = superblock.base_fits(length_bytes, files.base.is_device());
+    let forced = options.force_base && length_bytes >= superblock.size_bytes;
+    if !fits && !forced {
         return Err(StoreError::BaseChanged { what: "its size" });
     }
     if let Some(then) = superblock.base_modified
@@ -89,6 +89,12 @@ fn check_base(files: &VolumeFiles, loaded: &Loaded, options: &OpenOptions) -> Re
     Ok(superblock.size_bytes)
 }
 
+/// Where the base is to be cut off: the volume did not get the size, or gave it up, and the base has it still (I11).
+fn is_to_be_cut(superblock: &Superblock, length_bytes: u64) -> Option<u64> {
+    let announced = superblock.size_bytes < length_bytes && length_bytes <= superblock.base_bytes;
+    announced.then_some(superblock.size_bytes)
+}
+
 /// Makes durable what recovery decided (I4), and returns the journal to append to.
 fn finish_recovery(
     files: &VolumeFiles,
@@ -98,6 +104,8 @@ fn finish_recovery(
 ) -> Result<Journal> {
     let incarnation = loaded.incarnation.next();
     let mut journal = loaded.journal(incarnation);
+    let end = is_to_be_cut(&loaded.superblock, base_length(files)?);
+    let end = end.filter(|end| *end == size_bytes && !files.base.is_device());
     if loaded.tail_records + loaded.dropped_records > 0
         || loaded.unconfirmed
         || !loaded.superblock.clean
@@ -118,6 +126,7 @@ fn finish_recovery(
     loaded.superblock = Superblock {
         generation: loaded.superblock.generation.next(),
         size_bytes,
+        base_bytes: end.map_or(0, |_| loaded.superblock.base_bytes),
         boot_id,
         incarnation,
         clean: false,
@@ -126,6 +135,12 @@ fn finish_recovery(
     };
     loaded.superblock.store(&*files.superblock)?;
     journal.superblock = loaded.superblock.generation;
+    if let Some(end) = end {
+        // Only now: of the slot that gave it up, a killed daemon may have left no more than the page cache knows.
+        files.base.set_len(end).map_err(io("cut", FileName::Base))?;
+        files.base.sync_data().map_err(io("sync", FileName::Base))?;
+        loaded.superblock.base_bytes = 0;
+    }
     Ok(journal)
 }
 
@@ -244,7 +259,7 @@ impl Volume {
         }
         check_log(&files, &loaded)?;
         let size_bytes = check_base(&files, &loaded, options)?;
-        loaded.state.resize(size_bytes.div_ceil(BLOCK_BYTES));
+        loaded.state.resize(size_bytes);
         let report = RecoveryReport {
             created,
             clean: loaded.superblock.clean,
@@ -317,7 +332,7 @@ impl Volume {
         };
         let shared = Shared {
             id: superblock.volume_id,
-            size_bytes,
+            size_bytes: AtomicU64::new(size_bytes),
             options: options.clone(),
             gate: Gate::default(),
             counters: Counters::default(),
@@ -362,6 +377,7 @@ impl Volume {
             shared.begin_checkpoint(&mut work, Turn::Keep)?;
             shared.run_checkpoint(&mut work)?;
         }
+        shared.cut_base(&mut work)?;
         let base = &shared.files.base;
         // The time that is compared at the next opening must not go back with a power cut.
         let alone = lock(&shared.base_sync);

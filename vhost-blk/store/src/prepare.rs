@@ -167,7 +167,7 @@ impl Shared {
         buffer: &mut [u8],
     ) -> Result<()> {
         let length_bytes =
-            (count * BLOCK_BYTES).min(self.size_bytes.saturating_sub(block.offset_bytes()));
+            (count * BLOCK_BYTES).min(self.size_bytes().saturating_sub(block.offset_bytes()));
         let (data, tail) = buffer.split_at_mut(in_memory(length_bytes));
         tail.fill(0);
         let mut extents = Vec::with_capacity(1);

@@ -16,11 +16,12 @@ use crate::units::{BLOCK_BYTES, ByteRange, SECTOR_BYTES, in_memory};
 use crate::volume::{Shared, Volume};
 
 impl Shared {
-    pub(crate) fn check_range(&self, range: ByteRange) -> Result<()> {
+    /// Whether a request fits a view of `size_bytes`.
+    pub(crate) fn check_range(range: ByteRange, size_bytes: u64) -> Result<()> {
         let fits = range
             .offset_bytes
             .checked_add(range.length_bytes)
-            .is_some_and(|end| end <= self.size_bytes);
+            .is_some_and(|end| end <= size_bytes);
         if !fits
             || range.length_bytes == 0
             || !range.offset_bytes.is_multiple_of(SECTOR_BYTES)
@@ -38,7 +39,9 @@ impl Shared {
     }
 
     fn read_extents(&self, view: View, range: ByteRange) -> Result<ReadPlan> {
-        self.check_range(range)?;
+        if view == View::Head {
+            Self::check_range(range, self.size_bytes())?;
+        }
         if view == View::Head && self.gate.plain.load(Ordering::SeqCst) {
             return Ok(ReadPlan {
                 view,
@@ -54,7 +57,9 @@ impl Shared {
             View::Head => None,
             View::Snapshot(id) => {
                 let snapshot = core.state.table.get(id);
-                Some(snapshot.ok_or(StoreError::NoSuchSnapshot(id))?.epoch)
+                let snapshot = snapshot.ok_or(StoreError::NoSuchSnapshot(id))?;
+                Self::check_range(range, snapshot.size_bytes)?;
+                Some(snapshot.epoch)
             }
         };
         let index = &mut core.state.index;

@@ -105,9 +105,8 @@ pub(crate) fn load(
             current,
             previous,
             other_damaged,
-        } => (*current, previous, other_damaged),
+        } => (*current, previous.map(|slot| *slot), other_damaged),
     };
-    let volume_blocks = superblock.size_bytes.div_ceil(BLOCK_BYTES);
     let log_bytes = files.log.len_bytes().map_err(|source| StoreError::Io {
         op: "measure",
         file: FileName::Log,
@@ -124,7 +123,7 @@ pub(crate) fn load(
     }
     let index = Index::new(Arc::clone(&files.index), runs, cache_pages);
     let mut named = Vec::new();
-    let mut state = State::new(index, superblock.epoch, volume_blocks);
+    let mut state = State::new(index, superblock.epoch, superblock.size_bytes);
     load_table(files, &superblock, &mut state)?;
 
     let (chain, older, younger) = load_chain(files, &superblock)?;

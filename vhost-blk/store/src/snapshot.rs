@@ -96,11 +96,12 @@ impl Volume {
                 set_id: new.set_id,
                 epoch: core.state.epoch,
                 method: new.method,
+                size_bytes: shared.size_bytes(),
                 state: SnapshotState::Provisional,
                 created_unix_ms: new.created_unix_ms,
                 members: new.members,
             };
-            core.record(shared, &snap_records(&info))?;
+            core.record(shared, &snap_records(&info, info.size_bytes))?;
             shared.note_plain(&core);
             info
         };
@@ -158,7 +159,7 @@ impl Volume {
         self.shared.change_table(&[Record::Delete { snapshot_id }])
     }
 
-    /// Makes the volume what it was when the snapshot was taken; newer snapshots are dropped, it stays.
+    /// Makes the volume what it was when the snapshot was taken, its size included; newer snapshots are dropped, it stays.
     /// The caller has stopped the guest's writes; `Busy` otherwise. Blocking, as long as rewriting the
     /// index takes.
     pub fn revert(&self, snapshot_id: SnapshotId) -> Result<()> {
@@ -187,6 +188,9 @@ impl Volume {
         let reverted = shared.run_checkpoint(&mut work);
         shared.restart_scan(&mut work);
         shared.core().reclaim = true;
-        reverted
+        reverted?;
+        // It has happened: a base that stays too long is cut off later.
+        drop(shared.cut_base(&mut work));
+        Ok(())
     }
 }

@@ -60,6 +60,8 @@ pub struct SnapshotInfo {
     pub epoch: Epoch,
     /// Its method, valid while it is the newest snapshot.
     pub method: Method,
+    /// Its size: what the volume had when it was taken, in bytes.
+    pub size_bytes: u64,
     /// Whether its set's verdict is known.
     pub state: SnapshotState,
     /// When it was taken, milliseconds since 1970.
@@ -167,11 +169,11 @@ impl SnapshotTable {
     }
 }
 
-/// The records that rebuild a table of `snapshots` from an empty one.
-pub(crate) fn table_records(snapshots: &[Arc<SnapshotInfo>]) -> Vec<Record> {
+/// The records that rebuild a table of `snapshots` from an empty one, for a volume of `volume_bytes`.
+pub(crate) fn table_records(snapshots: &[Arc<SnapshotInfo>], volume_bytes: u64) -> Vec<Record> {
     let mut records = Vec::new();
     for snapshot in snapshots {
-        records.extend(snap_records(snapshot));
+        records.extend(snap_records(snapshot, volume_bytes));
         if snapshot.state == SnapshotState::Kept {
             records.push(Record::Keep {
                 set_id: snapshot.set_id,
@@ -181,8 +183,8 @@ pub(crate) fn table_records(snapshots: &[Arc<SnapshotInfo>]) -> Vec<Record> {
     records
 }
 
-/// The records that take `snapshot`.
-pub(crate) fn snap_records(snapshot: &SnapshotInfo) -> Vec<Record> {
+/// The records that take `snapshot` of a volume of `volume_bytes`.
+pub(crate) fn snap_records(snapshot: &SnapshotInfo, volume_bytes: u64) -> Vec<Record> {
     let mut records = vec![Record::SnapId {
         snapshot_id: snapshot.snapshot_id,
         set_id: snapshot.set_id,
@@ -200,6 +202,7 @@ pub(crate) fn snap_records(snapshot: &SnapshotInfo) -> Vec<Record> {
         epoch: snapshot.epoch,
         method: snapshot.method,
         members: u32::try_from(snapshot.members.len()).unwrap_or(u32::MAX),
+        size_bytes: (snapshot.size_bytes != volume_bytes).then_some(snapshot.size_bytes),
     });
     records
 }

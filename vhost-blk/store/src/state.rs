@@ -10,7 +10,9 @@ use crate::index::{Index, Key, Location};
 use crate::journal::Record;
 use crate::layout::{self, MAX_EPOCH};
 use crate::snapshot_table::{SnapshotInfo, SnapshotState, SnapshotTable};
-use crate::units::{Block, Epoch, LogBlock, SetId, SnapshotId, VolumeId};
+use crate::units::{
+    BLOCK_BYTES, Block, Epoch, LogBlock, SECTOR_BYTES, SetId, SnapshotId, VolumeId,
+};
 
 /// A snapshot whose description is not complete.
 #[derive(Debug)]
@@ -28,7 +30,7 @@ pub(crate) struct State {
     pub(crate) table: SnapshotTable,
     /// The epoch that is open.
     pub(crate) epoch: Epoch,
-    volume_blocks: u64,
+    size_bytes: u64,
     parts: Option<Parts>,
 }
 
@@ -44,19 +46,25 @@ fn broken(what: &'static str) -> StoreError {
 }
 
 impl State {
-    pub(crate) fn new(index: Index, epoch: Epoch, volume_blocks: u64) -> State {
+    pub(crate) fn new(index: Index, epoch: Epoch, size_bytes: u64) -> State {
         State {
             index,
             table: SnapshotTable::default(),
             epoch,
-            volume_blocks,
+            size_bytes,
             parts: None,
         }
     }
 
-    /// The base was resized while nothing depended on it.
-    pub(crate) fn resize(&mut self, volume_blocks: u64) {
-        self.volume_blocks = volume_blocks;
+    /// The volume has another size: a slot says so, or the base was resized while nothing depended on it.
+    pub(crate) fn resize(&mut self, size_bytes: u64) {
+        self.size_bytes = size_bytes;
+    }
+
+    /// First block that no snapshot sees.
+    pub(crate) fn snapshots_end(&self) -> Block {
+        let newest = self.table.newest().map_or(0, |newest| newest.size_bytes);
+        Block(newest.div_ceil(BLOCK_BYTES))
     }
 
     /// Epoch of the newest snapshot.
@@ -68,7 +76,9 @@ impl State {
         let few = count > 0 && count <= layout::MAX_RECORD_BLOCKS;
         let last = block.0.checked_add(u64::from(count)).filter(|_| few);
         match last {
-            Some(behind) if behind <= self.volume_blocks => Ok(Block(behind - 1)),
+            Some(behind) if behind <= self.size_bytes.div_ceil(BLOCK_BYTES) => {
+                Ok(Block(behind - 1))
+            }
             Some(_) | None => Err(broken(
                 "a record names too many blocks, or some outside the volume (I2)",
             )),
@@ -196,6 +206,7 @@ impl State {
                 epoch,
                 method,
                 members: _,
+                size_bytes,
             } => {
                 if let Some(parts) = self.parts.take() {
                     self.table.push(SnapshotInfo {
@@ -203,6 +214,7 @@ impl State {
                         set_id: parts.set_id,
                         epoch: *epoch,
                         method: *method,
+                        size_bytes: size_bytes.unwrap_or(self.size_bytes),
                         state: SnapshotState::Provisional,
                         created_unix_ms: parts.created_unix_ms,
                         members: parts.members,
@@ -224,7 +236,13 @@ impl State {
 
     /// Whether a SNAP record may follow now; recovery refuses one that may not.
     pub(crate) fn check_snap(&self, record: &Record) -> Result<()> {
-        if let Record::Snap { epoch, members, .. } = record {
+        if let Record::Snap {
+            epoch,
+            members,
+            size_bytes,
+            method: _,
+        } = record
+        {
             let Some(parts) = &self.parts else {
                 return Err(broken("SNAP without its ids"));
             };
@@ -238,6 +256,14 @@ impl State {
             }
             if epoch.0 == 0 || epoch.0 >= MAX_EPOCH || self.floor().is_some_and(|f| f >= *epoch) {
                 return Err(broken("SNAP out of order (I5)"));
+            }
+            let size_bytes = size_bytes.unwrap_or(self.size_bytes);
+            let least = self.table.newest().map_or(0, |newest| newest.size_bytes);
+            if !size_bytes.is_multiple_of(SECTOR_BYTES)
+                || size_bytes < least
+                || size_bytes > self.size_bytes
+            {
+                return Err(broken("SNAP of a size that the volume did not have (I11)"));
             }
         }
         Ok(())

@@ -70,6 +70,10 @@ pub(crate) struct Superblock {
     pub(crate) log_high_water: u64,
     /// Something may have been dropped that no sweep has freed.
     pub(crate) unswept: bool,
+    /// A record of the snapshot table has a size.
+    pub(crate) has_sizes: bool,
+    /// The base may be as long as this, if it is not 0: what is behind `size_bytes` is to be cut off.
+    pub(crate) base_bytes: u64,
     /// Set by a clean close, where the base can tell.
     pub(crate) base_modified: Option<ModifiedTime>,
 }
@@ -192,6 +196,8 @@ impl UnverifiedSuperblock {
             journal_region_bytes: u64_at(bytes, slot::JOURNAL_REGION_BYTES),
             log_high_water,
             unswept: flags & layout::FLAG_UNSWEPT != 0,
+            has_sizes: features & layout::FEATURE_SIZES != 0,
+            base_bytes: u64_at(bytes, slot::BASE_BYTES),
             base_modified,
         }))
     }
@@ -201,6 +207,15 @@ impl Superblock {
     /// First log block behind the journal regions: none below it holds data.
     pub(crate) fn first_data_block(&self) -> u64 {
         2 * self.journal_region_bytes / BLOCK_BYTES
+    }
+
+    /// Whether a base of this length is the volume's: as long, or longer where that is announced, or its owner's matter.
+    pub(crate) fn base_fits(&self, length_bytes: u64, is_device: bool) -> bool {
+        let longest = match is_device {
+            true => u64::MAX,
+            false => self.base_bytes.max(self.size_bytes),
+        };
+        (self.size_bytes..=longest).contains(&length_bytes)
     }
 
     /// What a volume is before anything was written to it.
@@ -228,6 +243,8 @@ impl Superblock {
             journal_region_bytes,
             log_high_water: 0,
             unswept: false,
+            has_sizes: false,
+            base_bytes: 0,
             base_modified: None,
         }
     }
@@ -267,6 +284,11 @@ impl Superblock {
             slot::BLOCK_BYTES,
             &layout::take::<4>(&block_bytes, 0),
         );
+        if self.has_sizes {
+            let features = layout::FEATURE_SIZES.to_le_bytes();
+            put(&mut bytes, slot::FEATURES, &features);
+        }
+        put(&mut bytes, slot::BASE_BYTES, &self.base_bytes.to_le_bytes());
         put(&mut bytes, slot::VOLUME_ID, self.volume_id.0.as_bytes());
         put(&mut bytes, slot::SIZE_BYTES, &self.size_bytes.to_le_bytes());
         put(&mut bytes, slot::BOOT_ID, &self.boot_id.0);
@@ -359,7 +381,7 @@ pub(crate) enum SlotsFound {
     /// The newer valid slot, and the other one if it is valid; `other_damaged` when that holds bytes that do not verify.
     Valid {
         current: Box<Superblock>,
-        previous: Option<Superblock>,
+        previous: Option<Box<Superblock>>,
         other_damaged: bool,
     },
 }
@@ -396,7 +418,7 @@ pub(crate) fn load(file: &dyn BlockFile) -> Result<SlotsFound> {
             };
             Ok(SlotsFound::Valid {
                 current: Box::new(current),
-                previous: Some(previous),
+                previous: Some(Box::new(previous)),
                 other_damaged: false,
             })
         }

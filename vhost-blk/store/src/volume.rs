@@ -242,7 +242,8 @@ pub(crate) struct Maintenance {
 pub(crate) struct Shared {
     pub(crate) files: VolumeFiles,
     pub(crate) id: VolumeId,
-    pub(crate) size_bytes: u64,
+    /// Changed under `maintenance` with writes held, and none in flight.
+    pub(crate) size_bytes: AtomicU64,
     pub(crate) options: OpenOptions,
     pub(crate) gate: Gate,
     pub(crate) counters: Counters,
@@ -389,9 +390,14 @@ impl Shared {
         })
     }
 
+    /// Size of the volume in bytes. While a write is planned, or maintenance is held, it stays.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::SeqCst)
+    }
+
     /// Byte length of the part of a block that the volume has.
     pub(crate) fn block_length_bytes(&self, offset_bytes: u64) -> u64 {
-        self.size_bytes
+        self.size_bytes()
             .saturating_sub(offset_bytes)
             .min(BLOCK_BYTES)
     }
@@ -409,9 +415,9 @@ impl Volume {
         self.shared.id
     }
 
-    /// Its size in bytes.
+    /// Its size in bytes, now: see [`Volume::grow`].
     pub fn size_bytes(&self) -> u64 {
-        self.shared.size_bytes
+        self.shared.size_bytes()
     }
 
     /// Whether it was opened read-only.

@@ -15,7 +15,7 @@ use crate::plan::{
     Source, Work, WriteKind, WritePlan, follows, is_dense, outline,
 };
 use crate::snapshot_table::Method;
-use crate::units::{BLOCK_BYTES, Block, ByteRange, Epoch, in_memory};
+use crate::units::{Block, ByteRange, Epoch, in_memory};
 use crate::volume::{Core, Shared, Volume};
 
 impl WritePlan {
@@ -123,14 +123,9 @@ fn push_map_records(records: &mut Vec<Record>, runs: &[MapRun], epoch: Epoch) {
 }
 
 impl Core {
-    /// Lets a preserving request take the rest of its neighbourhoods along, or of its district, where writing is dense.
-    fn look_ahead(
-        &mut self,
-        steps: &mut Outline,
-        floor: Option<Epoch>,
-        size_bytes: u64,
-    ) -> Result<()> {
-        let end = Block(size_bytes.div_ceil(BLOCK_BYTES));
+    /// Lets a preserving request take the rest of its neighbourhoods along, or of its district, where writing is dense,
+    /// as far as the newest snapshot sees: before `end`.
+    fn look_ahead(&mut self, steps: &mut Outline, floor: Option<Epoch>, end: Block) -> Result<()> {
         for first in steps.neighbourhoods() {
             let last = Block(first.plus(NEIGHBOURHOOD_BLOCKS).0.min(end.0) - 1);
             let states = self.state.index.states(first, last, floor)?;
@@ -153,9 +148,11 @@ impl Core {
 
 impl Shared {
     fn plan_write(self: &Arc<Self>, range: ByteRange, kind: WriteKind) -> Result<WritePlan> {
-        self.check_range(range)?;
         self.check_writable()?;
         let mut plan = WritePlan::begin(self, kind, Extents::base(range))?;
+        // As long as the plan lives, the size stays.
+        let size_bytes = self.size_bytes();
+        Shared::check_range(range, size_bytes)?;
         if self.gate.plain.load(Ordering::SeqCst) {
             return Ok(plan);
         }
@@ -168,18 +165,27 @@ impl Shared {
         }
         let floor = core.state.floor();
         let method = core.state.table.newest().map(|snapshot| snapshot.method);
-        let (one, many);
+        let (mut one, mut many);
         let states = if first == last {
             one = [self.heed(core.state.index.state(first, floor))?];
-            &one[..]
+            &mut one[..]
         } else {
             many = self.heed(core.state.index.states(first, last, floor))?;
-            &many[..]
+            &mut many[..]
         };
+        let end = core.state.snapshots_end();
+        if last >= end {
+            // Nothing has to be kept of what no snapshot sees.
+            let seen = in_memory(end.0.saturating_sub(first.0));
+            for state in states.iter_mut().skip(seen) {
+                state.touched = true;
+            }
+        }
+        let states = &*states;
         let in_doubt = |block| core.unconfirmed.names(block);
-        let mut steps = outline(kind, range, self.size_bytes, states, method, in_doubt);
+        let mut steps = outline(kind, range, size_bytes, states, method, in_doubt);
         if method == Some(Method::CopyOnWrite) {
-            core.look_ahead(&mut steps, floor, self.size_bytes)?;
+            core.look_ahead(&mut steps, floor, end)?;
         }
         let mut found = core.space.allocate(steps.log_blocks);
         if found.is_none() && steps.forget_ahead() {
@@ -188,7 +194,7 @@ impl Shared {
         let confirm_first = found.is_none() && steps.in_doubt;
         if confirm_first {
             // Without room for another place the old one will do, after a round that confirms it.
-            steps = outline(kind, range, self.size_bytes, states, method, |_| false);
+            steps = outline(kind, range, size_bytes, states, method, |_| false);
             found = core.space.allocate(steps.log_blocks);
         }
         let runs = match found {
@@ -200,7 +206,7 @@ impl Shared {
                 return Err(StoreError::NoSpace);
             }
         };
-        let (extents, mut work) = steps.place(kind, range, self.size_bytes, &runs);
+        let (extents, mut work) = steps.place(kind, range, size_bytes, &runs);
         let fits = core
             .journal
             .has_room(core.promised_records + work.promised_records);

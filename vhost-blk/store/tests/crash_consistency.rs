@@ -14,8 +14,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use harness::crash::{
-    SECTORS, Step, Tried, all_in, assert_checks, blank_images, crash_history, files_on, history_of,
-    memory, possible, try_image,
+    SECTORS, Step, Tried, all_in, assert_checks, blank_images, crash_history,
+    crash_in_every_recovery, files_on, history_of, memory, possible, try_image,
 };
 use harness::{Methods, Model, Op, Tale, Verdict, World, expect, read_all, small_options};
 use rand::rngs::SmallRng;
@@ -58,6 +58,40 @@ fn copy_on_write_survives_every_crash() {
 #[test]
 fn mixed_methods_survive_every_crash() {
     crash_everywhere(Methods::Mixed, 3_000, 4_000);
+}
+
+#[test]
+fn growth_and_its_end_survive_crashes_in_recovery() {
+    let grow = |by, prepared| Op::Grow { by, prepared };
+    for (methods, method) in [
+        (Methods::Redirect, Method::RedirectOnWrite),
+        (Methods::Copy, Method::CopyOnWrite),
+    ] {
+        let snapshot = Op::Snapshot {
+            method,
+            verdict: Verdict::Keep,
+        };
+        // The short last block, the new part of it, and what is behind it.
+        let write = Op::Write {
+            sector: SECTORS - 2,
+            count: 12,
+        };
+        let ops = [
+            Op::PrepareGrow { by: 3 },
+            snapshot.clone(),
+            write.clone(),
+            grow(20, true),
+            write.clone(),
+            Op::BeginSnapshot { method },
+            grow(5, false),
+            write.clone(),
+            Op::Revert { which: 0 },
+            grow(11, false),
+            write,
+        ];
+        let tried = crash_in_every_recovery(methods, &ops);
+        println!("{methods:?}: {tried}");
+    }
 }
 
 /// A number from the environment.

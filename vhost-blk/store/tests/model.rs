@@ -21,7 +21,10 @@ fn run(ops: &[Op], sectors: u64) {
 }
 
 fn op(sectors: u64) -> impl Strategy<Value = Op> {
-    let range = (0..sectors, prop_oneof![Just(8u64), 1..8u64, 1..40u64]);
+    let range = (
+        0..sectors * 3 / 2,
+        prop_oneof![Just(8u64), 1..8u64, 1..40u64],
+    );
     let method = prop_oneof![Just(Method::RedirectOnWrite), Just(Method::CopyOnWrite)];
     let verdict = prop_oneof![
         Just(Verdict::Keep),
@@ -43,6 +46,8 @@ fn op(sectors: u64) -> impl Strategy<Value = Op> {
         2 => (0..8u64).prop_map(|which| Op::Delete { which }),
         1 => (0..8u64).prop_map(|which| Op::Revert { which }),
         3 => (1..30u64, 1..12u64).prop_map(|(steps, budget)| Op::Maintain { steps, budget }),
+        1 => (1..24u64, any::<bool>()).prop_map(|(by, prepared)| Op::Grow { by, prepared }),
+        1 => (1..24u64).prop_map(|by| Op::PrepareGrow { by }),
         1 => Just(Op::CloseReopen),
         1 => Just(Op::KillReopen),
     ]

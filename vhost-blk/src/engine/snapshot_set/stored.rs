@@ -206,6 +206,6 @@ pub(super) fn wire_info(volume: &VolumeEngine, info: &store::SnapshotInfo) -> Sn
             store::SnapshotState::Kept => SnapshotState::Kept,
         },
         created_unix_ms: info.created_unix_ms,
-        size_bytes: volume.size_bytes(),
+        size_bytes: info.size_bytes,
     }
 }

@@ -22,6 +22,8 @@ pub(crate) struct MergeRule {
     pub(crate) epochs: Vec<u32>,
     /// The epoch whose view becomes the live state. All layers are merged.
     pub(crate) revert_to: Option<Epoch>,
+    /// First block of which nothing is kept: for a revert, the end of what is reverted to.
+    pub(crate) end: Block,
     /// No layer is older than those merged.
     pub(crate) to_the_bottom: bool,
 }
@@ -212,6 +214,10 @@ impl Merge {
         let (Some(block), Some(output)) = (self.block.take(), self.output.as_mut()) else {
             return Ok(());
         };
+        if block >= self.rule.end {
+            self.versions.clear();
+            return Ok(());
+        }
         let named = &mut self.named;
         let mut written = Ok(());
         self.rule.keep(&self.versions, |death, location| {

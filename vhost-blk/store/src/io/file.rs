@@ -266,6 +266,23 @@ impl BlockFile for DiskFile {
         }
     }
 
+    fn set_len(&self, length_bytes: u64) -> io::Result<()> {
+        if !self.is_device {
+            return Ok(rustix::fs::ftruncate(&self.file, length_bytes)?);
+        }
+        if self.len_bytes()? < length_bytes {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the block device is shorter: enlarge it first",
+            ));
+        }
+        Ok(())
+    }
+
+    fn is_device(&self) -> bool {
+        self.is_device
+    }
+
     fn sync_data(&self) -> io::Result<()> {
         Ok(rustix::fs::fdatasync(&self.file)?)
     }

@@ -39,6 +39,16 @@ pub trait BlockFile: Send + Sync + Debug {
     /// Gives the space of a range back. What it reads as afterwards is of no interest.
     fn release(&self, offset_bytes: u64, length_bytes: u64) -> io::Result<()>;
 
+    /// Makes a file exactly so long; what is new reads as zeroes. A device stays as it is: an error if it is shorter.
+    fn set_len(&self, _length_bytes: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Whether its length is not ours to change: a block device.
+    fn is_device(&self) -> bool {
+        false
+    }
+
     /// Makes everything completed before this call durable (fdatasync).
     fn sync_data(&self) -> io::Result<()>;
 

@@ -80,6 +80,7 @@ impl UnverifiedRecord<'_> {
                 epoch: Epoch(u32_at(bytes, record::SNAP_EPOCH)),
                 method: Method::decode(u32_at(bytes, record::METHOD))?,
                 members: count,
+                size_bytes: Some(u64_at(bytes, record::SIZE_BYTES)).filter(|size| *size != 0),
             },
             kind::KEEP => Record::Keep {
                 set_id: SetId(first_id),
@@ -194,7 +195,9 @@ impl Entry {
                 epoch,
                 method,
                 members,
+                size_bytes,
             } => {
+                number(&mut bytes, record::SIZE_BYTES, size_bytes.unwrap_or(0));
                 small(&mut bytes, record::SNAP_EPOCH, epoch.0);
                 small(&mut bytes, record::METHOD, method.encode());
                 small(&mut bytes, record::COUNT, *members);

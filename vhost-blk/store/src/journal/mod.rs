@@ -65,6 +65,8 @@ pub(crate) enum Record {
         epoch: Epoch,
         method: Method,
         members: u32,
+        /// In the snapshot table, if it is not the volume's.
+        size_bytes: Option<u64>,
     },
     /// The set's snapshot is kept.
     Keep { set_id: SetId },

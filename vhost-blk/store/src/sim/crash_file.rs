@@ -29,9 +29,15 @@ pub enum Moment {
 }
 
 #[derive(Clone, Debug)]
-struct Pending {
-    offset_bytes: u64,
-    bytes: Arc<[u8]>,
+enum Pending {
+    Write {
+        offset_bytes: u64,
+        bytes: Arc<[u8]>,
+    },
+    /// Comes or stays away as one, as a sector does.
+    SetLen {
+        length_bytes: u64,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -67,6 +73,13 @@ struct DiskState {
 }
 
 impl DiskState {
+    fn count_write(&mut self) {
+        self.writes += 1;
+        if self.every_writes != 0 && self.writes.is_multiple_of(self.every_writes) {
+            self.record(Moment::AfterWrite);
+        }
+    }
+
     fn record(&mut self, moment: Moment) {
         let point = CrashPoint {
             marker: self.marker,
@@ -186,9 +199,20 @@ impl CrashPoint {
             .iter()
             .map(|file| {
                 let mut image = Image::clone(&file.durable);
-                for write in &*file.pending {
-                    let mut at = write.offset_bytes;
-                    let mut rest = &write.bytes[..];
+                for change in &*file.pending {
+                    let (mut at, mut rest) = match change {
+                        Pending::Write {
+                            offset_bytes,
+                            bytes,
+                        } => (*offset_bytes, &bytes[..]),
+                        Pending::SetLen { length_bytes } => {
+                            if chosen(number) {
+                                image.set_len(*length_bytes);
+                            }
+                            number += 1;
+                            continue;
+                        }
+                    };
                     while !rest.is_empty() {
                         // A write may begin within a sector, as journal records do: its part of the
                         // sector comes or stays away as one.
@@ -216,8 +240,14 @@ impl CrashPoint {
         }
         let mut images = self.power_cut(|_| false);
         let image = images.get_mut(place)?;
-        for write in &**pending {
-            image.fill(0xdb, write.offset_bytes, write.bytes.len() as u64);
+        for change in &**pending {
+            if let Pending::Write {
+                offset_bytes,
+                bytes,
+            } = change
+            {
+                image.fill(0xdb, *offset_bytes, bytes.len() as u64);
+            }
         }
         Some(images)
     }
@@ -277,14 +307,20 @@ impl BlockFile for CrashFile {
         let mut state = lock(&self.disk.state);
         let file = &mut state.files[self.place];
         Arc::make_mut(&mut file.current).write(data, offset_bytes);
-        Arc::make_mut(&mut file.pending).push(Pending {
+        Arc::make_mut(&mut file.pending).push(Pending::Write {
             offset_bytes,
             bytes: data.into(),
         });
-        state.writes += 1;
-        if state.every_writes != 0 && state.writes.is_multiple_of(state.every_writes) {
-            state.record(Moment::AfterWrite);
-        }
+        state.count_write();
+        Ok(())
+    }
+
+    fn set_len(&self, length_bytes: u64) -> io::Result<()> {
+        let mut state = lock(&self.disk.state);
+        let file = &mut state.files[self.place];
+        Arc::make_mut(&mut file.current).set_len(length_bytes);
+        Arc::make_mut(&mut file.pending).push(Pending::SetLen { length_bytes });
+        state.count_write();
         Ok(())
     }
 
@@ -314,11 +350,18 @@ impl BlockFile for CrashFile {
         state.syncs += 1;
         let fails = here.is_some() || now.is_some();
         let file = &mut state.files[self.place];
-        for write in std::mem::take(&mut file.pending).iter() {
-            // A failed sync leaves pages that are marked clean and are not on the disk: later syncs pass
-            // them over, unless somebody writes them again.
-            if !fails {
-                Arc::make_mut(&mut file.durable).write(&write.bytes, write.offset_bytes);
+        for change in std::mem::take(&mut file.pending).iter() {
+            let durable = Arc::make_mut(&mut file.durable);
+            match change {
+                // A failed sync leaves pages that are marked clean and are not on the disk: later syncs pass
+                // them over, unless somebody writes them again.
+                Pending::Write { .. } if fails => {}
+                Pending::Write {
+                    offset_bytes,
+                    bytes,
+                } => durable.write(bytes, *offset_bytes),
+                // A length is no page: the file system keeps it, and writes it when it can.
+                Pending::SetLen { length_bytes } => durable.set_len(*length_bytes),
             }
         }
         state.record(Moment::AfterSync);

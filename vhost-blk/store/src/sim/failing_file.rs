@@ -136,6 +136,11 @@ impl BlockFile for FailingFile {
         self.file.release(offset_bytes, length_bytes)
     }
 
+    fn set_len(&self, length_bytes: u64) -> io::Result<()> {
+        self.fault.strike(&WRITES)?;
+        self.file.set_len(length_bytes)
+    }
+
     fn sync_data(&self) -> io::Result<()> {
         self.fault.strike(&[FaultKind::Sync])?;
         self.file.sync_data()

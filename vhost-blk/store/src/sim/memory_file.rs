@@ -60,6 +60,11 @@ impl BlockFile for MemoryFile {
         self.write_zeroes(offset_bytes, length_bytes, true)
     }
 
+    fn set_len(&self, length_bytes: u64) -> io::Result<()> {
+        lock(&self.image).set_len(length_bytes);
+        Ok(())
+    }
+
     fn sync_data(&self) -> io::Result<()> {
         Ok(())
     }

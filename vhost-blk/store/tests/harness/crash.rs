@@ -140,28 +140,38 @@ pub fn all_in(
 
 /// What a model allows in a sector after a power cut.
 pub fn possible(model: &Model, sector: usize, value: u64) -> bool {
-    model.head[sector] == value
-        || model.possible[sector].contains(&value)
+    model.head.get(sector) == Some(&value)
+        || (model.possible.get(sector)).is_some_and(|possible| possible.contains(&value))
         || model.flies(sector, value)
 }
 
 /// The head is one the crash may leave.
 pub fn check_head(step: &Step<'_>, power_cut: bool, found: &[Option<u64>], ids: &[SnapshotId]) {
     let (before, after) = (step.before, step.after);
+    let is_long = |model: &Model| found.len() == model.head.len();
+    assert!(
+        is_long(before) || is_long(after),
+        "{} sectors, {} before and {} after",
+        found.len(),
+        before.sectors(),
+        after.sectors()
+    );
+    let holds = |model: &Model, sector: usize, value| model.head.get(sector) == Some(&value);
     let result = match step.op {
         // All of it or nothing: no mixture of the two states.
         Some(Op::Revert { .. }) => {
             let reverted = are_snapshots(ids, after, power_cut)
-                && all_in(found, |sector, value| after.head[sector] == value).is_ok();
+                && is_long(after)
+                && all_in(found, |sector, value| holds(after, sector, value)).is_ok();
             if reverted {
                 Ok(())
             } else {
-                assert!(are_snapshots(ids, before, power_cut));
+                assert!(are_snapshots(ids, before, power_cut) && is_long(before));
                 all_in(found, |sector, value| {
                     if power_cut {
                         possible(before, sector, value)
                     } else {
-                        before.head[sector] == value || before.flies(sector, value)
+                        holds(before, sector, value) || before.flies(sector, value)
                     }
                 })
             }
@@ -171,15 +181,16 @@ pub fn check_head(step: &Step<'_>, power_cut: bool, found: &[Option<u64>], ids: 
         }),
         // Killed in the operation: what it wrote may be there or not, all before it is.
         Some(_) => all_in(found, |sector, value| {
-            before.head[sector] == value
-                || after.head[sector] == value
+            holds(before, sector, value)
+                || holds(after, sector, value)
                 || before.flies(sector, value)
                 || after.flies(sector, value)
-                || (before.head[sector] != after.head[sector] && possible(after, sector, value))
+                || (before.head.get(sector) != after.head.get(sector)
+                    && possible(after, sector, value))
         }),
         None if power_cut => all_in(found, |sector, value| possible(after, sector, value)),
         None => all_in(found, |sector, value| {
-            after.head[sector] == value || after.flies(sector, value)
+            holds(after, sector, value) || after.flies(sector, value)
         }),
     };
     if let Err(what) = result {
@@ -323,7 +334,7 @@ fn go_on(
 
 /// What is there after a crash is the truth from now on: opening has made it durable.
 pub fn found_model(head: &[Option<u64>], snapshots: Vec<Taken>, after: &Model) -> Model {
-    let mut model = Model::new(SECTORS);
+    let mut model = Model::new(head.len() as u64);
     model.head = head.iter().map(|value| value.unwrap()).collect();
     model.snapshots = snapshots;
     model.next_value = after.next_value + 1_000;
@@ -436,6 +447,24 @@ pub fn history_of(seed: u64, methods: Methods) -> Vec<Op> {
 pub fn crash_history(seed: u64, methods: Methods, ops: &[Op], most: u64) -> Tried {
     let mut tried = Tried::default();
     crash_from(Start::blank(), seed, methods, ops, most, 2, &mut tried);
+    tried
+}
+
+/// Every point of a history, with a power cut at every write of the recovery after a killed daemon and after a cut.
+pub fn crash_in_every_recovery(methods: Methods, ops: &[Op]) -> Tried {
+    let (recorded, mut tried) = (record(Start::blank(), ops, 1), Tried::default());
+    for (number, point) in (0..).zip(&recorded.points) {
+        let step = recorded.step(point);
+        let tale = Tale(format!(
+            "{methods:?}, point {number} {:?}, marker {}, {:?}",
+            point.moment, point.marker, step.op
+        ));
+        tried.in_recovery += cut_after_kill(&step, point, number);
+        for image in point.power_cuts(4, number) {
+            tried.in_recovery += cut_recovery(&step, image, true, number);
+        }
+        drop(tale);
+    }
     tried
 }
 

@@ -24,6 +24,8 @@ use vhost_blk_store::{
 pub const SECTOR: u64 = 512;
 /// Bytes of each of the two journals of [`small_options`].
 pub const JOURNAL_REGION: u64 = 32 << 10;
+/// Sectors from which on no history grows its volume any more.
+const GROWN_SECTORS: u64 = 220;
 
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -63,6 +65,15 @@ pub enum Op {
     Maintain {
         steps: u64,
         budget: u64,
+    },
+    /// The volume gets so many sectors more. In two steps, the first of them while writes may be in flight, or in one.
+    Grow {
+        by: u64,
+        prepared: bool,
+    },
+    /// A growth that goes no further than its first step.
+    PrepareGrow {
+        by: u64,
     },
     /// A write that is left in flight; `zero` says whether it zeroes, and may unmap.
     Begin {
@@ -150,6 +161,12 @@ impl Model {
         }
     }
 
+    /// Sectors that are new hold zeroes; what is behind the end is gone.
+    pub fn resize(&mut self, sectors: usize) {
+        self.head.resize(sectors, 0);
+        self.possible.resize(sectors, Vec::new());
+    }
+
     pub fn flushed(&mut self) {
         self.possible.iter_mut().for_each(Vec::clear);
         self.begun.clear();
@@ -185,7 +202,13 @@ pub fn sector_value(bytes: &[u8]) -> Option<u64> {
 }
 
 pub fn try_read_all(volume: &Volume, view: View) -> Result<Vec<Option<u64>>, StoreError> {
-    let mut bytes = vec![0; volume.size_bytes() as usize];
+    let size_bytes = match view {
+        View::Head => volume.size_bytes(),
+        View::Snapshot(id) => volume
+            .snapshot(id)
+            .map_or(512, |snapshot| snapshot.size_bytes),
+    };
+    let mut bytes = vec![0; size_bytes as usize];
     volume.read_at(view, 0, &mut bytes)?;
     Ok(bytes.chunks_exact(512).map(sector_value).collect())
 }
@@ -270,6 +293,11 @@ impl World {
         self.compare();
         assert!(self.volume().is_plain(), "{:?}", self.volume().status());
         assert_eq!(self.volume().status().log_used_bytes, 0);
+        // Where a growth went no further than its first step, closing takes it back.
+        self.apply(&Op::CloseReopen);
+        assert!(self.volume().is_plain());
+        let length_bytes = self.files.base.len_bytes().unwrap();
+        assert_eq!(length_bytes, self.model.sectors() * SECTOR);
         let mut base = vec![0; self.model.head.len() * 512];
         self.files.base.read_at(&mut base, 0).unwrap();
         assert!(base == self.model.bytes(), "the base is not the disk");
@@ -290,8 +318,18 @@ impl World {
     pub fn try_apply(&mut self, op: &Op) -> Result<(), StoreError> {
         if matches!(
             op,
-            Op::Snapshot { .. } | Op::BeginSnapshot { .. } | Op::Revert { .. } | Op::CloseReopen
+            Op::Snapshot { .. }
+                | Op::BeginSnapshot { .. }
+                | Op::Revert { .. }
+                | Op::Grow { .. }
+                | Op::CloseReopen
         ) {
+            if let Op::Grow { by, prepared: true } = op
+                && self.model.sectors() < GROWN_SECTORS
+            {
+                let wanted = (self.model.sectors() + by) * SECTOR;
+                self.volume().prepare_grow(wanted)?;
+            }
             if !self.open_plans.is_empty() && !matches!(op, Op::CloseReopen) {
                 let id = self.model.fresh_id();
                 let refused = self.volume().take_snapshot(NewSnapshot {
@@ -319,6 +357,8 @@ impl World {
             | Op::Delete { .. }
             | Op::Revert { .. }
             | Op::Maintain { .. }
+            | Op::Grow { .. }
+            | Op::PrepareGrow { .. }
             | Op::Begin { .. }
             | Op::Prepare
             | Op::Finish { .. }
@@ -439,7 +479,9 @@ impl World {
                 if let Some(place) = pick(*which, self.model.snapshots.len()) {
                     volume.revert(self.model.snapshots[place].id)?;
                     self.model.snapshots.truncate(place + 1);
-                    self.model.head = self.model.snapshots[place].sectors.clone();
+                    let sectors = self.model.snapshots[place].sectors.clone();
+                    self.model.resize(sectors.len());
+                    self.model.head = sectors;
                     self.model.flushed();
                 }
             }
@@ -448,6 +490,18 @@ impl World {
                     if volume.maintain(*budget)? == Maintenance::Idle {
                         break;
                     }
+                }
+            }
+            Op::Grow { by, prepared: _ } => {
+                let wanted = self.model.sectors() + by;
+                if self.model.sectors() < GROWN_SECTORS {
+                    volume.grow(wanted * SECTOR)?;
+                    self.model.resize(wanted as usize);
+                }
+            }
+            Op::PrepareGrow { by } => {
+                if self.model.sectors() < GROWN_SECTORS {
+                    volume.prepare_grow((self.model.sectors() + by) * SECTOR)?;
                 }
             }
             Op::Begin {
@@ -486,6 +540,7 @@ impl World {
     /// The volume is exactly the model.
     pub fn compare(&self) {
         let volume = self.volume();
+        assert_eq!(volume.size_bytes(), self.model.sectors() * SECTOR);
         let head: Vec<u64> = read_all(volume, View::Head)
             .into_iter()
             .zip(&self.model.head)
@@ -512,6 +567,7 @@ impl World {
 }
 
 pub fn expect(expected: &[u64], found: &[Option<u64>], what: &str) {
+    assert_eq!(expected.len(), found.len(), "{what}: its size in sectors");
     for (sector, (expected, found)) in expected.iter().zip(found).enumerate() {
         assert_eq!(Some(*expected), *found, "{what}, sector {sector}");
     }
@@ -593,7 +649,8 @@ fn random_method(random: &mut SmallRng, methods: Methods) -> Method {
 }
 
 fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
-    let sector = random.random_range(0..sectors);
+    // Volumes grow by about a half: as long as they have not, what is behind the end is taken from the start on.
+    let sector = random.random_range(0..sectors + sectors / 2);
     // Mostly whole or nearly whole blocks, some single sectors.
     let count = match random.random_range(0..4) {
         0 => random.random_range(1..8),
@@ -659,7 +716,14 @@ fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
         81..84 => Op::Revert {
             which: random.random_range(0..8),
         },
-        84..95 => Op::Maintain {
+        84..86 => Op::Grow {
+            by: random.random_range(1..24),
+            prepared: random.random(),
+        },
+        86..87 => Op::PrepareGrow {
+            by: random.random_range(1..24),
+        },
+        87..95 => Op::Maintain {
             steps: random.random_range(1..30),
             budget: random.random_range(1..12),
         },

@@ -18,6 +18,7 @@ fn versions_that_no_snapshot_sees_are_dropped() {
     let rule = MergeRule {
         epochs: vec![2, 5],
         revert_to: None,
+        end: Block(u64::MAX),
         to_the_bottom: true,
     };
     let versions = [
@@ -39,6 +40,7 @@ fn live_base_is_not_written() {
     let rule = MergeRule {
         epochs: vec![],
         revert_to: None,
+        end: Block(u64::MAX),
         to_the_bottom: true,
     };
     assert_eq!(kept(&rule, &[(3, log(2)), (LIVE, Location::Base)]), []);
@@ -49,6 +51,7 @@ fn live_base_hides_what_an_older_layer_may_hold() {
     let rule = MergeRule {
         epochs: vec![],
         revert_to: None,
+        end: Block(u64::MAX),
         to_the_bottom: false,
     };
     let versions = [(3, log(2)), (LIVE, Location::Base)];
@@ -60,6 +63,7 @@ fn revert_makes_the_view_of_the_snapshot_live() {
     let rule = MergeRule {
         epochs: vec![1, 2],
         revert_to: Some(Epoch(2)),
+        end: Block(u64::MAX),
         to_the_bottom: true,
     };
     let versions = [(2, log(1)), (3, log(2)), (4, log(3)), (LIVE, log(5))];
