@@ -246,12 +246,14 @@ async fn a_killed_daemon_undoes_at_its_next_start() {
             !world.agent.is_frozen() && !world.agent.has_set()
         })
         .await;
-        let daemon = Daemon::start(&world).await;
+        let mut daemon = Daemon::start(&world).await;
         world.assert_nothing_left();
         let listed = daemon.vmshadow(&["list", "--json"]).await;
         let listed: Value = serde_json::from_slice(&listed.stdout).unwrap();
         let last = listed.as_array().unwrap().last().unwrap();
         assert_eq!(last["outcome"], "undone", "{step}");
+        // Waits for its end. One that is merely dropped may still listen when the next is started.
+        daemon.child.kill().await.unwrap();
     }
 }
 

@@ -25,6 +25,8 @@ pub(crate) struct Control {
     stream: UnixStream,
     frames: JsonStream,
     pub(crate) events: VecDeque<(String, Value)>,
+    /// Why [`Self::attempt`] got no answer.
+    pub(crate) lost: Option<io::Error>,
 }
 
 impl Control {
@@ -34,14 +36,19 @@ impl Control {
         control
     }
 
-    /// A connection to a daemon that may be killed at any moment: `None` if it was.
-    pub(crate) fn try_connect(socket: &Path) -> Option<Self> {
-        let stream = UnixStream::connect(socket).ok()?;
-        let mut control = Self {
+    fn on(stream: UnixStream) -> Self {
+        Self {
             stream,
             frames: JsonStream::new(),
             events: VecDeque::new(),
-        };
+            lost: None,
+        }
+    }
+
+    /// A connection to a daemon that may be killed at any moment: `None` if it was.
+    pub(crate) fn try_connect(socket: &Path) -> Option<Self> {
+        let stream = UnixStream::connect(socket).ok()?;
+        let mut control = Self::on(stream);
         control.try_value().ok()?;
         control.attempt(&QmpCapabilities::default())?.unwrap();
         Some(control)
@@ -54,8 +61,13 @@ impl Control {
     ) -> Option<Result<C::Return, QmpError>> {
         let arguments = serde_json::to_value(command).unwrap();
         let text = json!({ "execute": C::NAME, "arguments": arguments, "id": 7 }).to_string();
-        self.stream.write_all(text.as_bytes()).ok()?;
-        self.try_answer().ok()
+        let sent = self.stream.write_all(text.as_bytes());
+        let answer = sent.and_then(|()| self.try_answer());
+        self.or_lost(answer)
+    }
+
+    fn or_lost<T>(&mut self, result: io::Result<T>) -> Option<T> {
+        result.map_err(|error| self.lost = Some(error)).ok()
     }
 
     fn try_answer<T: DeserializeOwned>(&mut self) -> io::Result<Result<T, QmpError>> {
@@ -74,8 +86,9 @@ impl Control {
     /// A snapshot's content, from a daemon that may be killed at any moment: `None` if it was.
     pub(crate) fn attempt_read(&mut self, snapshot: Uuid) -> Option<Result<Vec<u8>, QmpError>> {
         let mut file: File = tempfile::tempfile().unwrap();
-        self.send_fd("out", &file).ok()?;
-        self.try_answer::<Empty>().ok()?.unwrap();
+        let sent = self.send_fd("out", &file);
+        let named = sent.and_then(|()| self.try_answer::<Empty>());
+        self.or_lost(named)?.unwrap();
         let command = SnapshotRead {
             snapshot,
             fdname: "out".to_owned(),
@@ -95,11 +108,7 @@ impl Control {
         stream
             .set_read_timeout(Some(Duration::from_secs(60)))
             .unwrap();
-        let mut control = Self {
-            stream,
-            frames: JsonStream::new(),
-            events: VecDeque::new(),
-        };
+        let mut control = Self::on(stream);
         let greeting = control.value();
         assert!(
             greeting["QMP"]["version"]["qemu"]["major"].is_number(),

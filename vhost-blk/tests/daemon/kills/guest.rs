@@ -417,7 +417,11 @@ impl Guest {
     pub(super) fn settled(&mut self, daemon: &mut Daemon) -> bool {
         let deadline = Instant::now() + PATIENCE;
         while daemon.ended().is_none() {
-            assert!(Instant::now() < deadline, "neither answers nor ends");
+            assert!(
+                Instant::now() < deadline,
+                "neither answers nor ends, with {} requests in flight",
+                self.in_flight()
+            );
             if self.told() && self.take() > 0 {
                 return true;
             }

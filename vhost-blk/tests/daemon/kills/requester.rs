@@ -93,11 +93,12 @@ impl Requester {
     /// Reads all snapshots, from a daemon that is left alone.
     pub(super) fn read_all(&mut self, socket: &Path) -> Control {
         let mut control = Control::connect(socket);
-        self.compare_list(&mut control).unwrap();
+        let mut done = self.compare_list(&mut control);
         let sets: Vec<Uuid> = self.taken.keys().copied().collect();
         for set in sets {
-            self.read(&mut control, set).unwrap();
+            done = done.and_then(|()| self.read(&mut control, set));
         }
+        done.unwrap_or_else(|| panic!("no answer: {:?}", control.lost));
         control
     }
 
