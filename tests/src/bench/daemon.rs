@@ -181,6 +181,8 @@ impl Daemon {
 
     /// Waits until it does nothing.
     pub fn wait_idle(&self) -> Result<()> {
+        // Twice: what has no hurry begins only when the guest has rested for a while.
+        cost::wait_quiet(self.pid(), BACKGROUND)?;
         cost::wait_quiet(self.pid(), BACKGROUND)
     }
 

@@ -102,6 +102,8 @@ impl Upkeep {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     More,
+    /// More, that nobody will want soon.
+    Ahead,
     Idle,
     Failed,
 }
@@ -165,6 +167,7 @@ impl Cared<'_> {
         volume.tell_if_poisoned();
         let outcome = match step {
             Ok(Maintenance::More) => Outcome::More,
+            Ok(Maintenance::Ahead) => Outcome::Ahead,
             Ok(Maintenance::Idle) => Outcome::Idle,
             Err(StoreError::Poisoned) => Outcome::Failed,
             Err(error) => {
@@ -181,6 +184,7 @@ impl Cared<'_> {
         self.shortage.look_past();
         match outcome {
             Outcome::More => load.pause(begun.elapsed()),
+            Outcome::Ahead => load.long_pause(begun.elapsed()),
             Outcome::Idle | Outcome::Failed => IDLE,
         }
     }

@@ -16,6 +16,8 @@ pub enum Maintenance {
     Idle,
     /// Call again soon.
     More,
+    /// There is only room to be made ahead, and still enough of it: no hurry while the guest is at work.
+    Ahead,
 }
 
 impl Volume {
@@ -75,7 +77,21 @@ impl Shared {
         if work.checkpoint.is_none() && self.core().sweep == Sweep::Idle {
             self.keep_reserve(&mut work.reserve)?;
         }
-        Ok(if ahead { Maintenance::More } else { rest })
+        Ok(if ahead && rest == Maintenance::Idle {
+            self.urgency_of_room()
+        } else {
+            rest
+        })
+    }
+
+    /// Writing room ahead beside a guest that writes costs it bandwidth, so more than half of the room is used up first.
+    fn urgency_of_room(&self) -> Maintenance {
+        let ready_bytes = self.core().space.ready_blocks() * BLOCK_BYTES;
+        if ready_bytes >= self.options.segment_bytes / 2 * 3 {
+            Maintenance::Ahead
+        } else {
+            Maintenance::More
+        }
     }
 
     fn maintain_index(&self, work: &mut Work, budget_blocks: u64) -> Result<Maintenance> {

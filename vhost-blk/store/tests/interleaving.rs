@@ -61,7 +61,7 @@ fn move_data(volume: &Volume, plan: &WritePlan, data: &[u8]) {
 
 fn maintain_to_idle(volume: &Volume) {
     let mut steps = 0;
-    while volume.maintain(16).unwrap() == Maintenance::More {
+    while volume.maintain(16).unwrap() != Maintenance::Idle {
         steps += 1;
         assert!(steps < 10_000, "maintenance does not end");
     }

@@ -25,7 +25,7 @@ fn snapshot(world: &mut World) {
 }
 
 fn maintain_to_the_end(world: &World) {
-    while world.volume().maintain(4).unwrap() == Maintenance::More {}
+    while world.volume().maintain(4).unwrap() != Maintenance::Idle {}
 }
 
 #[test]

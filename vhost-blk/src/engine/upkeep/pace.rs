@@ -17,6 +17,8 @@ const PRESSING_BLOCKS: u64 = 512;
 const PAUSE_STEPS: u32 = 9;
 /// Shortest pause while the guest is at work.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
+/// So much longer is it where nothing hurries.
+const LONG: u32 = 10;
 /// Longest: even on a disk that is slow because it is busy, work goes on.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
@@ -65,6 +67,11 @@ impl Load {
             Self::Idle | Self::Pressing => Duration::ZERO,
             Self::Busy => took.saturating_mul(PAUSE_STEPS).clamp(PAUSE_MIN, PAUSE_MAX),
         }
+    }
+
+    /// The pause behind a step of work that has no hurry.
+    pub(super) fn long_pause(self, took: Duration) -> Duration {
+        self.pause(took).saturating_mul(LONG).min(PAUSE_MAX)
     }
 }
 

@@ -45,7 +45,7 @@ impl Shortage {
     ) -> Duration {
         self.last = Some(Instant::now());
         volume.try_room_again();
-        if outcome == Outcome::More {
+        if matches!(outcome, Outcome::More | Outcome::Ahead) {
             return Duration::ZERO;
         }
         let is_failing = outcome == Outcome::Failed;

@@ -225,7 +225,7 @@ fn measure(arguments: &Arguments, reads: u64, unmerged: u64) -> Result<(), Box<d
     }
     let reads_ms = begun.elapsed().as_secs_f64() * 1e3;
     let begun = Instant::now();
-    while volume.maintain(4096)? == Maintenance::More {}
+    while volume.maintain(4096)? != Maintenance::Idle {}
     let settled_ms = begun.elapsed().as_secs_f64() * 1e3;
     let settled_kib = resident_kib()?;
     let begun = Instant::now();

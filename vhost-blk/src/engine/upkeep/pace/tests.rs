@@ -36,3 +36,20 @@ fn counters_of_queues_count() {
     (0..3).for_each(|_| arrivals.note());
     assert_eq!(arrivals.count(), 3);
 }
+
+#[test]
+fn work_without_hurry_takes_a_hundredth_of_a_busy_guests_time_and_all_of_an_idle_ones() {
+    assert_eq!(
+        Load::Busy.long_pause(Duration::from_micros(200)),
+        Duration::from_millis(18)
+    );
+    assert_eq!(
+        Load::Busy.long_pause(Duration::ZERO),
+        Duration::from_millis(10)
+    );
+    assert_eq!(Load::Busy.long_pause(Duration::from_secs(1)), PAUSE_MAX);
+    assert_eq!(
+        Load::Idle.long_pause(Duration::from_secs(1)),
+        Duration::ZERO
+    );
+}
