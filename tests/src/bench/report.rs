@@ -2,7 +2,7 @@
 //!
 //! Called by the figures, which add lines, and by the command, which prints and writes them. A line is one quantity of one workload beside one
 //! peer (or beside none). `contest` adds the lines of everything that `rounds` measured of a workload; `compare`
-//! and `value` add single ones.
+//! and `value` add single ones; `limit` says what the file itself allows.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -115,6 +115,17 @@ impl Goal {
     }
 }
 
+/// What nobody can exceed in this run, beside a goal.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Limit {
+    /// What sets it: `fio`, or `fio and client` (see `plain`).
+    pub by: String,
+    /// It by the peer's: a goal above this is beyond the file.
+    pub ratio: f64,
+    /// Ours by it.
+    pub reached: f64,
+}
+
 /// One quantity of one workload.
 #[derive(Clone, Debug)]
 pub struct Line {
@@ -132,6 +143,8 @@ pub struct Line {
     pub ratio: Option<Spread>,
     /// What it should reach.
     pub goal: Option<Goal>,
+    /// What the file itself allows, where that was measured beside it.
+    pub limit: Option<Limit>,
 }
 
 impl Line {
@@ -140,6 +153,17 @@ impl Line {
     pub fn met(&self) -> Option<bool> {
         self.goal?
             .met(self.ours.median, self.ratio.map(|ratio| ratio.median))
+    }
+
+    /// Not met, and what sets the limit does not reach the goal, either.
+    #[must_use]
+    pub fn is_beyond(&self) -> bool {
+        let bound = match self.goal {
+            Some(Goal::RatioAtLeast(bound)) => bound,
+            Some(Goal::RatioAtMost(_) | Goal::AtLeast(_) | Goal::AtMost(_)) | None => return false,
+        };
+        let is_below = |limit: &Limit| limit.ratio < bound;
+        self.met() == Some(false) && self.limit.as_ref().is_some_and(is_below)
     }
 
     fn json(&self) -> Value {
@@ -158,6 +182,9 @@ impl Line {
             "rounds": self.ours.rounds,
             "goal": self.goal.map(Goal::text),
             "met": self.met(),
+            "limit": self.limit.as_ref().map(|limit| {
+                json!({"by": limit.by, "ratio": limit.ratio, "ours_by_limit": limit.reached})
+            }),
         })
     }
 }
@@ -194,6 +221,7 @@ impl Report {
             peer: Some((peer.to_owned(), of_peer)),
             ratio: ratio(ours, peer_values),
             goal,
+            limit: None,
         });
     }
 
@@ -215,6 +243,7 @@ impl Report {
             peer: None,
             ratio: None,
             goal,
+            limit: None,
         });
     }
 
@@ -255,6 +284,41 @@ impl Report {
                     goal,
                 );
             }
+        }
+    }
+
+    /// Says of a workload's rates what the file itself allows, a value per round; the first of `measured` is ours.
+    pub fn limit(
+        &mut self,
+        figure: u8,
+        workload: &str,
+        measured: &[Measured],
+        by: &str,
+        allowed: &[f64],
+    ) {
+        let Some((ours, peers)) = measured.split_first() else {
+            return;
+        };
+        let rates = |one| Quantity::Rate.values(one);
+        let Some(reached) = ratio(&rates(ours), allowed) else {
+            return;
+        };
+        for line in &mut self.lines {
+            let is_one = line.figure == figure
+                && line.workload == workload
+                && line.unit == Quantity::Rate.unit()
+                && matches!(line.goal, Some(Goal::RatioAtLeast(_)));
+            let Some((name, _)) = line.peer.as_ref().filter(|peer| is_one && peer.0 != by) else {
+                continue;
+            };
+            let peer = peers.iter().find(|peer| peer.name == *name);
+            line.limit = peer
+                .and_then(|peer| ratio(allowed, &rates(peer)))
+                .map(|ratio| Limit {
+                    by: by.to_owned(),
+                    ratio: ratio.median,
+                    reached: reached.median,
+                });
         }
     }
 
@@ -362,8 +426,9 @@ impl Report {
             ]);
         }
         let met = with_goals().filter(|line| line.met() == Some(true)).count();
+        let beyond = with_goals().filter(|line| line.is_beyond()).count();
         format!(
-            "\nGoals met: {met} of {}\n\n{}",
+            "\nGoals met: {met} of {}; not met but beyond the file itself: {beyond}\n\n{}",
             with_goals().count(),
             aligned(&rows)
         )
@@ -393,17 +458,19 @@ fn reached(line: &Line) -> Option<String> {
     let peer = line.peer.as_ref().map_or("", |peer| peer.0.as_str());
     let reached = match goal {
         Goal::RatioAtLeast(_) | Goal::RatioAtMost(_) => line.ratio.map(|ratio| {
-            format!(
-                "{:.2} [{:.2} to {:.2}]",
-                ratio.median, ratio.low, ratio.high
-            )
+            let median = telling(goal, ratio.median, format!("{:.2}", ratio.median));
+            format!("{median} [{:.2} to {:.2}]", ratio.low, ratio.high)
         }),
         Goal::AtLeast(_) | Goal::AtMost(_) => Some(with_spread(&line.ours)),
     };
-    let verdict = match line.met() {
-        Some(true) => "met",
-        Some(false) => "NOT MET",
-        None => "not known",
+    let verdict = match (line.met(), &line.limit) {
+        (Some(true), _) => "met".to_owned(),
+        (Some(false), Some(limit)) if line.is_beyond() => format!(
+            "beyond the file: {} itself is {:.2}x, ours {:.2}x of that",
+            limit.by, limit.ratio, limit.reached
+        ),
+        (Some(false), _) => "NOT MET".to_owned(),
+        (None, _) => "not known".to_owned(),
     };
     let mut text = goal.text();
     if !peer.is_empty() {
@@ -413,6 +480,20 @@ fn reached(line: &Line) -> Option<String> {
         "{text}: {}, {verdict}",
         reached.unwrap_or_else(|| "-".to_owned())
     ))
+}
+
+/// The short form of a value, unless that is on the other side of its goal than the value: then as many digits as tell.
+fn telling(goal: Goal, value: f64, short: String) -> String {
+    let met = |value| goal.met(value, Some(value));
+    let tells = |text: &String| {
+        text.parse()
+            .is_ok_and(|shown: f64| met(shown) == met(value))
+    };
+    if tells(&short) {
+        return short;
+    }
+    let longer = (3..9).map(|digits| format!("{value:.digits$}"));
+    longer.into_iter().find(tells).unwrap_or(short)
 }
 
 fn with_spread(spread: &Spread) -> String {
@@ -574,6 +655,58 @@ mod tests {
         report.compare(1, "read", "IOPS", &[], "QSD raw", &[1.0], None);
         report.value(1, "read", "IOPS", &[], None);
         assert!(report.lines().is_empty());
+    }
+
+    #[test]
+    fn rounding_does_not_tell_of_a_goal_that_was_not_met() {
+        let goal = Goal::RatioAtLeast(1.2);
+        let short = |value: f64| telling(goal, value, format!("{value:.2}"));
+        assert_eq!(short(1.196), "1.196");
+        assert_eq!(short(1.204), "1.20");
+        assert_eq!(short(1.18), "1.18");
+        assert_eq!(short(1.19999), "1.19999");
+    }
+
+    #[test]
+    fn a_goal_above_what_the_file_gives_is_told_apart() {
+        let one = |name: &str, rate: f64| {
+            let turn = crate::bench::rounds::Turn {
+                ios: 1,
+                flushes: 0,
+                per_second: rate,
+                latency_us: 1.0,
+                latency_p99_us: 1.0,
+                latency_max_us: 1.0,
+                processor_us: None,
+                written_bytes: None,
+                read_bytes: None,
+                prepared_bytes: None,
+            };
+            Measured {
+                name: name.to_owned(),
+                turns: vec![turn],
+                system_calls: None,
+                syncs: None,
+                syncs_per_flush: None,
+            }
+        };
+        let all = [
+            one("vmshadow", 120.0),
+            one("QSD raw", 100.0),
+            one("fio", 130.0),
+        ];
+        for (goal, beyond) in [(1.5, true), (1.25, false), (1.1, false)] {
+            let mut report = Report::default();
+            let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(goal))];
+            report.contest(1, "read", &all, &goals);
+            report.limit(1, "read", &all, "fio", &[130.0]);
+            let line = report.lines().first().expect("the rate beside QSD raw");
+            assert_eq!(line.is_beyond(), beyond, "{goal}");
+            let said = reached(line).expect("a goal");
+            assert_eq!(said.contains("fio itself is 1.30x"), beyond, "{said}");
+            assert_eq!(line.json()["limit"]["ratio"], 1.3);
+            assert_eq!(line.json()["met"], json!(goal <= 1.2));
+        }
     }
 
     #[test]
