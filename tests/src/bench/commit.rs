@@ -22,6 +22,7 @@ use super::contestants::{Ours, OursSpec};
 use super::daemon::{Daemon, DaemonSpec, DiskSpec};
 use super::job::{Job, Op};
 use super::place::Place;
+use super::plot::{self, Series};
 use super::report::Goal;
 use super::statistics::quantile;
 
@@ -105,7 +106,8 @@ impl Probe {
     }
 }
 
-fn longest_ms(run: &Run) -> f64 {
+/// The longest latency of a round, in milliseconds.
+pub(super) fn longest_ms(run: &Run) -> f64 {
     run.latencies.max() as f64 / 1e6
 }
 
@@ -211,8 +213,8 @@ fn under_load(bench: &mut Bench, place: &Place) -> Result<()> {
     Ok(())
 }
 
-/// Writes until told to end; the longest stall.
-fn load(
+/// Goes on until told to end; the longest stall, in milliseconds.
+pub(super) fn load(
     client: &mut super::client::Client,
     job: &Job,
     seed: u64,
@@ -258,12 +260,21 @@ fn names(disks: usize) -> Vec<String> {
     (0..disks).map(|number| format!("d{number}")).collect()
 }
 
-/// Commits of two daemons in turns; the medians of each turn.
-fn in_turns(bench: &Bench, pair: &mut [&mut Daemon; 2]) -> Result<[Vec<f64>; 2]> {
-    let mut medians = [Vec::new(), Vec::new()];
+/// A daemon with its files, which are removed after it is killed.
+type Served = (Daemon, tempfile::TempDir);
+
+/// One with a single sparse disk of so many bytes.
+fn served(bench: &Bench, bytes: u64) -> Result<Served> {
+    let directory = on_tmpfs()?;
+    Ok((sparse(bench, directory.path(), 1, bytes)?, directory))
+}
+
+/// Commits of all daemons in turns; the medians of each turn.
+fn in_turns(bench: &Bench, all: &mut [Served]) -> Result<Vec<Vec<f64>>> {
+    let mut medians = vec![Vec::new(); all.len()];
     let volumes = names(1);
     for _ in 0..bench.rounds {
-        for (daemon, medians) in pair.iter_mut().zip(&mut medians) {
+        for ((daemon, _), medians) in all.iter_mut().zip(&mut medians) {
             let (mut took, mut sets) = (Vec::new(), Vec::new());
             for _ in 0..bench.size(25, 3) {
                 let (set, one) = commit(daemon, &volumes)?;
@@ -281,57 +292,78 @@ fn in_turns(bench: &Bench, pair: &mut [&mut Daemon; 2]) -> Result<[Vec<f64>; 2]>
     Ok(medians)
 }
 
+/// The last beside the first, and a curve through all.
+fn draw(bench: &mut Bench, what: &str, at: &[f64], medians: &[Vec<f64>]) {
+    let of = |one: &Vec<f64>| share(one, 0.5).first().copied();
+    let points = at.iter().zip(medians);
+    let series = Series {
+        name: "vmshadow".to_owned(),
+        points: points
+            .filter_map(|(at, one)| Some((*at, of(one)?)))
+            .collect(),
+    };
+    let title = format!("one commit over {what}");
+    let svg = plot::curves(&title, what, "us", &[series]);
+    let name = what.split(' ').next().unwrap_or_default();
+    bench.report.plot(&format!("commit-{name}"), svg);
+}
+
 fn by_size(bench: &mut Bench) -> Result<()> {
-    bench.say("commits on 1 GiB and on 64 TiB");
-    let (small, large) = (on_tmpfs()?, on_tmpfs()?);
-    let mut small = (sparse(bench, small.path(), 1, 1 << 30)?, small);
-    let mut large = (sparse(bench, large.path(), 1, 64 << 40)?, large);
-    let [large, small] = in_turns(bench, &mut [&mut large.0, &mut small.0])?;
-    bench.report.compare(
-        FIGURE,
-        "commit on 64 TiB sparse, tmpfs",
-        "median us",
-        &large,
-        "vmshadow, 1 GiB",
-        &small,
-        Some(Goal::RatioAtMost(1.25)),
+    bench.say("commits on 1 GiB to 64 TiB");
+    let sizes_gib = [1, 64, 4096, 65_536];
+    let mut all = Vec::new();
+    for gib in sizes_gib {
+        all.push(served(bench, gib << 30)?);
+    }
+    let medians = in_turns(bench, &mut all)?;
+    if let [small, .., large] = medians.as_slice() {
+        bench.report.compare(
+            FIGURE,
+            "commit on 64 TiB sparse, tmpfs",
+            "median us",
+            large,
+            "vmshadow, 1 GiB",
+            small,
+            Some(Goal::RatioAtMost(1.25)),
+        );
+    }
+    draw(
+        bench,
+        "size of the disk, GiB",
+        &sizes_gib.map(|gib| gib as f64),
+        &medians,
     );
     Ok(())
 }
 
 fn by_snapshots(bench: &mut Bench) -> Result<()> {
-    let wanted = bench.size(10_000, 50);
-    bench.say(&format!("making {wanted} snapshots"));
-    let (few, many) = (on_tmpfs()?, on_tmpfs()?);
-    let mut few = (sparse(bench, few.path(), 1, 1 << 30)?, few);
-    let mut many = (sparse(bench, many.path(), 1, 1 << 30)?, many);
-    commit(&mut few.0, &names(1))?;
-    let mut made = 0;
-    while made < wanted {
-        if let Err(error) = commit(&mut many.0, &names(1)) {
-            let sentence = format!("only {made} of {wanted} snapshots could be made: {error:#}");
-            bench.report.note(FIGURE, sentence);
-            break;
+    let wanted = bench.size([1, 100, 1000, 10_000], [1, 10, 20, 50]);
+    let mut all = Vec::new();
+    for wanted in wanted {
+        bench.say(&format!("making {wanted} snapshots"));
+        let mut one = served(bench, 1 << 30)?;
+        for _ in 0..wanted {
+            commit(&mut one.0, &names(1))?;
         }
-        made += 1;
+        all.push(one);
     }
-    if made < wanted {
-        // The turns take some more.
-        let all = many.0.snapshots()?;
-        for one in all.iter().rev().take(bench.size(25, 3)) {
-            let delete = json!({"set": one["set"]});
-            many.0.control().execute("snapshot-set-delete", delete)?;
-        }
+    let medians = in_turns(bench, &mut all)?;
+    if let ([few, .., many], [.., made]) = (medians.as_slice(), wanted.as_slice()) {
+        bench.report.compare(
+            FIGURE,
+            &format!("commit with {made} snapshots, tmpfs"),
+            "median us",
+            many,
+            "vmshadow, 1 snapshot",
+            few,
+            Some(Goal::RatioAtMost(1.25)),
+        );
     }
-    let [many, few] = in_turns(bench, &mut [&mut many.0, &mut few.0])?;
-    bench.report.compare(
-        FIGURE,
-        &format!("commit with {made} snapshots, tmpfs"),
-        "median us",
-        &many,
-        "vmshadow, 1 snapshot",
-        &few,
-        Some(Goal::RatioAtMost(1.25)),
+    draw(
+        bench,
+        "snapshots there are",
+        &wanted.map(f64::from),
+        &medians,
     );
     Ok(())
 }

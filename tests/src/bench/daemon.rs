@@ -52,6 +52,7 @@ pub struct Daemon {
     directory: PathBuf,
     disks: Vec<DiskSpec>,
     control: Qmp,
+    replacements: usize,
 }
 
 impl Daemon {
@@ -77,6 +78,7 @@ impl Daemon {
             directory: spec.directory.to_owned(),
             disks: spec.disks.clone(),
             control,
+            replacements: 0,
         })
     }
 
@@ -197,6 +199,28 @@ impl Daemon {
         Ok(())
     }
 
+    /// Puts a new process in its place, which takes the connections over, and waits for the end of the old one.
+    pub fn replace(&mut self) -> Result<()> {
+        let mut arguments = self.arguments.clone();
+        arguments.push("--replace".into());
+        self.replacements += 1;
+        let output = self.directory.join(format!("next-{}", self.replacements));
+        let mut command = Command::new(&self.program);
+        command.args(arguments);
+        let next = Process::start("vhost-blk", command, &output)?;
+        let status = self
+            .process
+            .wait(wait::STEP)
+            .with_context(|| next.stderr())?;
+        self.process = next;
+        ensure!(
+            status.success(),
+            "the replaced vhost-blk ended with {status}"
+        );
+        self.control = connected(&self.process, &self.directory)?;
+        Ok(())
+    }
+
     /// Ends it in order.
     pub fn stop(&mut self) -> Result<()> {
         self.process.signal(Signal::TERM)?;
@@ -214,10 +238,16 @@ fn spawn(program: &Path, arguments: &[OsString], directory: &Path) -> Result<(Pr
     let mut command = Command::new(program);
     command.args(arguments);
     let process = Process::start("vhost-blk", command, &directory.join("vhost-blk"))?;
-    let mut control =
-        Qmp::connect(&directory.join("control.sock")).with_context(|| process.stderr())?;
-    control.execute("query-volumes", json!({}))?;
+    let control = connected(&process, directory)?;
     Ok((process, control))
+}
+
+/// Its control socket, when it answers.
+fn connected(process: &Process, directory: &Path) -> Result<Qmp> {
+    let control = Qmp::connect(&directory.join("control.sock"));
+    let mut control = control.with_context(|| process.stderr())?;
+    control.execute("query-volumes", json!({}))?;
+    Ok(control)
 }
 
 /// True if the program takes the flag: some figures need flags that older builds lack.

@@ -25,6 +25,7 @@ pub mod place;
 pub mod plain;
 pub mod plot;
 pub mod reclaim;
+pub mod replacement;
 pub mod report;
 pub mod rounds;
 pub mod scale;
@@ -95,4 +96,5 @@ pub const FIGURES: &[Figure] = &[
     (6, "commits under full load", commit::run),
     (7, "memory, and the start after a kill", scale::run),
     (8, "deleting snapshots, and settling", reclaim::run),
+    (9, "the daemon replaced under load", replacement::run),
 ];

@@ -28,7 +28,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     two_queues(bench, &ram)?;
     one_queue(bench, &disk)?;
     bench.report.note(FIGURE, "\"fio and client\": 1 / (1 / fio + 1 / null-co), what a backend that costs nothing would reach with one request at a time");
-    bench.report.note(FIGURE, "\"beyond the file\": the goal is more than fio does on the same file in the same run (at QD1: more than fio and the client allow together); it counts as not met");
+    bench.report.note(FIGURE, "\"beyond the file\": the goal is more than fio and QSD do on the same file in the same run (at QD1: more than fio and the client allow together); it counts as not met");
     Ok(())
 }
 

@@ -15,24 +15,36 @@ pub struct Series {
 }
 
 const WIDTH: f64 = 860.0;
+/// A drawing has a ground of its own: whether the page around it is dark is not always what the reader's system says.
 const STYLE: &str = "<style>text{font:13px sans-serif;fill:#24292f}.t{font-weight:bold;font-size:15px}.h{font-weight:bold}.s{font-size:11px;fill:#57606a}\
-.g{stroke:#8c959f;stroke-width:1;fill:none;opacity:.6}.goal{stroke:#cf222e;stroke-width:2}.c0{fill:#0969da;stroke:#0969da}.c1{fill:#bc4c00;stroke:#bc4c00}\
+.b{fill:#fff;stroke:#d0d7de}.g{stroke:#8c959f;stroke-width:1;fill:none;opacity:.45}.q{stroke:#57606a;stroke-width:1.5;fill:none}.goal{stroke:#cf222e;stroke-width:3}.c0{fill:#0969da;stroke:#0969da}.c1{fill:#bc4c00;stroke:#bc4c00}\
 .c2{fill:#1a7f37;stroke:#1a7f37}.c3{fill:#8250df;stroke:#8250df}.l{fill:none;stroke-width:2}\
-@media(prefers-color-scheme:dark){text{fill:#e6edf3}.s{fill:#9198a1}}</style>";
+@media(prefers-color-scheme:dark){text{fill:#e6edf3}.s{fill:#9198a1}.b{fill:#0d1117;stroke:#3d444d}.q{stroke:#c8d1da}.c0{fill:#4493f8;stroke:#4493f8}\
+.c1{fill:#f0883e;stroke:#f0883e}.c2{fill:#3fb950;stroke:#3fb950}.c3{fill:#ab7df8;stroke:#ab7df8}.goal{stroke:#ff7b72}}</style>";
 
-/// Bars of our rate by each peer's, one per line that has a ratio, below the name of its workload. The axis is logarithmic with equality in the
-/// middle: a bar to the right is faster than the peer, one to the left slower. A red mark stands at the goal.
+/// Bars of our rate by each peer's, one per line that has a ratio, below the name of its workload. The axis is logarithmic and begins at
+/// equality: a bar to the right is faster than the peer, one to the left slower. A red mark stands at the goal.
 #[must_use]
 pub fn ratio_bars(title: &str, lines: &[&Line]) -> String {
     const LEFT: f64 = 210.0;
-    const RIGHT: f64 = WIDTH - 80.0;
+    const RIGHT: f64 = WIDTH - 180.0;
     const TOP: f64 = 66.0;
     const ROW: f64 = 20.0;
-    const MOST: f64 = 16.0;
-    let x = |ratio: f64| {
-        let share = ratio.clamp(1.0 / MOST, MOST).log2() / MOST.log2();
-        LEFT + (share + 1.0) / 2.0 * (RIGHT - LEFT)
+    // In powers of two, as far as any bar reaches.
+    let logarithms = || {
+        let ratios = lines.iter().filter_map(|line| line.ratio);
+        ratios.map(|ratio| ratio.median.log2())
     };
+    let least = logarithms().fold(-1.0, f64::min).floor().max(-6.0);
+    let most = logarithms().fold(1.0, f64::max).ceil().min(6.0);
+    let x = |ratio: f64| {
+        let share = (ratio.log2().clamp(least, most) - least) / (most - least);
+        LEFT + share * (RIGHT - LEFT)
+    };
+    let marks: Vec<f64> = (-6..=6)
+        .map(f64::from)
+        .filter(|mark| (least..=most).contains(mark))
+        .collect();
     let mut rows = String::new();
     let mut y = TOP;
     let mut last = "";
@@ -46,6 +58,9 @@ pub fn ratio_bars(title: &str, lines: &[&Line]) -> String {
             y += ROW;
         }
         rows += &text(36.0, y + 14.0, "", peer);
+        for mark in &marks {
+            rows += &segment("g", (x(mark.exp2()), y), (x(mark.exp2()), y + ROW));
+        }
         let (from, to) = (x(ratio.median.min(1.0)), x(ratio.median.max(1.0)));
         let class = if ratio.median < 1.0 { "c1" } else { "c0" };
         rows += &format!(
@@ -55,11 +70,16 @@ pub fn ratio_bars(title: &str, lines: &[&Line]) -> String {
             ROW - 6.0
         );
         let middle = y + ROW / 2.0;
-        rows += &segment("g", (x(ratio.low), middle), (x(ratio.high), middle));
+        rows += &segment("q", (x(ratio.low), middle), (x(ratio.high), middle));
+        rows += &text(RIGHT + 12.0, y + 14.0, "", &format!("{:.2}x", ratio.median));
         if let Some(Goal::RatioAtLeast(goal) | Goal::RatioAtMost(goal)) = line.goal {
             rows += &segment("goal", (x(goal), y + 1.0), (x(goal), y + ROW - 1.0));
+            let mut words = format!("goal {goal}x");
+            if let Some(limit) = line.limit.as_ref().filter(|_| line.is_beyond()) {
+                words += &format!(", file {:.2}x", limit.ratio);
+            }
+            rows += &text(RIGHT + 62.0, y + 14.0, "s", &words);
         }
-        rows += &text(RIGHT + 14.0, y + 14.0, "", &format!("{:.2}x", ratio.median));
         y += ROW;
     }
     let mut svg = opened(y + 14.0, title);
@@ -67,19 +87,15 @@ pub fn ratio_bars(title: &str, lines: &[&Line]) -> String {
         20.0,
         44.0,
         "s",
-        "vmshadow / peer, median of the rounds with quartiles; red: the goal",
+        "rate of vmshadow / rate of the peer: median of the rounds, with quartiles; red: the goal",
     );
-    for (ratio, name) in [
-        (0.125, "1/8"),
-        (0.25, "1/4"),
-        (0.5, "1/2"),
-        (1.0, "1"),
-        (2.0, "2"),
-        (4.0, "4"),
-        (8.0, "8"),
-    ] {
-        svg += &text(x(ratio) - 6.0, TOP - 4.0, "s", name);
-        svg += &segment("g", (x(ratio), TOP), (x(ratio), y));
+    for mark in marks {
+        let name = if mark < 0.0 {
+            format!("1/{}", (-mark).exp2())
+        } else {
+            format!("{}x", mark.exp2())
+        };
+        svg += &text(x(mark.exp2()) - 8.0, TOP - 4.0, "s", &name);
     }
     svg + &rows + "</svg>\n"
 }
@@ -100,19 +116,20 @@ pub fn curves(title: &str, x_label: &str, y_label: &str, series: &[Series]) -> S
         return opened(HEIGHT, title) + "</svg>\n";
     };
     let span = (last / first).ln().max(f64::EPSILON);
-    let most = points()
-        .map(|point| point.1)
-        .fold(0.0_f64, f64::max)
-        .max(f64::EPSILON)
-        * 1.1;
+    let highest = points().map(|point| point.1).fold(0.0_f64, f64::max);
+    let step = round_step(highest.max(f64::EPSILON) / 4.0);
+    let most = step * (highest / step).ceil().max(1.0);
     let x = |value: f64| LEFT + (value / first).ln() / span * (RIGHT - LEFT);
     let y = |value: f64| BOTTOM - value / most * (BOTTOM - TOP);
     let mut svg = opened(HEIGHT, title);
     svg += &format!("<path class='g' d='M{LEFT} {TOP}V{BOTTOM}H{RIGHT}'/>");
-    for step in 0..=4 {
-        let value = most / 4.0 * f64::from(step);
+    for place in 0..=5 {
+        let value = step * f64::from(place);
+        if value > most * 1.001 {
+            break;
+        }
         svg += &text(12.0, y(value) + 4.0, "s", &number(value));
-        svg += &segment("g", (LEFT - 4.0, y(value)), (LEFT, y(value)));
+        svg += &segment("g", (LEFT - 4.0, y(value)), (RIGHT, y(value)));
     }
     for value in &xs {
         svg += &text(x(*value) - 8.0, BOTTOM + 16.0, "s", &number(*value));
@@ -147,9 +164,20 @@ pub fn curves(title: &str, x_label: &str, y_label: &str, series: &[Series]) -> S
     svg + "</svg>\n"
 }
 
+/// The least of 1, 2, 2.5, 5 times a power of ten that is not below `value`.
+fn round_step(value: f64) -> f64 {
+    let power = 10_f64.powf(value.log10().floor());
+    let steps = [1.0, 2.0, 2.5, 5.0, 10.0].map(|step| step * power);
+    let fits = steps.into_iter().find(|step| *step >= value * 0.999);
+    fits.unwrap_or(value)
+}
+
 fn opened(height: f64, title: &str) -> String {
     format!(
-        "<svg xmlns='http://www.w3.org/2000/svg' width='{WIDTH}' height='{height:.0}' viewBox='0 0 {WIDTH} {height:.0}' role='img'>{STYLE}{}",
+        "<svg xmlns='http://www.w3.org/2000/svg' width='{WIDTH}' height='{height:.0}' viewBox='0 0 {WIDTH} {height:.0}' role='img'>{STYLE}\
+         <rect class='b' x='.5' y='.5' width='{}' height='{:.0}' rx='6'/>{}",
+        WIDTH - 1.0,
+        height - 1.0,
         text(20.0, 24.0, "t", title)
     )
 }
@@ -199,9 +227,10 @@ mod tests {
         well_formed(&svg);
         assert_eq!(svg.matches("a &amp; b").count(), 1);
         assert!(svg.contains("QSD &lt;raw&gt;"), "{svg}");
+        // The first is the ground.
         let widths: Vec<f64> = svg
             .split("<rect")
-            .skip(1)
+            .skip(2)
             .map(|rest| rest.split("width='").nth(1).expect("a width"))
             .map(|rest| {
                 rest.split('\'')

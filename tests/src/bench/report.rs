@@ -129,7 +129,7 @@ pub struct Limit {
 /// One quantity of one workload.
 #[derive(Clone, Debug)]
 pub struct Line {
-    /// Figure, 1 to 8.
+    /// Figure, 1 to 9.
     pub figure: u8,
     /// The workload, with the place.
     pub workload: String,
@@ -155,14 +155,14 @@ impl Line {
             .met(self.ours.median, self.ratio.map(|ratio| ratio.median))
     }
 
-    /// Not met, and what sets the limit does not reach the goal, either.
+    /// Not met, and neither does what sets the limit reach the goal; nor does the peer, which reaches equality.
     #[must_use]
     pub fn is_beyond(&self) -> bool {
         let bound = match self.goal {
             Some(Goal::RatioAtLeast(bound)) => bound,
             Some(Goal::RatioAtMost(_) | Goal::AtLeast(_) | Goal::AtMost(_)) | None => return false,
         };
-        let is_below = |limit: &Limit| limit.ratio < bound;
+        let is_below = |limit: &Limit| limit.ratio.max(1.0) < bound;
         self.met() == Some(false) && self.limit.as_ref().is_some_and(is_below)
     }
 
@@ -707,6 +707,13 @@ mod tests {
             assert_eq!(line.json()["limit"]["ratio"], 1.3);
             assert_eq!(line.json()["met"], json!(goal <= 1.2));
         }
+        // The peer itself shows that equality can be reached.
+        let slower = [one("vmshadow", 90.0), one("QSD raw", 100.0)];
+        let mut report = Report::default();
+        let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.0))];
+        report.contest(1, "read", &slower, &goals);
+        report.limit(1, "read", &slower, "fio", &[80.0]);
+        assert_eq!(report.lines().first().map(Line::is_beyond), Some(false));
     }
 
     #[test]

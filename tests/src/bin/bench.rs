@@ -139,10 +139,16 @@ fn remove_leftovers(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Bars of all rates of a figure that have a peer.
+/// Bars of all rates of a figure that have a peer. What is no disk but a bound stands in the table only.
 fn draw_ratios(report: &mut Report, figure: u8, title: &str) {
-    let of_rates =
-        |line: &&Line| line.figure == figure && line.unit == "IOPS" && line.ratio.is_some();
+    const BOUNDS: [&str; 2] = ["QSD null-co", "fio and client"];
+    let of_rates = |line: &&Line| {
+        let is_bound = |peer: &(String, _)| BOUNDS.contains(&peer.0.as_str());
+        line.figure == figure
+            && line.unit == "IOPS"
+            && line.ratio.is_some()
+            && !line.peer.as_ref().is_some_and(is_bound)
+    };
     let lines: Vec<&Line> = report.lines().iter().filter(of_rates).collect();
     if lines.is_empty() {
         return;
