@@ -115,6 +115,9 @@ enum Stage {
 #[derive(Clone, Copy, Debug, Default)]
 struct Moves {
     left: usize,
+    /// One of them found no space in the file system.
+    without_room: bool,
+    /// One of them failed for another reason.
     failed: bool,
 }
 
@@ -127,11 +130,17 @@ enum Remedy {
 fn remedy(error: &StoreError) -> Remedy {
     if matches!(error, StoreError::Overlaps | StoreError::Busy) {
         Remedy::Park(Parked::Overlapping)
-    } else if matches!(error, StoreError::NoSpace) {
+    } else if is_full(error) {
         Remedy::Park(Parked::WithoutRoom)
     } else {
         Remedy::Fail
     }
+}
+
+/// True if there is no room: in the shadow storage, or in the file system for data.
+fn is_full(error: &StoreError) -> bool {
+    matches!(error, StoreError::NoSpace)
+        || matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
 }
 
 impl Worker {

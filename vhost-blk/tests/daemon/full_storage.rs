@@ -20,9 +20,18 @@ impl Rig {
     fn new(shadow_storage: Option<&Path>, extra: &[&str]) -> Self {
         let scratch = Scratch::new();
         let disk = scratch.disk("a.raw", SIZE);
+        Self::serving(scratch, &disk, shadow_storage, extra)
+    }
+
+    fn serving(
+        scratch: Scratch,
+        disk: &Path,
+        shadow_storage: Option<&Path>,
+        extra: &[&str],
+    ) -> Self {
         let shadow = shadow_storage.map_or_else(|| scratch.path("a.shadow"), Path::to_path_buf);
         let (socket, control) = (scratch.path("a.sock"), scratch.path("control"));
-        let paths: Vec<_> = [&disk, &socket, &control, &shadow]
+        let paths: Vec<_> = [disk, &socket, &control, &shadow]
             .map(|path| path.to_str().unwrap().to_owned())
             .to_vec();
         let mut arguments = vec!["--disk", &paths[0], "--socket", &paths[1]];
@@ -229,6 +238,29 @@ fn redirected_writes_wait_for_room_on_a_full_file_system_and_go_on_when_there_is
     all_went_well(&disk.first().complete(waiting));
     let shown = disk.first().read(0, blocks * 4096).unwrap();
     assert!(shown.iter().all(|byte| *byte == round));
+}
+
+#[test]
+fn writes_into_a_thin_disk_wait_for_room_on_its_file_system() {
+    let scratch = Scratch::new();
+    let Some(small) = SmallFileSystem::mount(scratch.path("small"), 16 * MIB) else {
+        return;
+    };
+    let thin = small.0.join("a.raw");
+    std::fs::File::create(&thin).unwrap().set_len(SIZE).unwrap();
+    let rig = Rig::serving(Scratch::new(), &thin, Some(&scratch.path("a.shadow")), &[]);
+    let mut control = rig.control();
+    let mut disk = rig.attach();
+    let filler = small.leave(MIB);
+    start_filling(&mut disk, 512, 1);
+    let done = disk.first().complete_within(512, Duration::from_secs(2));
+    all_went_well(&done);
+    assert!(done.len() < 512, "a full file system took everything");
+    control.wait_for_event("SHADOW_STORAGE_FULL");
+    std::fs::remove_file(filler).unwrap();
+    all_went_well(&disk.first().complete(512 - done.len()));
+    let shown = disk.first().read(0, 512 * 4096).unwrap();
+    assert!(shown.iter().all(|byte| *byte == 1));
 }
 
 #[test]

@@ -63,7 +63,7 @@ pub enum Event {
         /// What failed.
         reason: String,
     },
-    /// Shadow storage is full: guest writes that need room are held until there is some.
+    /// Shadow storage, or the file system of a thin disk, is full: guest writes that need room are held until there is some.
     ShadowStorageFull {
         /// Volume by name.
         volume: String,

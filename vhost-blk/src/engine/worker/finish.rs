@@ -9,6 +9,7 @@ use super::super::ring::{Completed, Memory};
 use super::copy::owner;
 use super::parking::Parked;
 use super::{Job, Mover, Moves, Remedy, Running, Stage, Worker, remedy};
+use std::io::ErrorKind;
 use std::sync::atomic::Ordering;
 use vhost_blk_store::{StoreError, WritePlan};
 
@@ -53,7 +54,12 @@ impl Worker {
             return;
         };
         running.moves.left = running.moves.left.saturating_sub(1);
-        if let Err(error) = transfer.outcome {
+        if let Err(error) = &transfer.outcome
+            && error.kind() == ErrorKind::StorageFull
+            && running.job.request.op.changes_disk()
+        {
+            running.moves.without_room = true;
+        } else if let Err(error) = transfer.outcome {
             tracing::warn!(volume = %self.volume.settings.name, request = ?running.job.request.op,
                 range = ?running.job.request.range, %error, "I/O failed");
             running.moves.failed = true;
@@ -75,7 +81,12 @@ impl Worker {
             let Some(running) = self.running.get_mut(number) else {
                 continue;
             };
-            let failed = running.moves.failed;
+            let Moves {
+                failed,
+                without_room,
+                ..
+            } = running.moves;
+            let incomplete = failed || without_room;
             match std::mem::replace(&mut running.stage, Stage::Preparing) {
                 Stage::Reading { .. } => {
                     let token = running.job.token;
@@ -87,19 +98,19 @@ impl Worker {
                     };
                     self.done.push((token, outcome));
                 }
-                Stage::Copying { plan, begun } if failed => {
+                Stage::Copying { plan, begun } if incomplete => {
                     // Its blocks are free again before others are told.
                     drop(plan);
                     self.landed.end(begun, None);
-                    self.write_over(number, None);
+                    self.write_failed(number, failed);
                 }
                 Stage::Copying { mut plan, begun } => {
                     plan.copies_landed();
                     self.landed.end(begun, Some((number, plan)));
                 }
-                Stage::Writing { plan } if failed => {
+                Stage::Writing { plan } if incomplete => {
                     drop(plan);
-                    self.write_over(number, None);
+                    self.write_failed(number, failed);
                 }
                 Stage::Writing { mut plan } => {
                     if !plan.copies().is_empty() {
@@ -122,6 +133,23 @@ impl Worker {
                     .map_or_else(|error| Err(same(error)), |()| Ok(()));
                 self.write_over(number, Some(result));
             }
+        }
+    }
+
+    /// A write could not be moved. Where only room was missing (a thin file, a file system without a reserve), it waits for room as one
+    /// does that the store has none for, and is done again whole.
+    fn write_failed(&mut self, number: u32, failed: bool) {
+        if failed {
+            self.write_over(number, None);
+        } else if let Some(Running {
+            mut job, ticket, ..
+        }) = self.running.remove(number)
+        {
+            // A part of it may be there.
+            self.landed(&mut job);
+            drop(ticket);
+            self.wake_overlapping();
+            self.park_for_room(job);
         }
     }
 

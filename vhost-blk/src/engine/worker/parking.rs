@@ -160,4 +160,14 @@ impl Worker {
             try_at_once,
         });
     }
+
+    /// Parks what only the file system had no room for. Not tried again at once: whoever looks after room says when.
+    pub(super) fn park_for_room(&mut self, mut job: Job) {
+        job.waits = Waits::register(&self.volume, Parked::WithoutRoom);
+        self.parking.waiting.push(Waiting {
+            job,
+            why: Parked::WithoutRoom,
+            try_at_once: false,
+        });
+    }
 }

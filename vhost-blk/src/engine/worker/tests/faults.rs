@@ -10,6 +10,7 @@ use crate::engine::{
     EngineKind, GuestBuffers, GuestRange, Op, Outcome, Request, Token, VolumeEngine, Watched,
 };
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use vhost_blk_store::{DataFile, Method, View, WriteKind};
 use vhost_blk_wire::types::ByteRange;
@@ -341,5 +342,55 @@ fn writes_at_odd_addresses_of_guest_memory_land_whole() {
         }
         assert!(head_bytes(&volume, 4096, 4096) == [1; 4096]);
         assert!(snapshot_bytes(&volume, 4096, 4096) == [0; 4096]);
+    }
+}
+
+#[test]
+fn a_write_that_the_file_system_has_no_room_for_waits_and_is_done_when_there_is() {
+    for method in [
+        None,
+        Some(Method::RedirectOnWrite),
+        Some(Method::CopyOnWrite),
+    ] {
+        let (volume, _directory) = volume(SIZE);
+        let mut queue = Queue::new(&volume);
+        if let Some(method) = method {
+            take_snapshot(&volume, method);
+            // Makes room: that is not what is asked here.
+            assert_eq!(queue.run(Op::Write, 65536, 4096), Outcome::Done);
+        }
+        let full = Arc::new(AtomicBool::new(true));
+        let still = Arc::clone(&full);
+        let meddled = queue.meddle(Box::new(move |_, direction, _, result| {
+            if direction == Direction::ToFile && still.load(Ordering::SeqCst) {
+                -libc::ENOSPC
+            } else {
+                result
+            }
+        }));
+        if !meddled {
+            return;
+        }
+        queue.fill(7);
+        let token = queue.start(Op::Write, 8192, 4096);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !volume.lacks_room() {
+            assert!(Instant::now() < deadline, "{method:?}: it does not wait");
+            queue.pass();
+        }
+        for _ in 0..100 {
+            queue.pass();
+        }
+        let answered = queue.done.iter().any(|(done, _)| *done == token);
+        assert!(!answered, "{method:?}");
+        assert!(queue.worker.is_idle(), "{method:?}: it keeps trying");
+        full.store(false, Ordering::SeqCst);
+        volume.try_room_again();
+        assert_eq!(queue.wait(token), Outcome::Done, "{method:?}");
+        assert!(!volume.lacks_room());
+        assert!(head_bytes(&volume, 8192, 4096) == [7; 4096]);
+        if method.is_some() {
+            assert!(snapshot_bytes(&volume, 8192, 4096) == [0; 4096]);
+        }
     }
 }
