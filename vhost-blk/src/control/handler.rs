@@ -9,17 +9,17 @@ use serde_json::Value;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost_blk_wire::command::{
-    COMMAND_NAMES, Command, CommandInfo, Empty, Getfd, HandOver, HandOverVolume, QmpCapabilities,
-    QueryCommands, QuerySnapshots, QueryVersion, QueryVolumes, QueryWrites, SnapshotDelete,
-    SnapshotRead, SnapshotRevert, SnapshotSetAbort, SnapshotSetCommit, SnapshotSetCommitted,
-    SnapshotSetDelete, SnapshotSetHold, SnapshotSetKeep, SnapshotSetMark, SnapshotSetPrepare,
-    SnapshotSetRelease, VolumeCommitted, WriteMark, WriteMarked, WriteUnmark,
+    BlockResize, BlockResized, COMMAND_NAMES, Command, CommandInfo, Empty, Getfd, HandOver,
+    HandOverVolume, QmpCapabilities, QueryCommands, QuerySnapshots, QueryVersion, QueryVolumes,
+    QueryWrites, SnapshotDelete, SnapshotRead, SnapshotRevert, SnapshotSetAbort, SnapshotSetCommit,
+    SnapshotSetCommitted, SnapshotSetDelete, SnapshotSetHold, SnapshotSetKeep, SnapshotSetMark,
+    SnapshotSetPrepare, SnapshotSetRelease, VolumeCommitted, WriteMark, WriteMarked, WriteUnmark,
 };
 use vhost_blk_wire::qmp::{ErrorClass, QmpError, Request};
 
 /// Version of what one daemon says to the next when it hands over. Another version is refused: an update that changes it goes the slow
 /// way, by an end and a start.
-pub const HAND_OVER_VERSION: u32 = 1;
+pub const HAND_OVER_VERSION: u32 = 2;
 /// Marks of one client.
 const MARKS_MAX: usize = 1024;
 /// Named descriptors of one client.
@@ -115,6 +115,13 @@ pub(super) fn execute(client: &Arc<Client>, request: &Request) -> Result<Value, 
         SnapshotRevert::NAME => run(request, |command: SnapshotRevert| {
             sets.revert(command.snapshot)?;
             Ok(Empty {})
+        }),
+        BlockResize::NAME => run(request, |command: BlockResize| {
+            let resized = sets.resize(&command.volume, command.size)?;
+            Ok(BlockResized {
+                size_bytes: resized.size_bytes,
+                hold_us: u64::try_from(resized.hold.as_micros()).unwrap_or(u64::MAX),
+            })
         }),
         Getfd::NAME => run(request, |command: Getfd| getfd(client, command)),
         SnapshotRead::NAME => run(request, |command: SnapshotRead| {

@@ -28,10 +28,10 @@ pub use buffers::{GuestBuffers, GuestRange, NotMapped};
 pub use kick::Kick;
 pub use request::{Op, Outcome, REQUEST_BYTES_MAX, Request, Token};
 pub use ring::{Ring, RingUnavailable};
-pub use snapshot_set::{Committed, OwnerId, SetError, SnapshotSets};
+pub use snapshot_set::{Committed, OwnerId, Resized, SetError, SnapshotSets};
 pub use snapshot_state::{Effect, Event, Reason, Refusal, State, step};
 pub use upkeep::Upkeep;
-pub use volume::{Attached, EngineKind, Notice, VolumeEngine, VolumeSettings};
+pub use volume::{Attached, EngineKind, Notice, SizeWatcher, VolumeEngine, VolumeSettings};
 pub use witness::{Arrival, MarkId, Watched, Witness};
 pub use worker::Worker;
 

@@ -22,6 +22,9 @@ const QUIET_MAX: Duration = Duration::from_secs(10);
 /// Tells the control socket's clients what happened. Must not block.
 pub type Notice = Arc<dyn Fn(WireEvent) + Send + Sync>;
 
+/// Hears that the volume has another size. Must not block.
+pub type SizeWatcher = dyn Fn() + Send + Sync;
+
 /// How data is moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -94,6 +97,10 @@ pub struct VolumeEngine {
     driver_flushes: AtomicBool,
     attached: Mutex<Attachment>,
     poisoned_told: AtomicBool,
+    /// It is being resized.
+    pub(super) resizing: AtomicBool,
+    /// Of the front end that is connected, if it can be told.
+    size_watcher: Mutex<Option<Weak<SizeWatcher>>>,
 }
 
 impl std::fmt::Debug for VolumeEngine {
@@ -195,6 +202,8 @@ impl VolumeEngine {
             driver_flushes: AtomicBool::new(true),
             attached: Mutex::new(Attachment::Free),
             poisoned_told: AtomicBool::new(false),
+            resizing: AtomicBool::new(false),
+            size_watcher: Mutex::new(None),
         }))
     }
 
@@ -204,7 +213,29 @@ impl VolumeEngine {
         &self.store
     }
 
-    /// Size of the disk in bytes.
+    /// Whether it is being resized: no set may be opened on it.
+    pub(super) fn is_resizing(&self) -> bool {
+        self.resizing.load(Ordering::SeqCst)
+    }
+
+    /// Calls `watcher` whenever the size has changed, as long as it lives. One at a time.
+    pub fn watch_size(&self, watcher: &Arc<SizeWatcher>) {
+        *lock(&self.size_watcher) = Some(Arc::downgrade(watcher));
+    }
+
+    /// The size has changed: the front end and the control socket's clients hear of it.
+    pub(super) fn tell_size(&self) {
+        let watcher = lock(&self.size_watcher).as_ref().and_then(Weak::upgrade);
+        if let Some(watcher) = watcher {
+            watcher();
+        }
+        self.tell(WireEvent::VolumeResized {
+            volume: self.settings.name.clone(),
+            size_bytes: self.size_bytes(),
+        });
+    }
+
+    /// Size of the disk in bytes, now.
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
         self.store.size_bytes()

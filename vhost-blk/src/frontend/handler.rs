@@ -9,13 +9,15 @@
 //! * A refusal ends the connection: some requests have no other way to say no, and a front end that did not ask for an
 //!   acknowledgement would not hear of it.
 
+use super::back_channel::{self, BackChannel, Offered};
 use super::config_space::{self, QUEUE_SIZE_MAX};
 use super::dirty_log::DirtyLog;
 use super::handover::{self, MEMORY_REGIONS_MAX, Place, RingState, Session};
 use super::inflight::Region;
 use super::listener::Serving;
 use super::queue::{Memory, Queue, Shared, Stop};
-use crate::engine::VolumeEngine;
+use crate::engine::{SizeWatcher, VolumeEngine};
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -42,7 +44,6 @@ use vm_memory::{
 const HELD_PATIENCE: Duration = Duration::from_secs(12);
 
 /// The device of one connection.
-#[derive(Debug)]
 pub(super) struct Handler {
     shared: Arc<Shared>,
     queues: Vec<Queue>,
@@ -51,11 +52,27 @@ pub(super) struct Handler {
     tracking: Option<Arc<Region>>,
     /// Where pages that were written are marked, while the front end has switched that on.
     log: Option<Arc<DirtyLog>>,
+    /// Where the front end is told of a new size, if it has given such a channel.
+    back_channel: Option<Arc<BackChannel>>,
+    /// Tells it when the size changes.
+    size_watcher: Option<Arc<SizeWatcher>>,
+    /// The size that the front end has read on this connection, in bytes.
+    read_bytes: Option<u64>,
     owned: bool,
     features: u64,
     protocol_features: u64,
     /// Nothing starts any more.
     closing: bool,
+}
+
+impl fmt::Debug for Handler {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("Handler")
+            .field("shared", &self.shared)
+            .field("queues", &self.queues)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -92,6 +109,9 @@ impl Handler {
             mappings: Vec::new(),
             tracking: None,
             log: None,
+            back_channel: None,
+            size_watcher: None,
+            read_bytes: None,
             owned: false,
             features: 0,
             protocol_features: 0,
@@ -170,6 +190,10 @@ impl Handler {
             features: self.features,
             protocol_features: self.protocol_features,
             write_cache: self.shared.volume.write_cache(),
+            read_bytes: self.read_bytes,
+            back_channel: (self.back_channel.as_ref())
+                .map(|channel| channel.copy())
+                .transpose()?,
             regions,
             tracking: tracking
                 .transpose()?
@@ -208,6 +232,13 @@ impl Handler {
             let file = file.try_clone().map_err(Error::ReqHandlerError)?;
             self.set_inflight_fd(&(*shape).into(), file)?;
         }
+        self.read_bytes = session.read_bytes;
+        if let Some(channel) = &session.back_channel {
+            let channel = channel.try_clone().map_err(Error::ReqHandlerError)?;
+            self.keep_back_channel(
+                BackChannel::new(channel.into()).map_err(Error::ReqHandlerError)?,
+            );
+        }
         for (index, ring) in (0_u8..).zip(&session.rings) {
             let handover::Ring {
                 state,
@@ -244,6 +275,44 @@ impl Handler {
             }
         }
         Ok(())
+    }
+
+    /// SET_BACKEND_REQ_FD: the front end listens there.
+    pub(super) fn take_back_channel(&mut self, offered: Offered) -> Result<()> {
+        let has = |feature: VhostUserProtocolFeatures| self.protocol_features & feature.bits() != 0;
+        if !has(VhostUserProtocolFeatures::BACKEND_REQ) {
+            return Err(Error::InactiveOperation(
+                VhostUserProtocolFeatures::BACKEND_REQ,
+            ));
+        }
+        let needs_reply = offered.needs_reply && has(VhostUserProtocolFeatures::REPLY_ACK);
+        self.keep_back_channel(offered.channel);
+        if needs_reply {
+            back_channel::acknowledge(&self.shared.connection).map_err(Error::SocketError)?;
+        }
+        Ok(())
+    }
+
+    fn keep_back_channel(&mut self, channel: BackChannel) {
+        let channel = Arc::new(channel);
+        let (told, name) = (
+            Arc::clone(&channel),
+            self.shared.volume.settings.name.clone(),
+        );
+        let watcher: Arc<SizeWatcher> = Arc::new(move || tell_size(&told, &name));
+        self.shared.volume.watch_size(&watcher);
+        (self.back_channel, self.size_watcher) = (Some(channel), Some(watcher));
+    }
+
+    /// A front end that has not read the size that the volume has: it believes another, from before the connection.
+    fn tell_other_size(&mut self) {
+        let size_bytes = self.shared.volume.size_bytes();
+        if let Some(channel) = &self.back_channel
+            && self.read_bytes != Some(size_bytes)
+        {
+            tell_size(channel, &self.shared.volume.settings.name);
+            self.read_bytes = Some(size_bytes);
+        }
     }
 
     /// Settles all queues: the front end has gone.
@@ -339,6 +408,13 @@ impl Handler {
             (0..region.queues()).for_each(|index| region.gate.leave(index));
         }
         Ok(())
+    }
+}
+
+/// Says that the configuration has changed; the size is all that ever does.
+fn tell_size(channel: &BackChannel, volume: &str) {
+    if let Err(error) = channel.tell_config_change() {
+        tracing::warn!(%volume, %error, "a front end cannot be told of the new size");
     }
 }
 
@@ -542,7 +618,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-            | VhostUserProtocolFeatures::LOG_SHMFD)
+            | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::BACKEND_REQ)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
@@ -562,7 +639,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
             ));
         }
         self.queue(index)?.vring.set_enabled(enable);
-        self.refresh(usize::try_from(index).map_err(|_| Error::InvalidParam)?)
+        self.refresh(usize::try_from(index).map_err(|_| Error::InvalidParam)?)?;
+        if enable {
+            self.tell_other_size();
+        }
+        Ok(())
     }
 
     fn get_config(
@@ -572,6 +653,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
         let queues = self.num_queues_u16();
+        // Before it is read: should it change in between, the front end is told of it.
+        self.read_bytes = Some(self.shared.volume.size_bytes());
         Ok(config_space::read(
             &self.shared.volume,
             queues,

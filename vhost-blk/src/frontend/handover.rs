@@ -26,6 +26,10 @@ pub struct Session {
     pub(super) features: u64,
     pub(super) protocol_features: u64,
     pub(super) write_cache: bool,
+    /// The size of the disk that the front end has read, in bytes.
+    pub(super) read_bytes: Option<u64>,
+    /// Where it is told of another.
+    pub(super) back_channel: Option<UnixStream>,
     pub(super) regions: Vec<Region>,
     pub(super) tracking: Option<(TrackingState, File)>,
     pub(super) rings: Vec<Ring>,
@@ -72,7 +76,7 @@ pub(super) struct RingState {
     pub(super) started: bool,
 }
 
-/// A session without its descriptors, in the order in which they go with it: connection, regions, tracking, then kick, call and
+/// A session without its descriptors, in the order in which they go with it: connection, back-end channel, regions, tracking, then kick, call and
 /// error of each ring.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -80,6 +84,8 @@ pub struct SessionState {
     features: u64,
     protocol_features: u64,
     write_cache: bool,
+    read_bytes: Option<u64>,
+    back_channel: bool,
     regions: Vec<Place>,
     tracking: Option<TrackingState>,
     rings: Vec<(RingState, Given)>,
@@ -145,6 +151,7 @@ impl Session {
     #[must_use]
     pub fn take_apart(&self) -> (SessionState, Vec<BorrowedFd<'_>>) {
         let mut descriptors = vec![self.connection.as_fd()];
+        descriptors.extend(self.back_channel.iter().map(AsFd::as_fd));
         descriptors.extend(self.regions.iter().map(|region| region.file.as_fd()));
         descriptors.extend(self.tracking.iter().map(|(_, file)| file.as_fd()));
         for ring in &self.rings {
@@ -155,6 +162,8 @@ impl Session {
             features: self.features,
             protocol_features: self.protocol_features,
             write_cache: self.write_cache,
+            read_bytes: self.read_bytes,
+            back_channel: self.back_channel.is_some(),
             regions: self.regions.iter().map(|region| region.place).collect(),
             tracking: self.tracking.as_ref().map(|(shape, _)| *shape),
             rings: self
@@ -189,6 +198,10 @@ impl Session {
         }
         let mut next = || descriptors.next().ok_or(BadSession::Descriptors);
         let connection = UnixStream::from(next()?);
+        let back_channel = match state.back_channel {
+            true => Some(UnixStream::from(next()?)),
+            false => None,
+        };
         let regions = state
             .regions
             .into_iter()
@@ -221,6 +234,8 @@ impl Session {
             features: state.features,
             protocol_features: state.protocol_features,
             write_cache: state.write_cache,
+            read_bytes: state.read_bytes,
+            back_channel,
             regions,
             tracking,
             rings,

@@ -8,6 +8,7 @@
 //! * A second front end is turned away at once, and told of on the control socket; it would hang in its connect otherwise.
 //! * When the daemon stops, what is done is published before the front end is hung up on: from then on it counts by itself.
 
+use super::back_channel;
 use super::handler::Handler;
 use super::handover::Session;
 use crate::engine::{Kick, VolumeEngine};
@@ -298,6 +299,7 @@ fn connection(
     let quit = Arc::new(Kick::new()?);
     let reader = {
         let (connection, quit) = (connection.try_clone()?, Arc::clone(&quit));
+        let reading = Arc::clone(&handler);
         std::thread::Builder::new()
             .name(format!("vhost {name}"))
             .spawn(move || {
@@ -308,7 +310,12 @@ fn connection(
                         Ok(false) => return None,
                         Err(error) => return Some(Error::SocketError(error)),
                     }
-                    if let Err(error) = requests.handle_request() {
+                    let handled = match back_channel::take(&connection) {
+                        Ok(None) => requests.handle_request(),
+                        Ok(Some(offered)) => lock(&reading).take_back_channel(offered),
+                        Err(error) => Err(Error::SocketError(error)),
+                    };
+                    if let Err(error) = handled {
                         return Some(error);
                     }
                 }

@@ -5,6 +5,7 @@
 //!
 //! * `listener`: one front end at a time on a socket that is kept; drains before it takes the next.
 //! * `handler`: what a front end says on its connection.
+//! * `back_channel`: where the device speaks first.
 //! * `handover`: a session that moves to another daemon.
 //! * `queue`: the handle of a queue's thread; `serving`: the thread itself.
 //! * `polling`: how long a queue's thread goes on looking before it sleeps.
@@ -17,6 +18,7 @@
 
 #![deny(clippy::indexing_slicing)]
 
+mod back_channel;
 mod chain;
 mod completion;
 mod config_space;

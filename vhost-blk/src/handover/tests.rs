@@ -81,12 +81,19 @@ fn garbage_is_no_hand_over() {
         bytes
     };
     let huge = [&MAGIC[..], &u32::MAX.to_le_bytes(), &0_u32.to_le_bytes()].concat();
-    let disk = br#"{"version":1,"disks":[{"volume":"a","session":null}],"control":false}"#;
-    let newer = br#"{"version":2,"disks":[],"control":false}"#;
+    let text = |version: u32, disks: &str| {
+        format!(r#"{{"version":{version},"disks":[{disks}],"control":false}}"#).into_bytes()
+    };
+    let disk = &text(HAND_OVER_VERSION, r#"{"volume":"a","session":null}"#)[..];
+    let (older, newer) = (
+        &text(HAND_OVER_VERSION - 1, "")[..],
+        &text(HAND_OVER_VERSION + 1, "")[..],
+    );
     for bytes in [
         head(b"somebody", b"{}", 0),
         huge,
         head(&MAGIC, b"{}", 0),
+        head(&MAGIC, older, 0),
         head(&MAGIC, newer, 0),
         // A listener is missing; then one is promised and does not come.
         head(&MAGIC, disk, 0),

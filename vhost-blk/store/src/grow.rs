@@ -134,6 +134,10 @@ impl Volume {
             return Ok(());
         }
         let mut work = lock(&shared.maintenance);
+        // It may have been closed, or reverted, meanwhile.
+        if !shared.check_growth(new_size_bytes)? {
+            return Ok(());
+        }
         shared.run_checkpoint(&mut work)?;
         if shared.core().state.index.memtable_records() > 0 {
             shared.begin_checkpoint(&mut work, Turn::Keep)?;
@@ -154,7 +158,7 @@ impl Volume {
         }
         let mut work = lock(&shared.maintenance);
         let _hold = Hold::begin(shared)?;
-        // A revert may have changed it meanwhile.
+        // As above.
         if !shared.check_growth(new_size_bytes)? {
             return Ok(());
         }

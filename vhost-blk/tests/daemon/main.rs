@@ -12,6 +12,7 @@ mod control_socket;
 mod data_integrity;
 mod deletes;
 mod full_storage;
+mod growing;
 mod harness;
 mod hostile_guest;
 mod in_flight;

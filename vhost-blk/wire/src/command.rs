@@ -47,6 +47,7 @@ pub const COMMAND_NAMES: &[&str] = &[
     SnapshotSetDelete::NAME,
     SnapshotDelete::NAME,
     SnapshotRevert::NAME,
+    BlockResize::NAME,
     Getfd::NAME,
     SnapshotRead::NAME,
     WriteMark::NAME,
@@ -238,6 +239,28 @@ pub struct SnapshotRevert {
     pub snapshot: Uuid,
 }
 command!("snapshot-revert", SnapshotRevert, Empty);
+
+/// Grows a disk while it is served; its front end is told, and the guest sees the new capacity. Snapshots keep the size they were taken
+/// with. Durable when answered. `GenericError` for a size that is smaller or no multiple of 512, `SetInProgress` while a set is open on
+/// the volume; nothing has changed then.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BlockResize {
+    /// Volume by name.
+    pub volume: String,
+    /// New size in bytes, as of QEMU's command of this name.
+    pub size: u64,
+}
+command!("block_resize", BlockResize, BlockResized);
+
+/// Answer of `block_resize`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockResized {
+    /// Size of the disk now, in bytes.
+    pub size_bytes: u64,
+    /// How long writes were held, in microseconds.
+    pub hold_us: u64,
+}
 
 /// Stores the file descriptor that came with this message (SCM_RIGHTS) under a name, as QEMU's `getfd` does.
 #[derive(Clone, Debug, Serialize, Deserialize)]

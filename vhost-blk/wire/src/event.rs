@@ -56,6 +56,13 @@ pub enum Event {
         /// How many are left.
         requests: u32,
     },
+    /// A volume has another size.
+    VolumeResized {
+        /// Volume by name.
+        volume: String,
+        /// Its size now, in bytes.
+        size_bytes: u64,
+    },
     /// A disk failed: the volume refuses everything until the daemon is restarted.
     VolumePoisoned {
         /// Volume by name.

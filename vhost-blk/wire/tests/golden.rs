@@ -13,10 +13,11 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use vhost_blk_wire::command::{
-    COMMAND_NAMES, Command, Getfd, HandOver, QmpCapabilities, QueryCommands, QuerySnapshots,
-    QueryVersion, QueryVolumes, QueryWrites, SnapshotDelete, SnapshotRead, SnapshotRevert,
-    SnapshotSetAbort, SnapshotSetCommit, SnapshotSetDelete, SnapshotSetHold, SnapshotSetKeep,
-    SnapshotSetMark, SnapshotSetPrepare, SnapshotSetRelease, WriteMark, WriteUnmark,
+    BlockResize, COMMAND_NAMES, Command, Getfd, HandOver, QmpCapabilities, QueryCommands,
+    QuerySnapshots, QueryVersion, QueryVolumes, QueryWrites, SnapshotDelete, SnapshotRead,
+    SnapshotRevert, SnapshotSetAbort, SnapshotSetCommit, SnapshotSetDelete, SnapshotSetHold,
+    SnapshotSetKeep, SnapshotSetMark, SnapshotSetPrepare, SnapshotSetRelease, WriteMark,
+    WriteUnmark,
 };
 use vhost_blk_wire::event::Event;
 
@@ -61,6 +62,7 @@ fn every_command_and_its_answer_keep_their_bytes() {
     check::<SnapshotSetDelete>(&mut checked);
     check::<SnapshotDelete>(&mut checked);
     check::<SnapshotRevert>(&mut checked);
+    check::<BlockResize>(&mut checked);
     check::<Getfd>(&mut checked);
     check::<SnapshotRead>(&mut checked);
     check::<WriteMark>(&mut checked);
@@ -78,6 +80,7 @@ fn name(event: &Event) -> &'static str {
         Event::FrontEndRefused { .. } => "FRONT_END_REFUSED",
         Event::QueueFailed { .. } => "QUEUE_FAILED",
         Event::RequestsOvertaken { .. } => "REQUESTS_OVERTAKEN",
+        Event::VolumeResized { .. } => "VOLUME_RESIZED",
         Event::VolumePoisoned { .. } => "VOLUME_POISONED",
         Event::ShadowStorageFull { .. } => "SHADOW_STORAGE_FULL",
         Event::SnapshotSetCommitted { .. } => "SNAPSHOT_SET_COMMITTED",
@@ -104,5 +107,5 @@ fn every_event_keeps_its_bytes() {
         assert_eq!(name(&serde_json::from_value(message).unwrap()), file);
         events += 1;
     }
-    assert_eq!(events, 12, "an event has no file");
+    assert_eq!(events, 13, "an event has no file");
 }

@@ -63,6 +63,8 @@ pub(super) fn store_error(volume: &VolumeEngine, error: StoreError) -> SetError 
         SetError::Poisoned(name)
     } else if let StoreError::NoSuchSnapshot(id) = error {
         SetError::NoSuchSnapshot(id.into())
+    } else if matches!(error, StoreError::BadSize { .. }) {
+        SetError::BadArgument(error.to_string())
     } else {
         SetError::Store {
             volume: name,

@@ -3,14 +3,17 @@
 //! * `sets`: the commands of the life of a set.
 //! * `window`: one open set; holding, taking, releasing.
 //! * `stored`: snapshots that are on disk.
+//! * `resize`: a volume that grows, with no set on it.
 //! * `error`: why a command failed.
 
 mod error;
+mod resize;
 mod sets;
 mod stored;
 mod window;
 
 pub use error::SetError;
+pub use resize::Resized;
 pub use sets::SnapshotSets;
 pub use window::{Committed, OwnerId};
 

@@ -116,6 +116,12 @@ impl SnapshotSets {
                     "there is a set {id} already"
                 )));
             }
+            if let Some(volume) = set.volumes.iter().find(|volume| volume.is_resizing()) {
+                return Err(SetError::InvalidState(format!(
+                    "volume {:?} is being resized",
+                    volume.settings.name
+                )));
+            }
             for other in sets.values() {
                 if let Some(shared) = set.volumes.iter().find(|volume| other.has(volume)) {
                     return Err(SetError::InProgress(other.id, shared.settings.name.clone()));

@@ -72,6 +72,10 @@ impl BlockFile for SlowSync {
         self.file.release(offset_bytes, length_bytes)
     }
 
+    fn set_len(&self, length_bytes: u64) -> io::Result<()> {
+        self.file.set_len(length_bytes)
+    }
+
     fn sync_data(&self) -> io::Result<()> {
         let mut state = self.gate.state.lock().unwrap();
         state.waiting += 1;
@@ -231,4 +235,31 @@ fn a_hold_that_comes_after_its_set_was_undone_or_released_holds_nothing() {
         assert!(!set.hold_writes(Instant::now() + Duration::from_secs(60)));
         assert!(volume.barrier.enter().is_some(), "undone: {undone}");
     }
+}
+
+#[test]
+fn no_set_is_opened_on_a_volume_while_it_grows() {
+    let rig = Rig::new();
+    let refused = rig.sets.resize("a", 8 << 20);
+    assert!(matches!(refused, Err(SetError::InProgress(..))));
+    rig.sets.abort(rig.set, "enough").unwrap();
+    rig.gate.close();
+    std::thread::scope(|scope| {
+        let grows = scope.spawn(|| rig.sets.resize("a", 8 << 20));
+        wait_until("the growth to wait for a sync", || rig.gate.waiting() == 1);
+        let name = ["a".to_owned()];
+        let prepared = rig.sets.prepare(Uuid::new_v4(), OwnerId(1), &name, None);
+        assert!(matches!(prepared, Err(SetError::InvalidState(_))));
+        let twice = rig.sets.resize("a", 16 << 20);
+        assert!(matches!(twice, Err(SetError::InvalidState(_))));
+        assert!(!grows.is_finished(), "answered before it was durable");
+        rig.gate.open(false);
+        assert_eq!(grows.join().unwrap().unwrap().size_bytes, 8 << 20);
+    });
+    let grown = |event: &WireEvent| matches!(event, WireEvent::VolumeResized { volume, size_bytes } if volume == "a" && *size_bytes == 8 << 20);
+    assert!(rig.told.lock().unwrap().iter().any(grown));
+    let set = Uuid::new_v4();
+    rig.sets
+        .prepare(set, OwnerId(1), &["a".to_owned()], None)
+        .unwrap();
 }

@@ -27,6 +27,8 @@ fn session() -> Session {
         features: 1 << 30,
         protocol_features: 0x1234,
         write_cache: false,
+        read_bytes: Some(1 << 20),
+        back_channel: Some(UnixStream::pair().unwrap().0),
         regions: vec![Region {
             place: Place {
                 guest: 0,
@@ -48,8 +50,8 @@ fn session() -> Session {
 fn a_session_is_the_same_after_the_journey() {
     let session = session();
     let (state, descriptors) = session.take_apart();
-    // Connection, region, tracking, kick and call, call.
-    assert_eq!(descriptors.len(), 6);
+    // Connection, back-end channel, region, tracking, kick and call, call.
+    assert_eq!(descriptors.len(), 7);
     let text = serde_json::to_string(&state).unwrap();
     let state: SessionState = serde_json::from_str(&text).unwrap();
     let numbers = |descriptors: &[BorrowedFd<'_>]| -> Vec<_> {

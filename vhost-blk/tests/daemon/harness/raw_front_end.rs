@@ -6,6 +6,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,6 +30,14 @@ const USED: u64 = 0x3000;
 const SECOND_RING: u64 = 0x4000;
 /// First byte that tests may use for headers and data.
 pub(crate) const FREE: u64 = 0x1_0000;
+
+/// What this front end takes of the protocol.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::MQ)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::LOG_SHMFD);
 
 /// Flags of a descriptor.
 pub(crate) const NEXT: u16 = 1;
@@ -172,16 +181,7 @@ impl RawFrontEnd {
         frontend.set_owner().unwrap();
         let features = frontend.get_features().unwrap();
         frontend.get_protocol_features().unwrap();
-        frontend
-            .set_protocol_features(
-                VhostUserProtocolFeatures::CONFIG
-                    | VhostUserProtocolFeatures::REPLY_ACK
-                    | VhostUserProtocolFeatures::MQ
-                    | VhostUserProtocolFeatures::RESET_DEVICE
-                    | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-                    | VhostUserProtocolFeatures::LOG_SHMFD,
-            )
-            .unwrap();
+        frontend.set_protocol_features(PROTOCOL_FEATURES).unwrap();
         // What can be acknowledged is: a message has taken effect when its call returns.
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         // Everything but EVENT_IDX, so that notifications need no bookkeeping here.
@@ -195,6 +195,19 @@ impl RawFrontEnd {
         };
         guest.share_memory();
         guest
+    }
+
+    /// Gives the daemon a channel to speak on; the other end of it.
+    pub(crate) fn give_back_channel(&self) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let mut frontend = self.frontend.clone();
+        frontend
+            .set_protocol_features(PROTOCOL_FEATURES | VhostUserProtocolFeatures::BACKEND_REQ)
+            .unwrap();
+        frontend.set_backend_request_fd(&theirs).unwrap();
+        ours
     }
 
     /// Queue 1 of the same connection; it does not run yet. Slots are shared: use others.
