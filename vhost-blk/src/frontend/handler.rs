@@ -429,7 +429,10 @@ fn region(
         .ok_or(Error::InvalidParam)?;
     let metadata = file.metadata().map_err(Error::ReqHandlerError)?;
     if metadata.is_file() && end_bytes > metadata.len() {
-        return Err(Error::InvalidParam);
+        return Err(Error::ReqHandlerError(io::Error::other(format!(
+            "guest memory up to byte {end_bytes} of a file of {} bytes",
+            metadata.len()
+        ))));
     }
     let mapped = GuestRegionMmap::new(
         description.mmap_region(file)?,
