@@ -1,3 +1,5 @@
+//! The channel is taken, carries the message of the specification, and holds nobody up.
+
 use super::*;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
 use std::io::{IoSlice, Read, Write};
