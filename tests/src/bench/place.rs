@@ -8,6 +8,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
-use rustix::fs::{Advice, fadvise, statvfs, syncfs};
+use rustix::fs::{Advice, fadvise, syncfs};
 use tempfile::TempDir;
 
 use super::cost::Device;
@@ -77,7 +78,8 @@ impl Place {
             });
         }
         let image = directory.path().join("image");
-        File::create(&image)?.set_len(size_bytes)?;
+        let file = File::create(&image)?;
+        file.set_len(size_bytes)?;
         run(Command::new("mke2fs")
             .args([
                 "-q",
@@ -94,7 +96,10 @@ impl Place {
             .args(["-o", "loop,noatime"])
             .arg(&image)
             .arg(&path))?;
-        let mount = Mount { path: path.clone() };
+        let mount = Mount {
+            path: path.clone(),
+            image: file,
+        };
         fs::remove_file(&image)?;
         Ok(Self {
             name: "RAM",
@@ -144,19 +149,19 @@ impl Place {
         Ok(Files { path })
     }
 
-    /// Gives the memory of removed files back. Fails if there are files left; answers how much memory all files in `/dev/shm`
-    /// took until now, at most, in bytes.
+    /// Gives the memory of removed files back. Fails if there are files left; answers how many bytes of memory the files took until now,
+    /// at most; zero on a disk.
     pub fn emptied(&self) -> Result<u64> {
         for entry in fs::read_dir(&self.path)? {
             let name = entry?.file_name();
             ensure!(name == "lost+found", "{} was left behind", name.display());
         }
-        let memory = statvfs("/dev/shm")?;
-        let most_bytes = (memory.f_blocks - memory.f_bfree) * memory.f_frsize;
-        // Until then the loop's file keeps every block that was ever written.
-        if self.guard.mount.is_some() {
-            run(Command::new("fstrim").arg(&self.path))?;
-        }
+        let Some(mount) = &self.guard.mount else {
+            return Ok(0);
+        };
+        // Until now the loop's file has kept every block that was ever written.
+        let most_bytes = mount.image.metadata()?.blocks() * 512;
+        run(Command::new("fstrim").arg(&self.path))?;
         Ok(most_bytes)
     }
 
@@ -200,10 +205,11 @@ impl Drop for Files {
     }
 }
 
-/// A mount, undone on drop.
+/// A mount of a file by a loop device, undone on drop.
 #[derive(Debug)]
 struct Mount {
     path: PathBuf,
+    image: File,
 }
 
 impl Drop for Mount {
