@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::error::{FileName, Result, StoreError};
 use crate::index::{Index, Location, Run};
 use crate::io::AlignedBuffer;
-use crate::journal::{Entry, Journal, Place, Record, Scan, UnverifiedRecord, scan};
+use crate::journal::{Closing, Entry, Journal, Place, Record, Scan, UnverifiedRecord, scan};
 use crate::layout::{self, PAGE_BYTES, RECORD_BYTES, Seal};
 use crate::scan::Bounds;
 use crate::space::LogRun;
@@ -371,28 +371,20 @@ fn verify_data(files: &VolumeFiles, superblock: &Superblock, record: &Record) ->
 
 /// Sequence number up to which the chain says that data was durable, or may have changed since.
 fn watermark(chain: &[Entry], superblock: &Superblock) -> Sequence {
-    let known = chain.iter().filter_map(|entry| match &entry.record {
-        Record::Commit {
-            through,
-            ordered: true,
-            ..
-        } => Some(*through),
-        Record::Commit {
-            synced,
-            ordered: false,
-            ..
-        } => Some(*synced),
-        Record::Restart { .. } => Some(entry.sequence),
-        Record::Start { .. }
-        | Record::Map { .. }
-        | Record::Preserve { .. }
-        | Record::Settle { .. }
-        | Record::SnapId { .. }
-        | Record::SnapMembers { .. }
-        | Record::Snap { .. }
-        | Record::Keep { .. }
-        | Record::Discard { .. }
-        | Record::Delete { .. } => None,
+    let known = chain.iter().filter_map(|entry| {
+        Some(match entry.record.closing()? {
+            Closing::Commit {
+                through,
+                ordered: true,
+                ..
+            } => through,
+            Closing::Commit {
+                synced,
+                ordered: false,
+                ..
+            } => synced,
+            Closing::Restart { .. } => entry.sequence,
+        })
     });
     known
         .max()
@@ -429,42 +421,30 @@ fn decide(
     let mut pending: Vec<Entry> = Vec::new();
     let broken = |what| corrupted(FileName::Journal, 0, what);
     for (number, entry) in chain.iter().enumerate() {
-        let through = match &entry.record {
-            Record::Commit {
-                through,
-                superblock: named,
-                ..
-            } => {
-                if *named > superblock.generation {
-                    return Err(corrupted(
-                        FileName::Superblock,
-                        0,
-                        "the journal names a newer superblock slot: it is lost",
-                    ));
-                }
-                Some(*through)
-            }
-            Record::Restart { through } => Some(*through),
-            Record::Start { .. }
-            | Record::Map { .. }
-            | Record::Preserve { .. }
-            | Record::Settle { .. }
-            | Record::SnapId { .. }
-            | Record::SnapMembers { .. }
-            | Record::Snap { .. }
-            | Record::Keep { .. }
-            | Record::Discard { .. }
-            | Record::Delete { .. } => None,
-        };
-        let restart = matches!(entry.record, Record::Restart { .. });
+        let closing = entry.record.closing();
+        if let Some(Closing::Commit {
+            superblock: named, ..
+        }) = closing
+            && named > superblock.generation
+        {
+            return Err(corrupted(
+                FileName::Superblock,
+                0,
+                "the journal names a newer superblock slot: it is lost",
+            ));
+        }
+        let restart = matches!(closing, Some(Closing::Restart { .. }));
         if entry.incarnation > superblock.incarnation && !restart {
             return Err(broken(
                 "records of an opening that the superblock does not know",
             ));
         }
-        let Some(through) = through else {
-            pending.push(entry.clone());
-            continue;
+        let through = match closing {
+            Some(Closing::Commit { through, .. } | Closing::Restart { through }) => through,
+            None => {
+                pending.push(entry.clone());
+                continue;
+            }
         };
         if through >= entry.sequence {
             return Err(broken("a COMMIT of records that come after it"));

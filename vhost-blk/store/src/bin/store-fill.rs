@@ -205,36 +205,33 @@ fn fill(arguments: &Arguments, wanted: &Wanted) -> Result<(), Box<dyn Error>> {
     print(arguments, &volume, &[("fill_ms", filled_ms)])
 }
 
+/// Look-ups of as many blocks anywhere on the disk.
+fn look_up(volume: &Volume, numbers: &mut Numbers, count: u64) -> Result<(), Box<dyn Error>> {
+    let blocks = volume.size_bytes() / 4096;
+    for _ in 0..count {
+        let range = ByteRange::new(numbers.below(blocks) << 12, 4096);
+        volume.plan_read(View::Head, range)?;
+    }
+    Ok(())
+}
+
 fn measure(arguments: &Arguments, reads: u64, unmerged: u64) -> Result<(), Box<dyn Error>> {
     let begun = Instant::now();
     let (volume, report) = open(arguments)?;
     let mut numbers = Numbers(0x1234_5678_9abc_def1);
     let blocks = volume.size_bytes() / 4096;
-    volume.plan_read(
-        View::Head,
-        ByteRange::new(numbers.below(blocks) << 12, 4096),
-    )?;
+    look_up(&volume, &mut numbers, 1)?;
     let open_ms = begun.elapsed().as_secs_f64() * 1e3;
     let opened_kib = resident_kib()?;
     let begun = Instant::now();
-    for _ in 0..reads {
-        volume.plan_read(
-            View::Head,
-            ByteRange::new(numbers.below(blocks) << 12, 4096),
-        )?;
-    }
+    look_up(&volume, &mut numbers, reads)?;
     let reads_ms = begun.elapsed().as_secs_f64() * 1e3;
     let begun = Instant::now();
     while volume.maintain(4096)? != Maintenance::Idle {}
     let settled_ms = begun.elapsed().as_secs_f64() * 1e3;
     let settled_kib = resident_kib()?;
     let begun = Instant::now();
-    for _ in 0..reads {
-        volume.plan_read(
-            View::Head,
-            ByteRange::new(numbers.below(blocks) << 12, 4096),
-        )?;
-    }
+    look_up(&volume, &mut numbers, reads)?;
     let warm_ms = begun.elapsed().as_secs_f64() * 1e3;
     if unmerged > 0 {
         // No other snapshot has this number.

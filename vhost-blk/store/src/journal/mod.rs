@@ -121,6 +121,48 @@ impl Record {
         };
         Some((run, *crc))
     }
+
+    /// What the record says of those before it.
+    pub(crate) fn closing(&self) -> Option<Closing> {
+        match *self {
+            Self::Commit {
+                through,
+                superblock,
+                synced,
+                ordered,
+            } => Some(Closing::Commit {
+                through,
+                superblock,
+                synced,
+                ordered,
+            }),
+            Self::Restart { through } => Some(Closing::Restart { through }),
+            Self::Start { .. }
+            | Self::Map { .. }
+            | Self::Preserve { .. }
+            | Self::Settle { .. }
+            | Self::SnapId { .. }
+            | Self::SnapMembers { .. }
+            | Self::Snap { .. }
+            | Self::Keep { .. }
+            | Self::Discard { .. }
+            | Self::Delete { .. } => None,
+        }
+    }
+}
+
+/// A record about the records before it: as the kinds of [`Record`] with these names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Closing {
+    Commit {
+        through: Sequence,
+        superblock: Generation,
+        synced: Sequence,
+        ordered: bool,
+    },
+    Restart {
+        through: Sequence,
+    },
 }
 
 /// A record and its place.

@@ -304,16 +304,7 @@ fn go_on(
     seed: u64,
 ) {
     let model = found_model(&head, snapshots, after);
-    let members = vec![volume.id()];
-    let options = small_options(boot);
-    let mut world = World {
-        files,
-        options,
-        volume: Some(volume),
-        open_plans: Vec::new(),
-        model,
-        members,
-    };
+    let mut world = World::around(volume, files, small_options(boot), model);
     for op in history(seed, Methods::Mixed, 6, SECTORS) {
         world.apply(&op);
         world.compare();

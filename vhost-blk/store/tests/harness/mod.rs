@@ -252,20 +252,22 @@ impl World {
     pub fn new(files: VolumeFiles, options: OpenOptions, model: Model) -> World {
         let (volume, report) = Volume::open_files(files.clone(), &options).unwrap();
         assert!(report.created);
-        let members = vec![volume.id()];
-        World {
-            files,
-            options,
-            volume: Some(volume),
-            open_plans: Vec::new(),
-            model,
-            members,
-        }
+        World::around(volume, files, options, model)
     }
 
     /// A volume that may be there already.
     pub fn open(files: VolumeFiles, options: OpenOptions, model: Model) -> World {
         let (volume, _) = Volume::open_files(files.clone(), &options).unwrap();
+        World::around(volume, files, options, model)
+    }
+
+    /// A volume that is open, and what it holds.
+    pub fn around(
+        volume: Volume,
+        files: VolumeFiles,
+        options: OpenOptions,
+        model: Model,
+    ) -> World {
         let members = vec![volume.id()];
         World {
             files,
