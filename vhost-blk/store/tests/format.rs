@@ -166,35 +166,70 @@ fn unfold(mut folded: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn golden_path(name: &str) -> std::path::PathBuf {
+/// The same with sizes: a snapshot in the table, one in the journal, a growth that was only begun.
+fn grown_world() -> World {
+    let mut world = golden_world();
+    let grow = |by| Op::Grow {
+        by,
+        prepared: false,
+    };
+    let write = |sector, count| Op::Write { sector, count };
+    let snapshot = Op::Snapshot {
+        method: Method::CopyOnWrite,
+        verdict: Verdict::Keep,
+    };
+    for op in [
+        grow(2),
+        write(64, 5),
+        snapshot.clone(),
+        grow(20),
+        write(60, 20),
+        snapshot,
+        write(80, 9),
+        Op::PrepareGrow { by: 8 },
+        Op::Flush,
+    ] {
+        world.apply(&op);
+    }
+    world
+}
+
+/// Volumes of this version, and where they are kept.
+const GOLDEN: [(&str, fn() -> World); 2] = [
+    ("version-2", golden_world),
+    ("version-2-grown", grown_world),
+];
+
+fn golden_path(volume: &str, name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden/version-2")
+        .join("tests/golden")
+        .join(volume)
         .join(name)
 }
 
 #[test]
-fn golden_volume_is_written_byte_for_byte() {
-    let world = golden_world();
+fn golden_volumes_are_written_byte_for_byte() {
+    for (volume, world) in GOLDEN {
+        is_written_byte_for_byte(volume, &world());
+    }
+}
+
+fn is_written_byte_for_byte(volume: &str, world: &World) {
     for (name, file) in FILE_NAMES.iter().zip(each_file(&world.files)) {
         let mut bytes = vec![0; usize::try_from(file.len_bytes().unwrap()).unwrap()];
         file.read_at(&mut bytes, 0).unwrap();
         if std::env::var_os("VMSHADOW_WRITE_GOLDEN").is_some() {
-            std::fs::create_dir_all(golden_path("")).unwrap();
-            std::fs::write(golden_path(name), fold(&bytes)).unwrap();
+            std::fs::create_dir_all(golden_path(volume, "")).unwrap();
+            std::fs::write(golden_path(volume, name), fold(&bytes)).unwrap();
         }
-        let golden = unfold(&std::fs::read(golden_path(name)).unwrap());
-        assert!(golden == bytes, "{name} is not what version 2 wrote");
+        let golden = unfold(&std::fs::read(golden_path(volume, name)).unwrap());
+        assert!(golden == bytes, "{name} is not what {volume} was");
     }
 }
 
 #[test]
-fn golden_volume_reads_as_it_was() {
-    let expected = golden_world().model;
-    let file = |name| unfold(&std::fs::read(golden_path(name)).unwrap()).into();
-    let files = memory_volume(FILE_NAMES.into_iter().map(file).collect());
-    assert_eq!(check(&files), []);
-    let text = dump(&files).unwrap().to_string();
-    for word in [
+fn golden_volumes_read_as_they_were() {
+    let plain = [
         "Restart",
         "Delete",
         "Discard",
@@ -203,7 +238,19 @@ fn golden_volume_reads_as_it_was() {
         "Snap ",
         "until epoch",
         "now: log",
-    ] {
+    ];
+    let grown = ["34304 bytes", "35328 bytes", "45568 bytes"];
+    for ((volume, world), words) in GOLDEN.into_iter().zip([&plain[..], &grown]) {
+        reads_as_it_was(volume, world().model, words);
+    }
+}
+
+fn reads_as_it_was(volume: &str, expected: Model, words: &[&str]) {
+    let file = |name| unfold(&std::fs::read(golden_path(volume, name)).unwrap()).into();
+    let files = memory_volume(FILE_NAMES.into_iter().map(file).collect());
+    assert_eq!(check(&files), []);
+    let text = dump(&files).unwrap().to_string();
+    for word in words {
         assert!(
             text.contains(word),
             "the golden volume does not show {word}: {text}"

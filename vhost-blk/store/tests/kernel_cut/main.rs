@@ -190,6 +190,24 @@ struct Recorded {
     moments: Vec<(usize, usize)>,
 }
 
+/// A history in which the base is extended and cut off: its length is the file system's to keep.
+fn growing_history(seed: u64) -> Vec<Op> {
+    let mut ops = history(seed, Methods::Mixed, 40, SECTORS);
+    for (number, op) in ops.iter_mut().enumerate() {
+        match number % 10 {
+            4 | 9 => {
+                *op = Op::Grow {
+                    by: 11,
+                    prepared: number.is_multiple_of(2),
+                };
+            }
+            7 => *op = Op::Revert { which: 0 },
+            _ => {}
+        }
+    }
+    ops
+}
+
 fn record(kind: Kind, seed: u64, directory: &Path) -> Result<Recorded, String> {
     let model = Model::new(SECTORS);
     let disk = LogDisk::new(prepared(kind, &model, directory)?);
@@ -199,7 +217,7 @@ fn record(kind: Kind, seed: u64, directory: &Path) -> Result<Recorded, String> {
         .map_err(|error| format!("mounting FUSE: {error}"))?;
     let mounted = Mounted::new(&fuse.join(NAME), &directory.join("mnt"), kind.mount)?;
     let mut world = World::new(files(directory, &options(1)), options(1), model);
-    let ops = history(seed, Methods::Mixed, 40, SECTORS);
+    let ops = growing_history(seed);
     let (mut models, mut moments) = (vec![world.model.clone()], Vec::new());
     for op in &ops {
         let before = disk.events();
