@@ -194,8 +194,10 @@ fn grown_world() -> World {
     world
 }
 
-/// Volumes of this version, and where they are kept.
-const GOLDEN: [(&str, fn() -> World); 2] = [
+/// Where a volume of this version is kept, and what makes it.
+type Golden = (&'static str, fn() -> World);
+
+const GOLDEN: [Golden; 2] = [
     ("version-2", golden_world),
     ("version-2-grown", grown_world),
 ];

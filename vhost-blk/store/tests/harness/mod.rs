@@ -262,12 +262,7 @@ impl World {
     }
 
     /// A volume that is open, and what it holds.
-    pub fn around(
-        volume: Volume,
-        files: VolumeFiles,
-        options: OpenOptions,
-        model: Model,
-    ) -> World {
+    pub fn around(volume: Volume, files: VolumeFiles, options: OpenOptions, model: Model) -> World {
         let members = vec![volume.id()];
         World {
             files,
