@@ -1,6 +1,6 @@
 //! How the daemon starts, takes front ends and stops.
 
-use crate::harness::{Control, Daemon, Disk, Served, serve, wait_until};
+use crate::harness::{Control, Daemon, Disk, PATIENCE, Served, serve, wait_until};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -143,9 +143,7 @@ fn a_second_front_end_is_turned_away_at_once_and_the_first_goes_on() {
     let mut control = Control::connect(&served.control);
     let mut first = Disk::attach(&served.socket, 1);
     let second = UnixStream::connect(&served.socket).unwrap();
-    second
-        .set_read_timeout(Some(Duration::from_secs(30)))
-        .unwrap();
+    second.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut byte = [0];
     let read = std::io::Read::read(&mut &second, &mut byte);
     assert!(matches!(read, Ok(0)), "closed by the daemon: {read:?}");

@@ -10,7 +10,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 use uuid::Uuid;
 use vhost_blk_wire::command::{
     Command, Empty, Getfd, QmpCapabilities, SnapshotRead, SnapshotSetAbort, SnapshotSetCommit,
@@ -105,9 +104,7 @@ impl Control {
     /// A connection that has only read the greeting.
     pub(crate) fn greeted(socket: &Path) -> Self {
         let stream = UnixStream::connect(socket).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(60)))
-            .unwrap();
+        stream.set_read_timeout(Some(super::PATIENCE)).unwrap();
         let mut control = Self::on(stream);
         let greeting = control.value();
         assert!(

@@ -1,14 +1,12 @@
 //! A front end without a VM: libblkio's vhost-user client.
 
+use super::PATIENCE;
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 use std::fs::File;
 use std::mem::MaybeUninit;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
-
-/// Longest wait for one request.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A connection to one disk.
 pub(crate) struct Disk {

@@ -2,6 +2,7 @@
 //!
 //! Guest memory is a memfd that is never mapped here: tests read and write it through the descriptor.
 
+use super::PATIENCE;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -167,7 +168,7 @@ impl RawFrontEnd {
 
     /// Connects and negotiates, with guest memory but no ring.
     pub(crate) fn connect(socket: &Path, ram: Arc<SharedRam>) -> Self {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         let mut frontend = loop {
             // A connection that is turned away fails at the first answer.
             let tried = Frontend::connect(socket, 2)
@@ -200,8 +201,7 @@ impl RawFrontEnd {
     /// Gives the daemon a channel to speak on; the other end of it.
     pub(crate) fn give_back_channel(&self) -> UnixStream {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
+        ours.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut frontend = self.frontend.clone();
         frontend
             .set_protocol_features(PROTOCOL_FEATURES | VhostUserProtocolFeatures::BACKEND_REQ)

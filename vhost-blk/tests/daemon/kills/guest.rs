@@ -7,7 +7,7 @@
 //! Checked here: every request is answered once, with success, with the right length, and the guest is told of it.
 
 use super::oracle::{ChangeId, Kind, Oracle, SECTOR_BYTES, Tick, content};
-use crate::harness::{Daemon, Descriptor};
+use crate::harness::{Daemon, Descriptor, PATIENCE};
 use rand::Rng;
 use rand::rngs::SmallRng;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -44,9 +44,6 @@ const USED: u64 = 0x2000;
 const SLOTS_START: u64 = 0x4000;
 const SLOT_BYTES: u64 = 0x1_1000;
 const RAM_BYTES: u64 = QUEUE_BYTES * QUEUES as u64;
-
-/// Longest wait for an answer of a living daemon.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How often a waiting guest looks whether the daemon was killed.
 const LOOK: Timespec = Timespec {

@@ -11,7 +11,7 @@ mod requester;
 mod slow_device;
 mod victim;
 
-use crate::harness::{Daemon, Scratch};
+use crate::harness::{Daemon, PATIENCE, Scratch};
 use guest::{Guest, Mix};
 use oracle::{Oracle, SECTOR_BYTES};
 use rand::rngs::SmallRng;
@@ -152,7 +152,7 @@ fn guest_ends(guest: &mut Guest) {
 
 /// Connects as soon as the daemon listens; false if it was killed before.
 fn connect(guest: &mut Guest, socket: &Path, victim: &Victim) -> bool {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         match guest.connect(socket) {
             Ok(()) => return true,

@@ -3,6 +3,7 @@
 //! Used by `late_io`. A write to the device that came before the freeze or comes during it is under way until the thaw, whatever
 //! becomes of the process that asked for it. Needs root, loop devices and ext4.
 
+use crate::harness::PATIENCE;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -33,7 +34,7 @@ fn run(program: &str, arguments: &[&str]) -> Result<String, String> {
 
 /// The same, again while something lets go of it: a loop device is detached when its last user has closed it.
 fn run_until_free(program: &str, argument: &str) -> Result<String, String> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         match run(
             program,
