@@ -355,8 +355,18 @@ fn verify_data(files: &VolumeFiles, superblock: &Superblock, record: &Record) ->
     };
     let (start, end) = (block.offset_bytes(), block.plus(run.count).offset_bytes());
     let length_bytes = end.min(superblock.size_bytes).saturating_sub(start);
-    let mut bytes = AlignedBuffer::new(in_memory(length_bytes));
     let offset_bytes = run.start.offset_bytes();
+    let log_bytes = files.log.len_bytes().map_err(|source| StoreError::Io {
+        op: "measure",
+        file: FileName::Log,
+        offset_bytes: 0,
+        source,
+    })?;
+    if offset_bytes.saturating_add(length_bytes) > log_bytes {
+        // The sync of its round would have kept the log's length. What is read there is zeroes, and zeroes may be what was summed.
+        return Ok(false);
+    }
+    let mut bytes = AlignedBuffer::new(in_memory(length_bytes));
     files
         .log
         .read_at(&mut bytes, offset_bytes)

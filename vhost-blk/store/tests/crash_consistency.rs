@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use harness::crash::{
     SECTORS, Step, Tried, all_in, assert_checks, blank_images, crash_history,
-    crash_in_every_recovery, files_on, history_of, memory, possible, try_image,
+    crash_in_every_recovery, crash_in_every_way, files_on, history_of, memory, possible, try_image,
 };
 use harness::{Methods, Model, Op, Tale, Verdict, World, expect, read_all, small_options};
 use rand::rngs::SmallRng;
@@ -91,6 +91,31 @@ fn growth_and_its_end_survive_crashes_in_recovery() {
         ];
         let tried = crash_in_every_recovery(methods, &ops);
         println!("{methods:?}: {tried}");
+    }
+}
+
+#[test]
+fn zeroes_that_were_never_written_do_not_verify_by_their_checksum() {
+    // Behind the end of the log everything reads as zeroes, also where a copy of zeroes was to come.
+    let zeroes = Op::Zero {
+        sector: 8,
+        count: 8,
+        may_unmap: false,
+    };
+    // Without the room that preparing a snapshot writes ahead.
+    let snapshot = Op::BeginSnapshot {
+        method: Method::CopyOnWrite,
+    };
+    let write = |sector| Op::Write { sector, count: 8 };
+    let grow = Op::Grow {
+        by: 21,
+        prepared: true,
+    };
+    let zeroed = [zeroes, snapshot.clone(), Op::Flush, write(8)];
+    let grown = [grow, snapshot, Op::Flush, write(96)];
+    for ops in [&zeroed[..], &grown] {
+        let tried = crash_in_every_way(Methods::Copy, ops, 1_024);
+        println!("{tried}");
     }
 }
 

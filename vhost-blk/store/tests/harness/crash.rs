@@ -441,6 +441,24 @@ pub fn crash_history(seed: u64, methods: Methods, ops: &[Op], most: u64) -> Trie
     tried
 }
 
+/// Every point of a history that is not long: all images of it, where they are not more than `most`.
+pub fn crash_in_every_way(methods: Methods, ops: &[Op], most: u64) -> Tried {
+    let (recorded, mut tried) = (record(Start::blank(), ops, 0), Tried::default());
+    for (number, point) in (0..).zip(&recorded.points) {
+        let step = recorded.step(point);
+        let tale = Tale(format!(
+            "{methods:?}, point {number} {:?}, marker {}, {:?}",
+            point.moment, point.marker, step.op
+        ));
+        for image in point.power_cuts(most, number) {
+            try_image(&step, image, true, number);
+            tried.power_cuts += 1;
+        }
+        drop(tale);
+    }
+    tried
+}
+
 /// Every point of a history, with a power cut at every write of the recovery after a killed daemon and after a cut.
 pub fn crash_in_every_recovery(methods: Methods, ops: &[Op]) -> Tried {
     let (recorded, mut tried) = (record(Start::blank(), ops, 1), Tried::default());
