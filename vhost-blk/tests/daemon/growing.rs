@@ -4,10 +4,13 @@ use crate::harness::{
     Control, Daemon, Disk, RawFrontEnd, SLOT_BYTES, Served, SharedRam, Workload, prefix_of, serve,
     serve_disk, wait_until,
 };
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 use rustix::process::Signal;
 use serde_json::json;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 use uuid::Uuid;
 use vhost_blk_wire::command::{BlockResize, BlockResized, QueryVolumes};
 use vhost_blk_wire::qmp::QmpError;
@@ -223,6 +226,62 @@ fn a_disk_grows_under_load_between_copy_on_write_snapshots() {
 #[test]
 fn a_disk_grows_under_load_without_io_uring() {
     grows_under_load(Method::Cow, "sync");
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_its_disk_grows_leaves_the_old_or_the_new_size() {
+    let (mut served, _) = served();
+    let (mut size_bytes, mut grown) = (MIB, 0);
+    let mut random = SmallRng::seed_from_u64(5);
+    for round in 0..40_u8 {
+        let mut control = Control::connect(&served.control);
+        let method = if round % 2 == 0 {
+            Method::Row
+        } else {
+            Method::Cow
+        };
+        let mut disk = Disk::attach(&served.socket, 1);
+        let last = size_bytes - 512;
+        disk.first().write(last, &[round; 512]).unwrap();
+        let taken = control.take_set(&["disk"], method);
+        // Now and then another write of the last block, which then lives in the log, or is preserved there.
+        let byte = if random.random() { round } else { !round };
+        disk.first().write(last, &[byte; 512]).unwrap();
+        disk.first().flush().unwrap();
+        drop(disk);
+
+        let wanted = size_bytes + 512 * random.random_range(1..40);
+        let arguments = json!({ "volume": "disk", "size": wanted });
+        control.start("block_resize", arguments);
+        // The moment of the kill is drawn: a growth takes a few milliseconds.
+        std::thread::sleep(Duration::from_micros(random.random_range(0..8_000)));
+        served.daemon.signal(Signal::KILL);
+        served.daemon.wait();
+        let answered = control.try_answer::<BlockResized>().is_ok();
+        served.daemon = served.daemon.restart();
+
+        let mut control = Control::connect(&served.control);
+        let mut disk = Disk::attach(&served.socket, 1);
+        let found = disk.capacity();
+        assert!(found == wanted || (found == size_bytes && !answered));
+        grown += u32::from(found == wanted);
+        let length = std::fs::metadata(served.scratch.path("disk.raw")).unwrap();
+        assert_eq!(length.len(), found, "the base is as long as the disk");
+        let behind = disk.first().read(size_bytes, (found - size_bytes) as usize);
+        if found > size_bytes {
+            assert!(behind.unwrap().iter().all(|byte| *byte == 0));
+        }
+        assert_eq!(disk.first().read(last, 512).unwrap(), [byte; 512]);
+        let image = control.read_snapshot(taken.volumes[0].snapshot.snapshot);
+        assert_eq!(image.len() as u64, size_bytes);
+        assert_eq!(image[last as usize..], [round; 512]);
+        size_bytes = found;
+    }
+    println!("of 40 growths that were killed {grown} were through");
+    assert!(
+        (1..40).contains(&grown),
+        "every kill came too early, or too late"
+    );
 }
 
 #[test]

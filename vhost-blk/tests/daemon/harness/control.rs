@@ -69,7 +69,8 @@ impl Control {
         result.map_err(|error| self.lost = Some(error)).ok()
     }
 
-    fn try_answer<T: DeserializeOwned>(&mut self) -> io::Result<Result<T, QmpError>> {
+    /// Waits for the answer of a daemon that may be killed: an error if it was.
+    pub(crate) fn try_answer<T: DeserializeOwned>(&mut self) -> io::Result<Result<T, QmpError>> {
         loop {
             let value = self.try_value()?;
             match serde_json::from_value(value).unwrap() {
