@@ -16,6 +16,7 @@ use crate::frontend::QUEUES_MAX;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 use std::collections::HashSet;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vhost_blk_wire::types::Method;
@@ -25,6 +26,9 @@ const SERIAL_BYTES_MAX: usize = 20;
 /// Most disks of one daemon.
 const DISKS_MAX: usize = 256;
 
+/// As much as the store takes of its own accord: with more, a start after a kill replays longer.
+const INDEX_MEMORY_BYTES: u64 = 32 << 20;
+const INDEX_MEMORY_RANGE: RangeInclusive<u64> = 1 << 20..=16 << 30;
 /// Longer than any gap that looking could pay for.
 const POLL_US_MAX: u32 = 100_000;
 
@@ -103,6 +107,9 @@ pub struct ServeArgs {
     /// Most bytes the shadow storage of a disk may grow to; writes that need more are held [default: no limit]
     #[arg(long, value_name = "BYTES")]
     pub shadow_limit: Option<u64>,
+    /// Memory for the index of a disk's shadow storage: a half caches it, a half holds what is not merged yet [default: 32 MiB]
+    #[arg(long, value_name = "BYTES")]
+    pub index_memory: Option<u64>,
     /// Longest time, in microseconds, that a queue's thread looks for work before it sleeps, where looking proves to be faster; 0: it sleeps at once [default: 0]
     #[arg(long, value_name = "N")]
     pub poll_max_us: Option<u32>,
@@ -132,6 +139,7 @@ struct ConfigFile {
     method: Option<MethodFlag>,
     num_queues: Option<u16>,
     shadow_limit: Option<u64>,
+    index_memory: Option<u64>,
     poll_max_us: Option<u32>,
     #[serde(default)]
     disk: Vec<DiskEntry>,
@@ -185,6 +193,8 @@ pub struct Config {
     pub engine: EngineKind,
     /// Most bytes of each disk's shadow storage.
     pub shadow_limit_bytes: u64,
+    /// Memory for the index of each disk.
+    pub index_memory_bytes: u64,
     /// Longest time that a queue's thread looks for work before it sleeps.
     pub poll_max: Duration,
     /// Open a base that was changed by somebody else.
@@ -258,6 +268,7 @@ pub fn resolve(args: &ServeArgs) -> Result<Config, ConfigError> {
         direct: !args.no_direct && file.direct.unwrap_or(true),
         engine: args.engine.or(file.engine).unwrap_or(EngineKind::Auto),
         shadow_limit_bytes: args.shadow_limit.or(file.shadow_limit).unwrap_or(u64::MAX),
+        index_memory_bytes: index_memory(args.index_memory.or(file.index_memory))?,
         poll_max: poll_max(args.poll_max_us.or(file.poll_max_us))?,
         force_base: args.force_base,
         replace: args.replace,
@@ -266,6 +277,18 @@ pub fn resolve(args: &ServeArgs) -> Result<Config, ConfigError> {
     };
     ensure_unique(&config)?;
     Ok(config)
+}
+
+fn index_memory(wanted_bytes: Option<u64>) -> Result<u64, ConfigError> {
+    let bytes = wanted_bytes.unwrap_or(INDEX_MEMORY_BYTES);
+    if !INDEX_MEMORY_RANGE.contains(&bytes) {
+        return invalid(format!(
+            "index-memory is {} to {} bytes",
+            INDEX_MEMORY_RANGE.start(),
+            INDEX_MEMORY_RANGE.end()
+        ));
+    }
+    Ok(bytes)
 }
 
 fn poll_max(wanted_us: Option<u32>) -> Result<Duration, ConfigError> {

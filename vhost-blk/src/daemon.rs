@@ -289,6 +289,16 @@ fn settings(config: &Config, disk: &DiskConfig) -> VolumeSettings {
     }
 }
 
+/// Half of the memory for the index caches its pages.
+fn cache_pages(index_memory_bytes: u64) -> usize {
+    usize::try_from(index_memory_bytes / 2 / 4096).unwrap_or(usize::MAX)
+}
+
+/// The other half holds records that are not merged yet: up to four times as many as make a checkpoint due, of about 64 bytes each.
+fn memtable_records(index_memory_bytes: u64) -> usize {
+    usize::try_from(index_memory_bytes / 2 / 4 / 64).unwrap_or(usize::MAX)
+}
+
 /// Opens and recovers all volumes, and resolves the sets that span them.
 fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
     if config.relaxed_order {
@@ -303,6 +313,8 @@ fn open_all(config: &Config) -> Result<Vec<Arc<Volume>>, DaemonError> {
             force_base: config.force_base,
             relaxed_order: config.relaxed_order,
             log_limit_bytes: config.shadow_limit_bytes,
+            cache_pages: cache_pages(config.index_memory_bytes),
+            memtable_records: memtable_records(config.index_memory_bytes),
             // The loop below waits, and tells.
             lock_wait: Duration::ZERO,
             ..OpenOptions::default()
@@ -421,5 +433,17 @@ fn front(
             tracing::error!(volume = %volume.settings.name, %error, "front ends are not served any more");
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{OpenOptions, cache_pages, memtable_records};
+
+    #[test]
+    fn the_stores_own_bounds_are_those_of_32_mib() {
+        let options = OpenOptions::default();
+        assert_eq!(cache_pages(32 << 20), options.cache_pages);
+        assert_eq!(memtable_records(32 << 20), options.memtable_records);
     }
 }

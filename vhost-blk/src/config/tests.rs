@@ -38,6 +38,25 @@ fn looking_for_work_can_be_allowed_up_to_a_limit() {
 }
 
 #[test]
+fn memory_for_the_index_has_bounds() {
+    let with = |bytes| {
+        let flags = [
+            "--disk",
+            "/d/a",
+            "--socket",
+            "/s/a",
+            "--index-memory",
+            bytes,
+        ];
+        configure(&flags).map(|config| config.index_memory_bytes)
+    };
+    assert_eq!(with("1048576"), Ok(1 << 20));
+    assert_eq!(with("8388608"), Ok(8 << 20));
+    assert!(with("1048575").is_err());
+    assert!(with("17179869185").is_err());
+}
+
+#[test]
 fn several_disks_are_groups_with_flags_as_defaults() {
     let config = configure(&[
         "--method",
