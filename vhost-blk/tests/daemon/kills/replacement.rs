@@ -123,7 +123,8 @@ fn a_replacement_that_is_killed_at_any_moment_leaves_one_that_serves_or_a_connec
         next.wait();
         // The old one has ended if it heard that it was replaced; it cannot hear that any more.
         killed += 1;
-        // All that was asked for before may be answered by now, and taken: nothing would be told then.
+        // What was answered so far may be the killed one's work and says nothing of the old one; and it may be all that was asked for.
+        campaign.guest.take();
         campaign.guest.offer(&mut campaign.random, Mix::All);
         if campaign.guest.settled(&mut daemon) {
             went_on += 1;
