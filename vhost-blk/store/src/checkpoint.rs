@@ -43,7 +43,7 @@ pub(crate) enum Turn {
     Keep,
     /// What the snapshot of this epoch sees becomes the live state.
     Revert(Epoch),
-    /// The volume gets this size in bytes.
+    /// The volume gets this size in bytes: a larger one, or any if nothing depends on the base.
     Grow(u64),
 }
 

@@ -56,7 +56,7 @@ impl Shared {
             }
             return Ok(());
         }
-        if work.superblock.base_bytes == wanted_bytes && length_bytes == wanted_bytes {
+        if work.extended_bytes == wanted_bytes && length_bytes == wanted_bytes {
             return Ok(());
         }
         let announced = Superblock {
@@ -79,12 +79,23 @@ impl Shared {
             drop(self.cut_base(work));
         }
         extended?;
-        self.sync(&**base, FileName::Base)
+        self.sync(&**base, FileName::Base)?;
+        work.extended_bytes = wanted_bytes;
+        Ok(())
+    }
+
+    /// The base was resized while nothing depended on it, and the volume was not open: it has that size from now on. By a checkpoint
+    /// (I11): the table and the journal that the slot names may know snapshots that were dropped, of sizes that are none any more.
+    pub(crate) fn follow_base(&self, size_bytes: u64) -> Result<()> {
+        let mut work = lock(&self.maintenance);
+        self.begin_checkpoint(&mut work, Turn::Grow(size_bytes))?;
+        self.run_checkpoint(&mut work)
     }
 
     /// Cuts the base off behind the volume's end, where a slot has announced that it may be longer. The next slot announces nothing.
     pub(crate) fn cut_base(&self, work: &mut Maintenance) -> Result<()> {
         let base = &self.files.base;
+        work.extended_bytes = 0;
         if work.superblock.base_bytes == 0 {
             return Ok(());
         }

@@ -125,7 +125,6 @@ fn finish_recovery(
     }
     loaded.superblock = Superblock {
         generation: loaded.superblock.generation.next(),
-        size_bytes,
         base_bytes: end.map_or(0, |_| loaded.superblock.base_bytes),
         boot_id,
         incarnation,
@@ -259,7 +258,6 @@ impl Volume {
         }
         check_log(&files, &loaded)?;
         let size_bytes = check_base(&files, &loaded, options)?;
-        loaded.state.resize(size_bytes);
         let report = RecoveryReport {
             created,
             clean: loaded.superblock.clean,
@@ -270,21 +268,23 @@ impl Volume {
             superblock_slot_damaged: loaded.other_slot_damaged,
         };
         let journal = if options.read_only {
+            loaded.state.resize(size_bytes);
+            loaded.superblock.size_bytes = size_bytes;
             loaded.journal(loaded.incarnation)
         } else {
             finish_recovery(&files, &mut loaded, size_bytes, boot_id)?
         };
-        Ok((
-            Volume::from_loaded(files, options, loaded, size_bytes, journal),
-            report,
-        ))
+        let volume = Volume::from_loaded(files, options, loaded, journal);
+        if volume.size_bytes() != size_bytes {
+            volume.shared.follow_base(size_bytes)?;
+        }
+        Ok((volume, report))
     }
 
     fn from_loaded(
         files: VolumeFiles,
         options: &OpenOptions,
         loaded: Loaded,
-        size_bytes: u64,
         journal: Journal,
     ) -> Volume {
         let first_block = loaded.superblock.first_data_block();
@@ -332,7 +332,7 @@ impl Volume {
         };
         let shared = Shared {
             id: superblock.volume_id,
-            size_bytes: AtomicU64::new(size_bytes),
+            size_bytes: AtomicU64::new(superblock.size_bytes),
             options: options.clone(),
             gate: Gate::default(),
             counters: Counters::default(),
@@ -348,6 +348,7 @@ impl Volume {
                 scan,
                 settle,
                 ahead: Default::default(),
+                extended_bytes: 0,
                 reserve: Default::default(),
             }),
             files,

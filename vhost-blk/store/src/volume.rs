@@ -235,6 +235,8 @@ pub(crate) struct Maintenance {
     pub(crate) settle: Settle,
     pub(crate) ahead: Ahead,
     pub(crate) reserve: Reserve,
+    /// The base has this length for a growth, and zeroes behind the volume's end; 0: it has none to come.
+    pub(crate) extended_bytes: u64,
 }
 
 /// Everything behind a volume.

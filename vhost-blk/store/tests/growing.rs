@@ -4,6 +4,7 @@
 mod harness;
 
 use harness::{Model, Op, Verdict, World, memory_files, small_options};
+use std::sync::atomic::{AtomicBool, Ordering};
 use vhost_blk_store::sim::{MemoryFile, SUPERBLOCK, contents, memory_volume};
 use vhost_blk_store::{Method, OpenOptions, StoreError, View, Volume, check, dump};
 
@@ -265,4 +266,90 @@ fn real_file_grows_and_comes_back_with_its_snapshots() {
         }
         volume.close().unwrap();
     }
+}
+
+#[test]
+fn plain_volume_whose_base_was_made_shorter_forgets_the_sizes_of_dropped_snapshots() {
+    for ends_in_order in [false, true] {
+        let mut world = world();
+        world.apply(&snapshot(Method::RedirectOnWrite));
+        world.apply(&grow(80));
+        world.apply(&Op::Delete { which: 0 });
+        if ends_in_order {
+            world.volume().close().unwrap();
+        }
+        world.volume = None;
+        let mut images = contents(&world.files).unwrap();
+        images[0].set_len(40 * 512);
+        let files = memory_volume(images);
+        for _ in 0..3 {
+            let (volume, _) = Volume::open_files(files.clone(), &small_options(1)).unwrap();
+            assert_eq!(volume.size_bytes(), 40 * 512);
+            if ends_in_order {
+                volume.close().unwrap();
+            }
+        }
+        assert_eq!(check(&files), []);
+    }
+}
+
+/// A file that cannot be cut off while `stubborn`.
+#[derive(Debug)]
+struct Uncut {
+    file: MemoryFile,
+    stubborn: AtomicBool,
+}
+
+impl vhost_blk_store::BlockFile for Uncut {
+    fn len_bytes(&self) -> std::io::Result<u64> {
+        self.file.len_bytes()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset_bytes: u64) -> std::io::Result<()> {
+        self.file.read_at(buffer, offset_bytes)
+    }
+    fn write_at(&self, bytes: &[u8], offset_bytes: u64) -> std::io::Result<()> {
+        self.file.write_at(bytes, offset_bytes)
+    }
+    fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> std::io::Result<()> {
+        self.file.write_zeroes(offset, length, may_unmap)
+    }
+    fn allocate(&self, offset: u64, length: u64) -> std::io::Result<()> {
+        self.file.allocate(offset, length)
+    }
+    fn release(&self, offset: u64, length: u64) -> std::io::Result<()> {
+        self.file.release(offset, length)
+    }
+    fn sync_data(&self) -> std::io::Result<()> {
+        self.file.sync_data()
+    }
+    fn set_len(&self, length_bytes: u64) -> std::io::Result<()> {
+        if self.stubborn.load(Ordering::SeqCst) {
+            return Err(std::io::Error::other("not now"));
+        }
+        self.file.set_len(length_bytes)
+    }
+}
+
+#[test]
+fn volume_that_grows_back_over_a_base_that_was_not_cut_off_reads_zeroes_there() {
+    let model = Model::new(SECTORS);
+    let mut files = memory_files(Vec::new());
+    let base = std::sync::Arc::new(Uncut {
+        file: MemoryFile::new(model.bytes()),
+        stubborn: AtomicBool::new(false),
+    });
+    files.base = base.clone();
+    let mut world = World::new(files, small_options(1), model);
+    world.apply(&snapshot(Method::RedirectOnWrite));
+    world.apply(&grow(80));
+    world.apply(&Op::Write {
+        sector: SECTORS + 20,
+        count: 8,
+    });
+    base.stubborn.store(true, Ordering::SeqCst);
+    world.apply(&Op::Revert { which: 0 });
+    assert_eq!(world.files.base.len_bytes().unwrap(), (SECTORS + 80) * 512);
+    base.stubborn.store(false, Ordering::SeqCst);
+    world.apply(&grow(80));
+    world.compare();
 }
