@@ -55,7 +55,7 @@ impl Alarm {
     }
 
     /// Waits; `None` if the thread has to end, else whether it was rung.
-    fn wait(&self, longest: Duration) -> Option<bool> {
+    pub(super) fn wait(&self, longest: Duration) -> Option<bool> {
         let state = self.lock();
         let (mut state, _) = self
             .changed

@@ -79,6 +79,8 @@ struct Job {
     tried_at: News,
     /// Others know that it waits, until it has begun.
     waits: Option<Waits>,
+    /// It has waited for room before.
+    has_lacked_room: bool,
 }
 
 #[derive(Debug)]
@@ -183,6 +185,7 @@ impl Worker {
             arrival,
             tried_at: News::default(),
             waits: None,
+            has_lacked_room: false,
         });
     }
 

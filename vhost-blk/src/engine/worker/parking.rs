@@ -27,15 +27,15 @@ pub(super) struct Waits {
 }
 
 impl Waits {
-    /// `None` for a hold: its end wakes everybody anyway.
-    fn register(volume: &Arc<VolumeEngine>, what: Parked) -> Option<Self> {
+    /// `None` for a hold: its end wakes everybody anyway. `again`: whoever looks after room knows of the request already.
+    fn register(volume: &Arc<VolumeEngine>, what: Parked, again: bool) -> Option<Self> {
         match what {
             Parked::Held => return None,
             Parked::Overlapping => {
                 volume.overlapping.fetch_add(1, Ordering::SeqCst);
             }
             Parked::WithoutRoom => {
-                if volume.without_room.fetch_add(1, Ordering::SeqCst) == 0 {
+                if volume.without_room.fetch_add(1, Ordering::SeqCst) == 0 && !again {
                     // Told when background work has found none either.
                     volume.ask_for_room();
                 }
@@ -147,13 +147,17 @@ impl Worker {
         }
     }
 
-    /// Parks a request. What it waits for may have ended before it was known to wait, so that it is tried once more then.
+    /// Parks a request. What it waits for may have ended before it was known to wait, so that it is tried once more then. One that
+    /// could be planned and found no room after all, again, is not, and calls nobody: it would go round between its queue and
+    /// whoever looks after room, who looks at his own pace.
     pub(super) fn park(&mut self, mut job: Job, why: Parked) {
         let known = job.waits.as_ref().map(|waits| waits.what);
+        let again = why == Parked::WithoutRoom && job.has_lacked_room;
+        job.has_lacked_room |= why == Parked::WithoutRoom;
         if known != Some(why) {
-            job.waits = Waits::register(&self.volume, why);
+            job.waits = Waits::register(&self.volume, why, again);
         }
-        let try_at_once = job.waits.is_some() && known != Some(why);
+        let try_at_once = job.waits.is_some() && known != Some(why) && !again;
         self.parking.waiting.push(Waiting {
             job,
             why,
@@ -163,10 +167,12 @@ impl Worker {
 
     /// Parks what only the file system had no room for. Not tried again at once: whoever looks after room says when.
     pub(super) fn park_for_room(&mut self, mut job: Job) {
-        job.waits = Waits::register(&self.volume, Parked::WithoutRoom);
+        let why = Parked::WithoutRoom;
+        let again = std::mem::replace(&mut job.has_lacked_room, true);
+        job.waits = Waits::register(&self.volume, why, again);
         self.parking.waiting.push(Waiting {
             job,
-            why: Parked::WithoutRoom,
+            why,
             try_at_once: false,
         });
     }

@@ -5,12 +5,13 @@ mod joined;
 use super::{Queue, SIZE, syncs, take_snapshot};
 use crate::engine::ring::Direction;
 use crate::engine::testing::volume;
+use crate::engine::upkeep::Alarm;
 use crate::engine::worker::Mover;
 use crate::engine::{
     EngineKind, GuestBuffers, GuestRange, Op, Outcome, Request, Token, VolumeEngine, Watched,
 };
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use vhost_blk_store::{DataFile, Method, View, WriteKind};
 use vhost_blk_wire::types::ByteRange;
@@ -393,4 +394,35 @@ fn a_write_that_the_file_system_has_no_room_for_waits_and_is_done_when_there_is(
             assert!(snapshot_bytes(&volume, 8192, 4096) == [0; 4096]);
         }
     }
+}
+
+#[test]
+fn a_write_that_finds_no_room_again_calls_for_it_only_once() {
+    let (volume, _directory) = volume(SIZE);
+    let alarm = Arc::new(Alarm::default());
+    volume.set_alarm(&alarm);
+    let mut queue = Queue::new(&volume);
+    let tries = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&tries);
+    let meddled = queue.meddle(Box::new(move |_, _, _, _| {
+        count.fetch_add(1, Ordering::SeqCst);
+        -libc::ENOSPC
+    }));
+    if !meddled {
+        return;
+    }
+    let token = queue.start(Op::Write, 8192, 4096);
+    for round in 1..=3 {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while tries.load(Ordering::SeqCst) < round || !volume.lacks_room() {
+            assert!(Instant::now() < deadline, "round {round}: it is not tried");
+            queue.pass();
+        }
+        let rung = alarm.wait(Duration::ZERO);
+        assert_eq!(rung, Some(round == 1), "round {round}");
+        volume.try_room_again();
+    }
+    queue.leave_alone();
+    volume.try_room_again();
+    assert_eq!(queue.wait(token), Outcome::Done);
 }
