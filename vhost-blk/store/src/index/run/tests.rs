@@ -57,6 +57,32 @@ fn records(blocks: u64) -> Vec<(Key, Location)> {
 }
 
 #[test]
+fn history_of_a_block_is_known_when_its_live_version_begins_a_page() {
+    // Records of several lengths, so that pages begin with either version.
+    let records: Vec<_> = (0..3_000)
+        .flat_map(|n| [(key(n, 5), log(n * n * n)), (key(n, LIVE), log(n))])
+        .collect();
+    let (run, file) = written(&records);
+    let mut begins = 0;
+    for number in 1..run.place.pages {
+        let mut page = Vec::new();
+        run.read_pages(&file, number, 1, &mut page).unwrap();
+        let (first, location) = page[0];
+        let place = records.iter().position(|(key, _)| *key == first).unwrap();
+        let (before, _) = records[place - 1];
+        if first.death != LIVE || before.block != first.block {
+            continue;
+        }
+        begins += 1;
+        let mut cache = PageCache::new(4);
+        let end = run.end_of(&file, &mut cache, first.block).unwrap();
+        assert_eq!(end.live, Some(location));
+        assert_eq!(end.last_death, Some(before.death), "{first:?}");
+    }
+    assert!(begins > 0, "no page of {} begins so", run.place.pages);
+}
+
+#[test]
 fn every_record_is_found_with_any_number_of_fences() {
     let records = records(3_000);
     let (mut run, file) = written(&records);
