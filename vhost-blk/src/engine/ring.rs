@@ -46,6 +46,8 @@ pub enum RingUnavailable {
 pub(super) struct Completed {
     /// The number it was started with.
     pub(super) number: u64,
+    /// Where.
+    pub(super) file: DataFile,
     /// What it moved, and which way.
     pub(super) span: Span,
     /// How it ended.

@@ -8,7 +8,7 @@ use super::blocking::Hand;
 use super::kick::Kick;
 use super::upkeep::{Alarm, Arrivals};
 use super::witness::Witness;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -82,6 +82,10 @@ pub struct VolumeEngine {
     pub(super) overlapping: AtomicUsize,
     /// Requests that wait for room.
     pub(super) without_room: AtomicUsize,
+    /// Those of them that wait for room for the base.
+    pub(super) base_without_room: AtomicUsize,
+    /// What the shadow storage gives back is of no use to the base.
+    base_is_apart: bool,
     /// Counts what parked requests wait for: the end of a hold or of another write.
     news: AtomicU64,
     /// How often something happened that may have made room.
@@ -180,6 +184,8 @@ impl VolumeEngine {
         store: Arc<Volume>,
         notice: Notice,
     ) -> std::io::Result<Arc<Self>> {
+        let device = |path: &Path| rustix::fs::stat(path).map(|stat| stat.st_dev).ok();
+        let base_is_apart = device(&settings.base) != device(&settings.shadow_storage);
         let hand = |what| Hand::start(format!("{what} {}", settings.name), Arc::clone(&store));
         Ok(Arc::new(Self {
             barrier: Barrier::new(),
@@ -194,6 +200,8 @@ impl VolumeEngine {
             alarm: OnceLock::new(),
             overlapping: AtomicUsize::new(0),
             without_room: AtomicUsize::new(0),
+            base_without_room: AtomicUsize::new(0),
+            base_is_apart,
             news: AtomicU64::new(0),
             chances_of_room: AtomicU64::new(0),
             write_cache: AtomicBool::new(true),
@@ -312,10 +320,20 @@ impl VolumeEngine {
         }
     }
 
-    /// True if guest writes wait for room in the shadow storage.
+    /// True if guest writes wait for room.
     #[must_use]
     pub fn lacks_room(&self) -> bool {
         self.without_room.load(Ordering::SeqCst) > 0
+    }
+
+    /// True if room in the shadow storage would help one of those that wait.
+    pub(super) fn would_be_helped_by_room(&self) -> bool {
+        let for_base = if self.base_is_apart {
+            self.base_without_room.load(Ordering::SeqCst)
+        } else {
+            0
+        };
+        self.without_room.load(Ordering::SeqCst) > for_base
     }
 
     /// There may be room again: requests that wait for it are tried once more.

@@ -31,7 +31,7 @@ use super::witness::Arrival;
 use copy::Landed;
 use parking::{Parked, Parking, Waits};
 use std::sync::Arc;
-use vhost_blk_store::{ByteRange, DataFile, ReadPlan, StoreError, WritePlan};
+use vhost_blk_store::{ByteRange, DataFile, FileName, ReadPlan, StoreError, WritePlan};
 
 /// One queue's requests.
 #[derive(Debug)]
@@ -117,8 +117,8 @@ enum Stage {
 #[derive(Clone, Copy, Debug, Default)]
 struct Moves {
     left: usize,
-    /// One of them found no space in the file system.
-    without_room: bool,
+    /// One of them found no space in the file system of this file.
+    without_room: Option<DataFile>,
     /// One of them failed for another reason.
     failed: bool,
 }
@@ -132,17 +132,19 @@ enum Remedy {
 fn remedy(error: &StoreError) -> Remedy {
     if matches!(error, StoreError::Overlaps | StoreError::Busy) {
         Remedy::Park(Parked::Overlapping)
-    } else if is_full(error) {
+    } else if matches!(error, StoreError::NoSpace) {
         Remedy::Park(Parked::WithoutRoom)
+    } else if let StoreError::Io { file, source, .. } = error
+        && source.kind() == std::io::ErrorKind::StorageFull
+    {
+        Remedy::Park(if *file == FileName::Base {
+            Parked::BaseWithoutRoom
+        } else {
+            Parked::WithoutRoom
+        })
     } else {
         Remedy::Fail
     }
-}
-
-/// True if there is no room: in the shadow storage, or in the file system for data.
-fn is_full(error: &StoreError) -> bool {
-    matches!(error, StoreError::NoSpace)
-        || matches!(error, StoreError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
 }
 
 impl Worker {

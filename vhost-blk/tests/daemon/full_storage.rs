@@ -251,12 +251,20 @@ fn writes_into_a_thin_disk_wait_for_room_on_its_file_system() {
     let rig = Rig::serving(Scratch::new(), &thin, Some(&scratch.path("a.shadow")), &[]);
     let mut control = rig.control();
     let mut disk = rig.attach();
+    let snapshot = control.take_set(&["a"], Method::Cow).volumes[0]
+        .snapshot
+        .snapshot;
     let filler = small.leave(MIB);
     start_filling(&mut disk, 512, 1);
     let done = disk.first().complete_within(512, Duration::from_secs(2));
     all_went_well(&done);
     assert!(done.len() < 512, "a full file system took everything");
     control.wait_for_event("SHADOW_STORAGE_FULL");
+    let kept = control.run(&QuerySnapshots::default()).unwrap();
+    assert!(
+        kept.iter().any(|kept| kept.snapshot == snapshot),
+        "dropped although its room is of no use to the disk"
+    );
     std::fs::remove_file(filler).unwrap();
     all_went_well(&disk.first().complete(512 - done.len()));
     let shown = disk.first().read(0, 512 * 4096).unwrap();

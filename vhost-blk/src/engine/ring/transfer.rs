@@ -202,6 +202,7 @@ impl Transfer {
             file_offset_bytes += share.length_bytes;
             completed.push(Completed {
                 number: share.number,
+                file: self.file,
                 span,
                 outcome: outcome
                     .as_ref()

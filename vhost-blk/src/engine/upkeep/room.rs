@@ -59,14 +59,14 @@ impl Shortage {
             return LOOK_AGAIN;
         }
         if !std::mem::replace(&mut self.told, true) {
-            tracing::warn!(volume = %volume.settings.name, "shadow storage is full: writes wait");
+            tracing::warn!(volume = %volume.settings.name, "there is no room: writes wait");
             volume.tell(WireEvent::ShadowStorageFull {
                 volume: volume.settings.name.clone(),
             });
         }
         self.looks = 0;
-        // What cannot be given back need not be dropped.
-        if !is_failing && sets.drop_for_room(volume) {
+        // What cannot be given back, or is of no use, need not be dropped.
+        if !is_failing && volume.would_be_helped_by_room() && sets.drop_for_room(volume) {
             Duration::ZERO
         } else {
             NOTHING_TO_DROP

@@ -11,7 +11,7 @@ use super::parking::Parked;
 use super::{Job, Mover, Moves, Remedy, Running, Stage, Worker, remedy};
 use std::io::ErrorKind;
 use std::sync::atomic::Ordering;
-use vhost_blk_store::{StoreError, WritePlan};
+use vhost_blk_store::{DataFile, StoreError, WritePlan};
 
 impl Worker {
     /// Takes news from the ring and the hands.
@@ -58,7 +58,7 @@ impl Worker {
             && error.kind() == ErrorKind::StorageFull
             && running.job.request.op.changes_disk()
         {
-            running.moves.without_room = true;
+            running.moves.without_room = Some(transfer.file);
         } else if let Err(error) = transfer.outcome {
             tracing::warn!(volume = %self.volume.settings.name, request = ?running.job.request.op,
                 range = ?running.job.request.range, %error, "I/O failed");
@@ -86,7 +86,9 @@ impl Worker {
                 without_room,
                 ..
             } = running.moves;
-            let incomplete = failed || without_room;
+            let incomplete = failed || without_room.is_some();
+            // Another failure outweighs the lack of room.
+            let without_room = without_room.filter(|_| !failed);
             match std::mem::replace(&mut running.stage, Stage::Preparing) {
                 Stage::Reading { .. } => {
                     let token = running.job.token;
@@ -102,7 +104,7 @@ impl Worker {
                     // Its blocks are free again before others are told.
                     drop(plan);
                     self.landed.end(begun, None);
-                    self.write_failed(number, failed);
+                    self.write_failed(number, without_room);
                 }
                 Stage::Copying { mut plan, begun } => {
                     plan.copies_landed();
@@ -110,7 +112,7 @@ impl Worker {
                 }
                 Stage::Writing { plan } if incomplete => {
                     drop(plan);
-                    self.write_failed(number, failed);
+                    self.write_failed(number, without_room);
                 }
                 Stage::Writing { mut plan } => {
                     if !plan.copies().is_empty() {
@@ -138,10 +140,13 @@ impl Worker {
 
     /// A write could not be moved. Where only room was missing (a thin file, a file system without a reserve), it waits for room as one
     /// does that the store has none for, and is done again whole.
-    fn write_failed(&mut self, number: u32, failed: bool) {
-        if failed {
-            self.write_over(number, None);
-        } else if let Some(Running {
+    fn write_failed(&mut self, number: u32, without_room: Option<DataFile>) {
+        let why = match without_room {
+            None => return self.write_over(number, None),
+            Some(DataFile::Base) => Parked::BaseWithoutRoom,
+            Some(DataFile::Log) => Parked::WithoutRoom,
+        };
+        if let Some(Running {
             mut job, ticket, ..
         }) = self.running.remove(number)
         {
@@ -149,7 +154,7 @@ impl Worker {
             self.landed(&mut job);
             drop(ticket);
             self.wake_overlapping();
-            self.park_for_room(job);
+            self.park_for_room(job, why);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Requests that cannot go on now, and how others know that they wait.
 //!
 //! Used by the worker. A request waits for one of three things: the end of a hold, the end of another write on its blocks,
-//! room in the shadow storage. Whoever brings one of them raises the volume's count of news and wakes the queues.
+//! room in the shadow storage or for the base. Whoever brings one of them raises the volume's count of news and wakes the queues.
 //!
 //! Invariant: an attempt is repeated only when there are news that came after it began, or when the request has just become
 //! known as waiting (what it waits for may have ended before that). So nothing is missed, and nothing burns.
@@ -17,6 +17,17 @@ pub(super) enum Parked {
     Held,
     Overlapping,
     WithoutRoom,
+    /// The base is thin, and its file system full.
+    BaseWithoutRoom,
+}
+
+impl Parked {
+    fn is_for_room(self) -> bool {
+        match self {
+            Self::Held | Self::Overlapping => false,
+            Self::WithoutRoom | Self::BaseWithoutRoom => true,
+        }
+    }
 }
 
 /// The volume knows of a waiting request as long as this lives.
@@ -34,7 +45,10 @@ impl Waits {
             Parked::Overlapping => {
                 volume.overlapping.fetch_add(1, Ordering::SeqCst);
             }
-            Parked::WithoutRoom => {
+            Parked::WithoutRoom | Parked::BaseWithoutRoom => {
+                if what == Parked::BaseWithoutRoom {
+                    volume.base_without_room.fetch_add(1, Ordering::SeqCst);
+                }
                 if volume.without_room.fetch_add(1, Ordering::SeqCst) == 0 && !again {
                     // Told when background work has found none either.
                     volume.ask_for_room();
@@ -55,8 +69,11 @@ impl Drop for Waits {
             Parked::Overlapping => {
                 self.volume.overlapping.fetch_sub(1, Ordering::SeqCst);
             }
-            Parked::WithoutRoom => {
+            Parked::WithoutRoom | Parked::BaseWithoutRoom => {
                 self.volume.without_room.fetch_sub(1, Ordering::SeqCst);
+                if self.what == Parked::BaseWithoutRoom {
+                    self.volume.base_without_room.fetch_sub(1, Ordering::SeqCst);
+                }
             }
         }
     }
@@ -76,7 +93,9 @@ impl Waiting {
             || match self.why {
                 Parked::Held | Parked::Overlapping => self.job.tried_at.ends != news.ends,
                 // There is no use in trying before there may be room.
-                Parked::WithoutRoom => self.job.tried_at.chances_of_room != news.chances_of_room,
+                Parked::WithoutRoom | Parked::BaseWithoutRoom => {
+                    self.job.tried_at.chances_of_room != news.chances_of_room
+                }
             }
     }
 }
@@ -152,8 +171,8 @@ impl Worker {
     /// whoever looks after room, who looks at his own pace.
     pub(super) fn park(&mut self, mut job: Job, why: Parked) {
         let known = job.waits.as_ref().map(|waits| waits.what);
-        let again = why == Parked::WithoutRoom && job.has_lacked_room;
-        job.has_lacked_room |= why == Parked::WithoutRoom;
+        let again = why.is_for_room() && job.has_lacked_room;
+        job.has_lacked_room |= why.is_for_room();
         if known != Some(why) {
             job.waits = Waits::register(&self.volume, why, again);
         }
@@ -165,9 +184,8 @@ impl Worker {
         });
     }
 
-    /// Parks what only the file system had no room for. Not tried again at once: whoever looks after room says when.
-    pub(super) fn park_for_room(&mut self, mut job: Job) {
-        let why = Parked::WithoutRoom;
+    /// Parks what only a file system had no room for. Not tried again at once: whoever looks after room says when.
+    pub(super) fn park_for_room(&mut self, mut job: Job, why: Parked) {
         let again = std::mem::replace(&mut job.has_lacked_room, true);
         job.waits = Waits::register(&self.volume, why, again);
         self.parking.waiting.push(Waiting {
