@@ -3,6 +3,7 @@
 //! `store-check` and every crash test call it. It takes no lock: on a volume in use it may see a
 //! checkpoint half done and say so.
 
+use crate::adopt::io;
 use crate::error::{FileName, Result, StoreError};
 use crate::index::Location;
 use crate::layout::LIVE;
@@ -113,13 +114,10 @@ fn check_state(files: &VolumeFiles, boot_id: BootId, findings: &mut Vec<Finding>
 }
 
 fn check_base(files: &VolumeFiles, loaded: &Loaded, findings: &mut Vec<Finding>) -> Result<()> {
-    let io = |source| StoreError::Io {
-        op: "measure",
-        file: FileName::Base,
-        offset_bytes: 0,
-        source,
-    };
-    let length_bytes = files.base.len_bytes().map_err(io)?;
+    let length_bytes = files
+        .base
+        .len_bytes()
+        .map_err(io("measure", FileName::Base))?;
     let plain = loaded.state.table.is_empty() && loaded.state.index.is_empty();
     if !loaded
         .superblock
@@ -151,13 +149,11 @@ fn check_records(
     loaded: &mut Loaded,
     findings: &mut Vec<Finding>,
 ) -> Result<()> {
-    let io = |source| StoreError::Io {
-        op: "measure",
-        file: FileName::Log,
-        offset_bytes: 0,
-        source,
-    };
-    let log_blocks = files.log.len_bytes().map_err(io)?.div_ceil(BLOCK_BYTES);
+    let log_blocks = files
+        .log
+        .len_bytes()
+        .map_err(io("measure", FileName::Log))?
+        .div_ceil(BLOCK_BYTES);
     let volume_blocks = loaded.superblock.size_bytes.div_ceil(BLOCK_BYTES);
     let epoch = loaded.state.epoch.0;
     let mut used = BlockSet::new(WALK_RECORDS);

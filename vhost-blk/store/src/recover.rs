@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use crate::adopt::io;
 use crate::error::{FileName, Result, StoreError};
 use crate::index::{Index, Location, Run};
 use crate::io::AlignedBuffer;
@@ -107,12 +108,10 @@ pub(crate) fn load(
             other_damaged,
         } => (*current, previous.map(|slot| *slot), other_damaged),
     };
-    let log_bytes = files.log.len_bytes().map_err(|source| StoreError::Io {
-        op: "measure",
-        file: FileName::Log,
-        offset_bytes: 0,
-        source,
-    })?;
+    let log_bytes = files
+        .log
+        .len_bytes()
+        .map_err(io("measure", FileName::Log))?;
     // What was given out and not written when the mark was noted may lie behind the log's end.
     let log_blocks = log_bytes.div_ceil(BLOCK_BYTES);
     superblock.log_high_water = superblock.log_high_water.min(log_blocks);
@@ -136,7 +135,7 @@ pub(crate) fn load(
         .max(superblock.incarnation);
     let same_boot = superblock.boot_id == boot_id;
     let decided = decide(&chain, &superblock, same_boot, |entry| {
-        verify_data(files, &superblock, &entry.record)
+        verify_data(files, log_bytes, &superblock, &entry.record)
     })?;
 
     let mut replayed_records = 0;
@@ -234,12 +233,10 @@ fn load_table(files: &VolumeFiles, superblock: &Superblock, state: &mut State) -
     if superblock.table_records > most as u64 {
         return Err(broken("the snapshot table is too long"));
     }
-    let length_bytes = files.index.len_bytes().map_err(|source| StoreError::Io {
-        op: "measure",
-        file: FileName::Index,
-        offset_bytes: 0,
-        source,
-    })?;
+    let length_bytes = files
+        .index
+        .len_bytes()
+        .map_err(io("measure", FileName::Index))?;
     let end = superblock.table_records * RECORD_BYTES as u64 + start;
     if superblock.table_records > 0 && end > length_bytes {
         return Err(broken("the snapshot table is cut short"));
@@ -345,8 +342,13 @@ fn check_gap(missing: Sequence, older: &Scan, younger: &Scan) -> Result<()> {
     Ok(())
 }
 
-/// Whether the data that a sealed record names is in the log.
-fn verify_data(files: &VolumeFiles, superblock: &Superblock, record: &Record) -> Result<bool> {
+/// Whether the data that a sealed record names is in the log, which has `log_bytes`.
+fn verify_data(
+    files: &VolumeFiles,
+    log_bytes: u64,
+    superblock: &Superblock,
+    record: &Record,
+) -> Result<bool> {
     let (block, run, crc) = match (record, record.data()) {
         (Record::Map { block, .. } | Record::Preserve { block, .. }, Some((run, Some(crc)))) => {
             (*block, run, crc)
@@ -356,12 +358,6 @@ fn verify_data(files: &VolumeFiles, superblock: &Superblock, record: &Record) ->
     let (start, end) = (block.offset_bytes(), block.plus(run.count).offset_bytes());
     let length_bytes = end.min(superblock.size_bytes).saturating_sub(start);
     let offset_bytes = run.start.offset_bytes();
-    let log_bytes = files.log.len_bytes().map_err(|source| StoreError::Io {
-        op: "measure",
-        file: FileName::Log,
-        offset_bytes: 0,
-        source,
-    })?;
     if offset_bytes.saturating_add(length_bytes) > log_bytes {
         // The sync of its round would have kept the log's length. What is read there is zeroes, and zeroes may be what was summed.
         return Ok(false);
