@@ -120,12 +120,7 @@ fn share(values: &[f64], share: f64) -> Vec<f64> {
 }
 
 fn under_load(bench: &mut Bench, place: &Place) -> Result<()> {
-    let spec = OursSpec {
-        name: "commits",
-        size_bytes: DISK_BYTES,
-        arguments: &[],
-        queues: 1,
-    };
+    let spec = OursSpec::plain("commits", DISK_BYTES);
     let mut ours = Ours::start(bench, place, spec)?;
     let (turns, commits) = (bench.size(10, 2), bench.size(100, 5));
     let beside = place.directory("probe")?;

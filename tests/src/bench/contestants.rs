@@ -46,6 +46,19 @@ pub struct OursSpec<'a> {
     pub queues: usize,
 }
 
+impl<'a> OursSpec<'a> {
+    /// One queue, and nothing else to say.
+    #[must_use]
+    pub fn plain(name: &'a str, size_bytes: u64) -> Self {
+        Self {
+            name,
+            size_bytes,
+            arguments: &[],
+            queues: 1,
+        }
+    }
+}
+
 impl Ours {
     /// On a new file.
     pub fn start(bench: &Bench, place: &Place, spec: OursSpec<'_>) -> Result<Self> {

@@ -140,12 +140,7 @@ fn first_touch(
 ) -> Result<()> {
     let on_disk = place.name == "disk";
     let size_bytes = bench.size(512 << 20, 64 << 20);
-    let spec = OursSpec {
-        name: "vmshadow",
-        size_bytes,
-        arguments: &[],
-        queues: 1,
-    };
+    let spec = OursSpec::plain("vmshadow", size_bytes);
     let mut ours = Ours::start(bench, place, spec)?;
     // What the durable order costs, beside it: a figure only, nobody should run it so.
     let relaxes = method == "cow" && daemon::takes(&bench.vhost_blk, RELAXED)?;

@@ -28,12 +28,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
 fn passes(bench: &mut Bench, place: &Place) -> Result<()> {
     let size_bytes = bench.size(256 << 20, 64 << 20);
     let area_bytes = bench.size(8 << 20, 1 << 20);
-    let spec = OursSpec {
-        name: "vmshadow",
-        size_bytes,
-        arguments: &[],
-        queues: 1,
-    };
+    let spec = OursSpec::plain("vmshadow", size_bytes);
     let mut ours = Ours::start(bench, place, spec)?;
     let mut raw = Peer::start(place, Arrangement::Raw, size_bytes, 1)?;
     let mut overlay = Peer::start(

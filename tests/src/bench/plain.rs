@@ -78,12 +78,7 @@ fn limit(bench: &mut Bench, workload: &str, job: &Job, measured: &[Measured]) {
 
 fn one_queue(bench: &mut Bench, place: &Place) -> Result<()> {
     let size_bytes = bench.size(512 << 20, 64 << 20);
-    let spec = |name| OursSpec {
-        name,
-        size_bytes,
-        arguments: &[],
-        queues: 1,
-    };
+    let spec = |name| OursSpec::plain(name, size_bytes);
     let mut ours = Ours::start(bench, place, spec("vmshadow"))?;
     let mut raw = Peer::start(place, Arrangement::Raw, size_bytes, 1)?;
     let mut fio = Fio::on(place, size_bytes)?;
@@ -152,12 +147,7 @@ struct Beside {
 impl Beside {
     fn start(bench: &mut Bench, place: &Place, size_bytes: u64) -> Result<Self> {
         let in_memory = place.name == RAM;
-        let spec = |name| OursSpec {
-            name,
-            size_bytes,
-            arguments: &[],
-            queues: 1,
-        };
+        let spec = |name| OursSpec::plain(name, size_bytes);
         let again = in_memory.then(|| Ours::start(bench, place, spec("vmshadow again")));
         let null = Peer::start(place, Arrangement::Null, size_bytes, 1)?;
         let polls = daemon::takes(&bench.vhost_blk, POLLING)?;

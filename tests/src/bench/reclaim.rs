@@ -46,12 +46,7 @@ fn reclaim(bench: &mut Bench, place: &Place, method: &'static str) -> Result<()>
         "writing behind snapshots, {method}, {}",
         place.name
     ));
-    let spec = OursSpec {
-        name: "reclaim",
-        size_bytes: DISK_BYTES,
-        arguments: &[],
-        queues: 1,
-    };
+    let spec = OursSpec::plain("reclaim", DISK_BYTES);
     let mut ours = Ours::start(bench, place, spec)?;
     let snapshots = bench.size(16, 4);
     let mut rng = SmallRng::seed_from_u64(8);

@@ -38,12 +38,7 @@ fn under_load(bench: &mut Bench, place: &Place, op: Op) -> Result<()> {
     let job = Job::random(op, DEPTH, DISK_BYTES);
     let workload = format!("replaced under {}, {}", job.name, place.name);
     bench.say(&workload);
-    let spec = OursSpec {
-        name: "replaced",
-        size_bytes: DISK_BYTES,
-        arguments: &[],
-        queues: 1,
-    };
+    let spec = OursSpec::plain("replaced", DISK_BYTES);
     let mut ours = Ours::start(bench, place, spec)?;
     // There is something to hand over: a snapshot with blocks redirected behind it.
     ours.daemon.snapshot("row")?;

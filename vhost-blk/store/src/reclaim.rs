@@ -280,14 +280,14 @@ mod tests {
     use crate::units::{SetId, SnapshotId};
     use crate::{Method, NewSnapshot, OpenOptions, Volume};
 
-    /// That a pin may be dropped in the middle of a maintenance step no history can force.
-    #[test]
-    fn sweep_leaves_superseded_blocks_to_the_round_that_confirms_them() {
+    /// A volume of zeroes in memory, and a snapshot of it.
+    fn volume_with_snapshot(blocks: u64, memtable_records: usize) -> Volume {
         let mut base = crate::sim::Image::default();
-        base.set_len(64 * BLOCK_BYTES);
+        base.set_len(blocks * BLOCK_BYTES);
         let options = OpenOptions {
             journal_prewritten_bytes: 0,
             segments_ahead: 0,
+            memtable_records,
             ..OpenOptions::default()
         };
         let opened = Volume::open_files(crate::sim::memory_volume(vec![base]), &options);
@@ -300,6 +300,13 @@ mod tests {
             created_unix_ms: 1,
         };
         volume.take_snapshot(new).expect("a snapshot");
+        volume
+    }
+
+    /// That a pin may be dropped in the middle of a maintenance step no history can force.
+    #[test]
+    fn sweep_leaves_superseded_blocks_to_the_round_that_confirms_them() {
+        let volume = volume_with_snapshot(64, OpenOptions::default().memtable_records);
         for value in [1, 2] {
             let bytes = [value; 4096];
             volume.write_at(BLOCK_BYTES, &bytes).expect("a write");
@@ -331,24 +338,7 @@ mod tests {
     /// Which runs are merged hangs on their sizes: a merge that leaves an older one alone is made here on purpose.
     #[test]
     fn settled_blocks_stay_settled_when_older_runs_are_not_merged() {
-        let mut base = crate::sim::Image::default();
-        base.set_len(256 * BLOCK_BYTES);
-        let options = OpenOptions {
-            journal_prewritten_bytes: 0,
-            segments_ahead: 0,
-            memtable_records: 1,
-            ..OpenOptions::default()
-        };
-        let opened = Volume::open_files(crate::sim::memory_volume(vec![base]), &options);
-        let volume = opened.map(|(volume, _)| volume).expect("a new volume");
-        let new = NewSnapshot {
-            snapshot_id: SnapshotId::from(uuid::Uuid::from_u128(1)),
-            set_id: SetId::from(uuid::Uuid::from_u128(2)),
-            members: vec![volume.id()],
-            method: Method::RedirectOnWrite,
-            created_unix_ms: 1,
-        };
-        volume.take_snapshot(new).expect("a snapshot");
+        let volume = volume_with_snapshot(256, 1);
         let written = vec![1; 256 * 4096];
         volume.write_at(0, &written).expect("a write");
         let shared = &volume.shared;

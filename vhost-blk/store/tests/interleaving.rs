@@ -349,19 +349,27 @@ impl BlockFile for Interrupted {
     }
 }
 
-#[test]
-fn blocks_preserved_ahead_are_written_once_they_are_durable_and_not_before() {
+type Hook = Arc<OnceLock<Box<dyn Fn() + Send + Sync>>>;
+
+/// A new volume; the hook is called in the middle of each sync of its log, once it is set.
+fn interrupted() -> (CrashDisk, Hook, World) {
     let model = Model::new(SECTORS);
     let mut images = vec![model.bytes().into()];
     images.resize(FILES, Image::default());
     let disk = CrashDisk::new(images, 1);
-    let hook: Arc<OnceLock<Box<dyn Fn() + Send + Sync>>> = Arc::default();
+    let hook = Hook::default();
     let mut files = volume_files(|place| disk.file(place));
     files.log = Arc::new(Interrupted {
         file: disk.file(LOG),
         during_sync: Arc::clone(&hook),
     });
-    let mut world = World::new(files, small_options(1), model);
+    let world = World::new(files, small_options(1), model);
+    (disk, hook, world)
+}
+
+#[test]
+fn blocks_preserved_ahead_are_written_once_they_are_durable_and_not_before() {
+    let (disk, hook, mut world) = interrupted();
     let first = snapshot(&mut world, Method::CopyOnWrite);
     let volume = Arc::new(world.volume.take().unwrap());
     volume.write_at(0, &value_bytes(7)).unwrap();
@@ -409,17 +417,7 @@ fn blocks_preserved_ahead_are_written_once_they_are_durable_and_not_before() {
 
 #[test]
 fn write_that_completes_during_a_flush_is_not_committed_by_it() {
-    let model = Model::new(SECTORS);
-    let mut images = vec![model.bytes().into()];
-    images.resize(FILES, Image::default());
-    let disk = CrashDisk::new(images, 1);
-    let hook: Arc<OnceLock<Box<dyn Fn() + Send + Sync>>> = Arc::default();
-    let mut files = volume_files(|place| disk.file(place));
-    files.log = Arc::new(Interrupted {
-        file: disk.file(LOG),
-        during_sync: Arc::clone(&hook),
-    });
-    let mut world = World::new(files, small_options(1), model);
+    let (disk, hook, mut world) = interrupted();
     snapshot(&mut world, Method::RedirectOnWrite);
     let volume = Arc::new(world.volume.take().unwrap());
     let weak: Weak<Volume> = Arc::downgrade(&volume);

@@ -1,6 +1,8 @@
 //! Sets over the control socket, under load, read back and compared.
 
-use crate::harness::{Control, Daemon, Disk, SLOT_BYTES, Scratch, Workload, prefix_of, wait_until};
+use crate::harness::{
+    Control, Daemon, Disk, SLOT_BYTES, Scratch, Workload, assert_shows_one_instant, wait_until,
+};
 use rustix::process::Signal;
 use serde_json::json;
 use std::path::PathBuf;
@@ -122,12 +124,8 @@ fn sets_under_load(method: Method, engine: &str) {
     workload.stop();
     for (snapshot, before, after) in taken {
         let image = control.read_snapshot(snapshot);
-        let shown = prefix_of(&image, 3, SLOTS);
-        for queue in 0..3 {
-            // What was answered before the set is in it; at most one more per queue was on its way.
-            assert!(before[queue] <= shown[queue], "{before:?} {shown:?}");
-            assert!(shown[queue] <= after[queue] + 1, "{shown:?} {after:?}");
-        }
+        assert_eq!(before.len(), 3);
+        assert_shows_one_instant(&image, SLOTS, &before, &after);
     }
 }
 

@@ -18,4 +18,4 @@ pub(crate) use control::Control;
 pub(crate) use daemon::{Daemon, PATIENCE, Scratch, Served, serve, serve_disk, wait_until};
 pub(crate) use disk::{Disk, Queue};
 pub(crate) use raw_front_end::{Descriptor, InFlightMemory, RawFrontEnd, SharedRam};
-pub(crate) use workload::{SLOT_BYTES, Workload, prefix_of};
+pub(crate) use workload::{SLOT_BYTES, Workload, assert_shows_one_instant};

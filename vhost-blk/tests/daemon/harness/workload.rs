@@ -96,6 +96,22 @@ impl Drop for Workload {
     }
 }
 
+/// Checks that `image` shows of each queue one instant: what was answered before it is there, and of what was answered after it no
+/// more than one that was on its way.
+pub(crate) fn assert_shows_one_instant(
+    image: &[u8],
+    slots_per_queue: u64,
+    before: &[u64],
+    after: &[u64],
+) {
+    let shown = prefix_of(image, before.len(), slots_per_queue);
+    assert_eq!(before.len(), after.len());
+    for ((shown_up_to, before_it), after_it) in shown.iter().zip(before).zip(after) {
+        assert!(before_it <= shown_up_to, "{before:?} {shown:?}");
+        assert!(*shown_up_to <= after_it + 1, "{shown:?} {after:?}");
+    }
+}
+
 /// Finds for each queue the write up to which `image` shows it, and checks that it shows exactly that.
 pub(crate) fn prefix_of(image: &[u8], queues: usize, slots_per_queue: u64) -> Vec<u64> {
     let read = |slot: u64| {
