@@ -29,6 +29,8 @@ const DISKS_MAX: usize = 256;
 /// As much as the store takes of its own accord: with more, a start after a kill replays longer.
 const INDEX_MEMORY_BYTES: u64 = 32 << 20;
 const INDEX_MEMORY_RANGE: RangeInclusive<u64> = 1 << 20..=16 << 30;
+/// As QEMU's I/O threads look for.
+const POLL_US: u32 = 32;
 /// Longer than any gap that looking could pay for.
 const POLL_US_MAX: u32 = 100_000;
 
@@ -110,7 +112,7 @@ pub struct ServeArgs {
     /// Memory for the index of a disk's shadow storage: a half caches it, a half holds what is not merged yet [default: 32 MiB]
     #[arg(long, value_name = "BYTES")]
     pub index_memory: Option<u64>,
-    /// Longest time, in microseconds, that a queue's thread looks for work before it sleeps, where looking proves to be faster; 0: it sleeps at once [default: 0]
+    /// Longest time, in microseconds, that a queue's thread looks for work before it sleeps, where more proves to be done so; 0: it sleeps at once [default: 32]
     #[arg(long, value_name = "N")]
     pub poll_max_us: Option<u32>,
     /// Open a base that was changed by somebody else while snapshots needed it unchanged
@@ -292,7 +294,7 @@ fn index_memory(wanted_bytes: Option<u64>) -> Result<u64, ConfigError> {
 }
 
 fn poll_max(wanted_us: Option<u32>) -> Result<Duration, ConfigError> {
-    let us = wanted_us.unwrap_or(0);
+    let us = wanted_us.unwrap_or(POLL_US);
     if us > POLL_US_MAX {
         return invalid(format!("poll-max-us is at most {POLL_US_MAX}"));
     }

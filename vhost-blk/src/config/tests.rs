@@ -22,7 +22,7 @@ fn one_disk_needs_a_file_and_a_socket_only() {
     assert_eq!(disk.method, Method::Row);
     assert!(config.direct);
     assert_eq!(config.control, None);
-    assert_eq!(config.poll_max.as_micros(), 0);
+    assert_eq!(config.poll_max.as_micros(), 32);
 }
 
 #[test]

@@ -3,9 +3,9 @@
 //! Used by `serving`, one for each queue. Knows nothing of rings.
 //!
 //! A sleep and a wake-up cost more than a fast disk or a waiting guest needs for its next word, but a thread that looks keeps a
-//! processor from those it waits for. Which of the two weighs more depends on the machine and its load, so it is measured: the
-//! gaps between work are compared as they are when the thread looks and as they are when it sleeps at once, and the habit with
-//! the shorter gaps is kept. From time to time the other one is tried again.
+//! processor from those it waits for. Which of the two weighs more depends on the machine and its load, so it is measured: how
+//! many requests are done in a while when the thread looks, and how many when it sleeps at once. The habit with which more is done
+//! is kept, and looking only if it is clearly more. From time to time, and when the load has changed, the other one is tried again.
 //!
 //! Invariants:
 //! * A thread without work sleeps after at most the longest while, and looks no more until there was work.
@@ -17,13 +17,15 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Gaps that are judged together.
-const GAPS: u32 = 32;
+/// Requests that are judged together, at least.
+const REQUESTS: u32 = 64;
+/// And for so long: a shorter while shows what the scheduler did, not the habit.
+const WHILE: Duration = Duration::from_millis(2);
 /// Of so many judgements one is of the other habit, at first; twice as rarely whenever that has changed nothing.
 const TRIAL_EVERY: u32 = 16;
 /// Of so many in the end: a trial may cost, but so does a habit whose time is over.
 const TRIAL_EVERY_MAX: u32 = 1024;
-/// A longer gap is the guest's own pause and says nothing.
+/// A longer gap is the guest's own pause, and what was counted before it says nothing.
 const PAUSE: Duration = Duration::from_millis(10);
 /// A look takes less than this, unless the processor was given to somebody else in between.
 const LOOK_MAX: Duration = Duration::from_micros(20);
@@ -52,12 +54,12 @@ pub(super) struct Polling {
     longest: Duration,
     /// What it does now, be it a trial.
     current: Habit,
-    /// Means of the gaps, as far as they are known.
+    /// Mean times of a request, as far as they are known.
     asleep: Option<Duration>,
     looking: Option<Duration>,
-    /// Gaps of this judgement so far.
-    gaps: u32,
-    sum: Duration,
+    /// Requests done since the beginning of this judgement.
+    done: u32,
+    begin: Option<Instant>,
     /// The habit that is kept, trials apart.
     better: Habit,
     /// Judgements since the last trial, and until the next.
@@ -76,8 +78,8 @@ impl Polling {
             current: Habit::Sleep,
             asleep: None,
             looking: None,
-            gaps: 0,
-            sum: Duration::ZERO,
+            done: 0,
+            begin: None,
             better: Habit::Sleep,
             judgements: 0,
             trial_every: TRIAL_EVERY,
@@ -86,11 +88,30 @@ impl Polling {
         }
     }
 
-    /// There was something to do.
-    pub(super) fn worked(&mut self) {
+    /// There was something to do; so many requests were done with it.
+    pub(super) fn worked(&mut self, done: usize) {
+        if self.longest.is_zero() {
+            return;
+        }
+        let now = Instant::now();
         if let Some(since) = self.idle_since.take() {
             self.stop_looking();
-            self.learn(since.elapsed());
+            if now.duration_since(since) > PAUSE {
+                self.begin = None;
+            }
+        }
+        let Some(begin) = self.begin else {
+            self.begin = Some(now);
+            self.done = 0;
+            return;
+        };
+        let done = u32::try_from(done).unwrap_or(u32::MAX);
+        self.done = self.done.saturating_add(done);
+        let spent = now.duration_since(begin);
+        if self.done >= REQUESTS && spent >= WHILE {
+            self.judge(spent / self.done);
+            self.begin = Some(now);
+            self.done = 0;
         }
     }
 
@@ -104,7 +125,7 @@ impl Polling {
         let may_look = self.current == Habit::Look
             && now.duration_since(since) < self.longest
             && match self.last_look {
-                None => start_looking(),
+                None => self.start_looking(),
                 Some(last) => now.duration_since(last) < LOOK_MAX,
             };
         if may_look {
@@ -123,32 +144,35 @@ impl Polling {
         rustix::thread::sched_yield();
     }
 
+    fn start_looking(&mut self) -> bool {
+        let started = LOOKING.fetch_add(1, Ordering::Relaxed) < *LOOKING_MAX;
+        if !started {
+            LOOKING.fetch_sub(1, Ordering::Relaxed);
+            // It sleeps although it would look: that is no measure of either.
+            self.begin = None;
+        }
+        started
+    }
+
     fn stop_looking(&mut self) {
         if self.last_look.take().is_some() {
             LOOKING.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
-    /// Work came after a gap.
-    fn learn(&mut self, gap: Duration) {
-        if gap > PAUSE {
-            return;
-        }
-        self.sum += gap;
-        self.gaps += 1;
-        if self.gaps == GAPS {
-            self.judge();
-            self.gaps = 0;
-            self.sum = Duration::ZERO;
-        }
-    }
-
-    fn judge(&mut self) {
-        let now = self.sum / GAPS;
-        let mean = match self.current {
-            Habit::Sleep => &mut self.asleep,
-            Habit::Look => &mut self.looking,
+    /// Requests took so long each with the current habit.
+    fn judge(&mut self, now: Duration) {
+        let (mean, other) = match self.current {
+            Habit::Sleep => (&mut self.asleep, &mut self.looking),
+            Habit::Look => (&mut self.looking, &mut self.asleep),
         };
+        let changed = |before: Duration| now > before * 2 || now * 2 < before;
+        if mean.is_some_and(changed) {
+            // Another load: what was known of the other habit is of the old one.
+            *mean = None;
+            *other = None;
+            self.trial_every = TRIAL_EVERY;
+        }
         *mean = Some(mean.map_or(now, |before| (before * 3 + now) / 4));
         let better = match (self.asleep, self.looking) {
             (None, _) => Habit::Sleep,
@@ -179,14 +203,6 @@ impl Drop for Polling {
     fn drop(&mut self) {
         self.stop_looking();
     }
-}
-
-fn start_looking() -> bool {
-    let started = LOOKING.fetch_add(1, Ordering::Relaxed) < *LOOKING_MAX;
-    if !started {
-        LOOKING.fetch_sub(1, Ordering::Relaxed);
-    }
-    started
 }
 
 #[cfg(test)]

@@ -123,8 +123,8 @@ impl Server {
                     }
                 }
             }
-            if self.pass() {
-                self.polling.worked();
+            if let Some(done) = self.pass() {
+                self.polling.worked(done);
                 continue;
             }
             if self.polling.look_again() {
@@ -245,14 +245,14 @@ impl Server {
         Ok(running)
     }
 
-    /// One pass over the ring; true if it found anything to do.
-    fn pass(&mut self) -> bool {
+    /// One pass over the ring; if it found anything to do, how many requests it has told to be done.
+    fn pass(&mut self) -> Option<usize> {
         let Some(mut running) = self.running.take() else {
             self.worker.poll();
-            return false;
+            return None;
         };
         let result = self.serve(&mut running);
-        let found = *result.as_ref().unwrap_or(&false);
+        let found = *result.as_ref().unwrap_or(&None);
         if let Err(failure) = result {
             running.broken = true;
             if let Some(tracker) = &running.tracker {
@@ -264,18 +264,18 @@ impl Server {
         found
     }
 
-    fn serve(&mut self, running: &mut Running) -> Result<bool, Failure> {
+    fn serve(&mut self, running: &mut Running) -> Result<Option<usize>, Failure> {
         if running.broken {
             self.worker.poll();
             drop(self.worker.take_done());
-            return Ok(false);
+            return Ok(None);
         }
         let memory = self.shared.memory.memory().into_inner();
         let ring = Ring::new(&memory, running.layout)?;
         let arrived = self.take(&ring, &memory, running)?;
         self.worker.poll();
         let published = self.publish(&ring, &memory, running)?;
-        Ok(arrived > 0 || published > 0)
+        Ok((arrived > 0 || published > 0).then_some(published))
     }
 
     /// Takes all chains that the guest has made available; answers how many there were.

@@ -1,33 +1,33 @@
 //! How the habit is found. The clock is only read where its answer does not matter.
 
-use super::{Duration, GAPS, Habit, PAUSE, Polling, TRIAL_EVERY, TRIAL_EVERY_MAX};
+use super::{Duration, Habit, Polling, TRIAL_EVERY, TRIAL_EVERY_MAX};
 
 const LONGEST: Duration = Duration::from_micros(32);
 
-/// Gaps as a guest makes them: `asleep_us` when the thread sleeps at once, `looking_us` when it looks.
+/// Judgements as a load makes them: a request takes `asleep_us` when the thread sleeps at once, `looking_us` when it looks. Answers how
+/// many were of each habit.
 fn judge(polling: &mut Polling, judgements: u32, asleep_us: u64, looking_us: u64) -> [u32; 2] {
     let mut spent = [0; 2];
     for _ in 0..judgements {
-        let (place, gap_us) = match polling.current {
+        let (place, request_us) = match polling.current {
             Habit::Sleep => (0, asleep_us),
             Habit::Look => (1, looking_us),
         };
         if let Some(count) = spent.get_mut(place) {
             *count += 1;
         }
-        for _ in 0..GAPS {
-            polling.learn(Duration::from_micros(gap_us));
-        }
+        polling.judge(Duration::from_micros(request_us));
     }
     spent
 }
 
 #[test]
-fn the_habit_with_the_shorter_gaps_is_kept() {
+fn the_habit_with_which_more_is_done_is_kept() {
     for (asleep_us, looking_us, habit) in [
-        (50, 20, Habit::Look),
-        (20, 50, Habit::Sleep),
+        (50, 30, Habit::Look),
+        (30, 50, Habit::Sleep),
         (50, 49, Habit::Sleep),
+        (50, 50, Habit::Sleep),
     ] {
         let mut polling = Polling::new(LONGEST);
         judge(&mut polling, 100, asleep_us, looking_us);
@@ -41,7 +41,7 @@ fn the_habit_with_the_shorter_gaps_is_kept() {
 #[test]
 fn trials_that_change_nothing_become_rare() {
     let mut polling = Polling::new(LONGEST);
-    let [asleep, looking] = judge(&mut polling, 10 * TRIAL_EVERY_MAX, 20, 50);
+    let [asleep, looking] = judge(&mut polling, 10 * TRIAL_EVERY_MAX, 20, 30);
     assert!(looking >= 10, "a habit is tried again");
     assert!(asleep / looking > 300, "{asleep} {looking}");
 }
@@ -49,19 +49,22 @@ fn trials_that_change_nothing_become_rare() {
 #[test]
 fn the_other_habit_is_found_when_its_time_has_come() {
     let mut polling = Polling::new(LONGEST);
-    judge(&mut polling, 4 * TRIAL_EVERY, 20, 50);
+    judge(&mut polling, 4 * TRIAL_EVERY, 20, 30);
     assert_eq!(polling.better, Habit::Sleep);
-    judge(&mut polling, 40 * TRIAL_EVERY_MAX, 50, 10);
+    judge(&mut polling, 40 * TRIAL_EVERY_MAX, 20, 10);
     assert_eq!(polling.better, Habit::Look);
 }
 
 #[test]
-fn pauses_of_the_guest_say_nothing() {
+fn another_load_is_judged_anew_at_once() {
     let mut polling = Polling::new(LONGEST);
-    for _ in 0..10 * GAPS {
-        polling.learn(PAUSE + Duration::from_micros(1));
-    }
-    assert_eq!((polling.asleep, polling.looking), (None, None));
+    judge(&mut polling, 100 * TRIAL_EVERY, 20, 10);
+    assert_eq!(polling.better, Habit::Look);
+    // Sleeping would be better now; the old times of it, which were longer still, must not keep it from being tried.
+    judge(&mut polling, 4, 3, 4);
+    assert_eq!(polling.better, Habit::Sleep);
+    judge(&mut polling, 4, 80, 40);
+    assert_eq!(polling.better, Habit::Look);
 }
 
 #[test]
@@ -69,7 +72,7 @@ fn without_a_longest_while_there_is_no_looking() {
     let mut polling = Polling::new(Duration::ZERO);
     polling.current = Habit::Look;
     for _ in 0..10 {
-        polling.worked();
+        polling.worked(1);
         assert!(!polling.look_again());
     }
 }
