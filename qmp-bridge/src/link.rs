@@ -78,9 +78,6 @@ struct Pending {
     closed: Option<String>,
 }
 
-/// A connected stream socket. tokio's type for Unix sockets reads and writes one of any family.
-pub(crate) type Stream = UnixStream;
-
 /// The connection. Dropping it closes it.
 pub(crate) struct Link {
     outgoing: mpsc::UnboundedSender<Outgoing>,
@@ -106,7 +103,7 @@ impl Link {
     /// Takes over a stream. `first_id` numbers the first call. The receiver gets every unasked message from the first byte
     /// on.
     pub(crate) fn new(
-        stream: Stream,
+        stream: UnixStream,
         decoder: impl Decode,
         first_id: u64,
     ) -> (Self, broadcast::Receiver<Value>) {
@@ -198,7 +195,7 @@ fn close(pending: &Mutex<Pending>, why: &str) {
 }
 
 async fn run(
-    stream: Stream,
+    stream: UnixStream,
     mut decoder: impl Decode,
     mut queue: mpsc::UnboundedReceiver<Outgoing>,
     pending: Arc<Mutex<Pending>>,
@@ -207,8 +204,11 @@ async fn run(
     let mut buffer = vec![0_u8; 64 * 1024];
     let why = loop {
         tokio::select! {
-            read = read(&stream, &mut buffer) => {
-                match read {
+            ready = stream.readable() => {
+                if let Err(error) = ready {
+                    break error.to_string();
+                }
+                match stream.try_read(&mut buffer) {
                     Ok(0) => break "the peer closed it".to_owned(),
                     Ok(length) => {
                         let bytes = buffer.get(..length).unwrap_or_default();
@@ -221,6 +221,7 @@ async fn run(
                             Err(why) => break why,
                         }
                     }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => break error.to_string(),
                 }
             }
@@ -249,18 +250,13 @@ fn deliver(message: Incoming, pending: &Mutex<Pending>, unasked: &broadcast::Sen
     }
 }
 
-/// Bytes that are there, or waits for some. Nothing is lost when it is not waited for to its end.
-pub(crate) async fn read(stream: &Stream, buffer: &mut [u8]) -> io::Result<usize> {
-    let read = || rustix::io::read(stream, &mut *buffer).map_err(io::Error::from);
-    stream.async_io(Interest::READABLE, read).await
-}
-
 /// Writes a message; a descriptor travels with its first byte.
-async fn send(stream: &Stream, message: &Outgoing) -> io::Result<()> {
+async fn send(stream: &UnixStream, message: &Outgoing) -> io::Result<()> {
     let mut rest = message.bytes.as_slice();
     let mut fd = message.fd.as_ref();
     while !rest.is_empty() {
-        let send = || match fd {
+        stream.writable().await?;
+        let sent = stream.try_io(Interest::WRITABLE, || match fd {
             None => rustix::net::send(stream, rest, SendFlags::NOSIGNAL).map_err(io::Error::from),
             Some(fd) => {
                 let fds = [fd.as_fd()];
@@ -272,16 +268,21 @@ async fn send(stream: &Stream, message: &Outgoing) -> io::Result<()> {
                 let bytes = [IoSlice::new(rest)];
                 sendmsg(stream, &bytes, &mut control, SendFlags::NOSIGNAL).map_err(io::Error::from)
             }
-        };
-        let length = stream.async_io(Interest::WRITABLE, send).await?;
-        fd = None;
-        rest = rest.get(length..).unwrap_or_default();
+        });
+        match sent {
+            Ok(length) => {
+                fd = None;
+                rest = rest.get(length..).unwrap_or_default();
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(())
 }
 
 /// Connects to a Unix socket.
-pub(crate) async fn connect(path: &Path, limit: Duration) -> Result<Stream, LinkError> {
+pub(crate) async fn connect(path: &Path, limit: Duration) -> Result<UnixStream, LinkError> {
     match tokio::time::timeout(limit, UnixStream::connect(path)).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(LinkError::Closed {

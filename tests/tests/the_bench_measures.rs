@@ -26,6 +26,7 @@ fn two_daemons_take_turns_and_every_turn_is_counted() {
         ram: disk.clone(),
         disk: disk.clone(),
         vhost_blk: image::program("vhost-blk").unwrap(),
+        awake: None,
         report: Report::default(),
         begin: Instant::now(),
     };

@@ -1,9 +1,12 @@
 //! Who takes turns: our daemon, the storage daemon in its arrangements, fio.
 //!
-//! Called by the figures. Each has a file of its own, so that nobody writes under somebody else's feet.
+//! Called by the figures. Where everybody only reads and writes the same file (figure 1), all use one file in turn, since where its blocks
+//! happen to lie decides as much as the program: then ours comes and goes (`Visiting`), because it locks its base. Where a
+//! snapshot makes the files differ, each has its own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -28,7 +31,7 @@ pub struct Ours {
     /// Method of the snapshot that is taken before each round.
     pub snapshot: Option<&'static str>,
     /// Most queues of the connection that a job gets.
-    pub queues_max: usize,
+    queues_max: usize,
     // Removed after the daemon is killed.
     files: Files,
 }
@@ -65,7 +68,12 @@ impl Ours {
         let files = place.directory(&spec.name.replace([' ', ','], "-"))?;
         let base = files.path().join("base.raw");
         place.file(&base, spec.size_bytes)?;
-        let daemon = Daemon::one(&bench.vhost_blk, files.path(), &base, spec.arguments)?;
+        Self::over(&bench.vhost_blk, files, base, spec)
+    }
+
+    /// On a file that is there; what else the daemon makes lies in `files`.
+    fn over(program: &Path, files: Files, base: PathBuf, spec: OursSpec<'_>) -> Result<Self> {
+        let daemon = Daemon::one(program, files.path(), &base, spec.arguments)?;
         let client = daemon.client("disk", spec.queues)?;
         Ok(Self {
             name: spec.name.to_owned(),
@@ -132,7 +140,7 @@ impl Contestant for Ours {
         self.name.clone()
     }
 
-    fn make_ready(&mut self) -> Result<()> {
+    fn make_ready(&mut self, _job: &Job) -> Result<()> {
         let Some(method) = self.snapshot else {
             return Ok(());
         };
@@ -161,6 +169,64 @@ impl Contestant for Ours {
             seed,
         )?;
         Ok(Turn::from(&run))
+    }
+}
+
+/// Ours on a file that is not its own: it is there for its turns only.
+#[derive(Debug)]
+pub struct Visiting {
+    program: PathBuf,
+    place: Place,
+    base: PathBuf,
+    spec: OursSpec<'static>,
+    present: Option<Ours>,
+}
+
+impl Visiting {
+    /// Of a file that is there, and that nobody writes in its turns.
+    #[must_use]
+    pub fn of(bench: &Bench, place: &Place, base: &Path, spec: OursSpec<'static>) -> Self {
+        Self {
+            program: bench.vhost_blk.clone(),
+            place: place.clone(),
+            base: base.to_owned(),
+            spec,
+            present: None,
+        }
+    }
+}
+
+impl Contestant for Visiting {
+    fn name(&self) -> String {
+        self.spec.name.to_owned()
+    }
+
+    fn make_ready(&mut self, job: &Job) -> Result<()> {
+        const WARM_UP: Duration = Duration::from_millis(50);
+        self.settle()?;
+        let files = self
+            .place
+            .directory(&self.spec.name.replace([' ', ','], "-"))?;
+        let mut ours = Ours::over(&self.program, files, self.base.clone(), self.spec)?;
+        // Its memory is mapped and its ways are found, as those of the others are who stay.
+        ours.run(&job.clone().limit(WARM_UP), 0)?;
+        ours.daemon.wait_idle()?;
+        self.present = Some(ours);
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        self.present = None;
+        Ok(())
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.present.as_ref()?.pid()
+    }
+
+    fn run(&mut self, job: &Job, seed: u64) -> Result<Turn> {
+        let present = self.present.as_mut().context("a daemon that is there")?;
+        present.run(job, seed)
     }
 }
 
@@ -219,6 +285,23 @@ impl Peer {
         if arrangement != Arrangement::Null {
             place.file(&base, size_bytes)?;
         }
+        Self::over(files, arrangement, base, size_bytes, queues)
+    }
+
+    /// The raw file that others use as well.
+    pub fn raw(place: &Place, base: &Path, size_bytes: u64, queues: usize) -> Result<Self> {
+        let arrangement = Arrangement::Raw;
+        let files = place.directory(&arrangement.name().replace(' ', "-"))?;
+        Self::over(files, arrangement, base.to_owned(), size_bytes, queues)
+    }
+
+    fn over(
+        files: Files,
+        arrangement: Arrangement,
+        base: PathBuf,
+        size_bytes: u64,
+        queues: usize,
+    ) -> Result<Self> {
         let mut peer = Self {
             arrangement,
             base,
@@ -258,7 +341,7 @@ impl Contestant for Peer {
         self.arrangement.name().to_owned()
     }
 
-    fn make_ready(&mut self) -> Result<()> {
+    fn make_ready(&mut self, _job: &Job) -> Result<()> {
         if self.fresh { self.restart() } else { Ok(()) }
     }
 
@@ -275,29 +358,21 @@ impl Contestant for Peer {
     }
 }
 
-/// fio on a file of its own.
+/// fio on a file that others use as well.
 #[derive(Debug)]
 pub struct Fio {
-    file: PathBuf,
-    _files: Files,
+    /// The file.
+    pub file: PathBuf,
 }
 
 impl Fio {
-    /// On a new file.
-    pub fn on(place: &Place, size_bytes: u64) -> Result<Self> {
-        let files = place.directory("fio")?;
-        let file = files.path().join("fio.raw");
-        place.file(&file, size_bytes)?;
-        Ok(Self {
-            file,
-            _files: files,
-        })
-    }
+    /// Name in the tables.
+    pub const NAME: &'static str = "fio";
 }
 
 impl Contestant for Fio {
     fn name(&self) -> String {
-        "fio".to_owned()
+        Self::NAME.to_owned()
     }
 
     fn pid(&self) -> Option<u32> {
@@ -315,6 +390,9 @@ impl Contestant for Fio {
             latency_p99_us: run.latency_p99_us,
             latency_max_us: run.latency_p99_us,
             processor_us: Some(run.processor.as_secs_f64() * 1e6 / ios),
+            system_us: Some(run.system.as_secs_f64() * 1e6 / ios),
+            kernel_us: None,
+            client_us: None,
             written_bytes: None,
             read_bytes: None,
             prepared_bytes: None,

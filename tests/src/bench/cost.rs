@@ -6,6 +6,7 @@
 //! are fsync, fdatasync, sync_file_range, syncfs, msync and io_uring's fsync.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,6 +18,25 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::harness::wait;
 
+/// Keeps the processors from halting for as long as it lives (Documentation/power/pm_qos_interface.rst). To wake a halted virtual processor
+/// takes longer than a whole request, so what programs cost would drown in how often the machine happened to be idle.
+#[derive(Debug)]
+pub struct NoHalt {
+    _request: File,
+}
+
+impl NoHalt {
+    /// Fails where there is no such file, or this program is not root.
+    pub fn hold() -> Result<Self> {
+        const LATENCY_US: i32 = 0;
+        const PATH: &str = "/dev/cpu_dma_latency";
+        let mut request = File::options().write(true).open(PATH).context(PATH)?;
+        #[allow(clippy::host_endian_bytes, reason = "the kernel's own number")]
+        request.write_all(&LATENCY_US.to_ne_bytes())?;
+        Ok(Self { _request: request })
+    }
+}
+
 /// Processor time that all threads of a process have spent.
 pub fn processor_time(pid: u32) -> Result<Duration> {
     let mut spent_ns = 0;
@@ -25,6 +45,31 @@ pub fn processor_time(pid: u32) -> Result<Duration> {
         let text = fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
         let first = text.split_whitespace().next().unwrap_or("0");
         spent_ns += first.parse::<u64>()?;
+    }
+    Ok(Duration::from_nanos(spent_ns))
+}
+
+/// Processor time that the kernel's own threads have spent, but for those that ended.
+pub fn kernel_time() -> Result<Duration> {
+    const KTHREADD: &str = "2";
+    let mut spent_ns = 0;
+    for process in fs::read_dir("/proc")? {
+        let path = process?.path();
+        // Not a process, or gone meanwhile.
+        let Ok(stat) = fs::read_to_string(path.join("stat")) else {
+            continue;
+        };
+        let parent = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.split_whitespace().nth(1));
+        if parent == Some(KTHREADD) {
+            let text = fs::read_to_string(path.join("schedstat")).unwrap_or_default();
+            spent_ns += text
+                .split_whitespace()
+                .next()
+                .unwrap_or("0")
+                .parse::<u64>()?;
+        }
     }
     Ok(Duration::from_nanos(spent_ns))
 }

@@ -21,6 +21,8 @@ pub struct FioRun {
     pub elapsed: Duration,
     /// User and system time of its job.
     pub processor: Duration,
+    /// System time of it: what the kernel did for its requests in its name.
+    pub system: Duration,
     /// Median latency, microseconds.
     pub latency_us: f64,
     /// 99th percentile of the latency, microseconds.
@@ -76,12 +78,14 @@ fn parse(report: &Value, op: Op) -> Option<FioRun> {
     let ios = side["total_ios"].as_u64()?;
     let elapsed =
         Duration::from_secs_f64(ios as f64 / side["iops"].as_f64().filter(|iops| *iops > 0.0)?);
-    let share = (job["usr_cpu"].as_f64()? + job["sys_cpu"].as_f64()?) / 100.0;
+    let system = elapsed.mul_f64(job["sys_cpu"].as_f64()? / 100.0);
+    let user = elapsed.mul_f64(job["usr_cpu"].as_f64()? / 100.0);
     let percentile = |name: &str| Some(side["clat_ns"]["percentile"][name].as_f64()? / 1e3);
     Some(FioRun {
         ios,
         elapsed,
-        processor: elapsed.mul_f64(share),
+        processor: user + system,
+        system,
         latency_us: percentile("50.000000")?,
         latency_p99_us: percentile("99.000000")?,
     })
@@ -101,6 +105,7 @@ mod tests {
         assert_eq!(run.ios, 5000);
         assert_eq!(run.elapsed, Duration::from_millis(500));
         assert_eq!(run.processor, Duration::from_millis(200));
+        assert_eq!(run.system, Duration::from_millis(150));
         assert_eq!((run.latency_us, run.latency_p99_us), (90.0, 400.0));
         assert_eq!(parse(&report, Op::Read), None);
     }

@@ -25,6 +25,7 @@ pub mod place;
 pub mod plain;
 pub mod plot;
 pub mod reclaim;
+pub mod relay;
 pub mod replacement;
 pub mod report;
 pub mod rounds;
@@ -37,6 +38,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use cost::NoHalt;
 use place::Place;
 use report::Report;
 
@@ -53,6 +55,8 @@ pub struct Bench {
     pub disk: Place,
     /// The daemon under test.
     pub vhost_blk: PathBuf,
+    /// Keeps processors awake; `None` where that cannot be had.
+    pub awake: Option<NoHalt>,
     /// What came out so far.
     pub report: Report,
     /// When the run began, for the progress lines.

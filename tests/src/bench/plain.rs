@@ -1,20 +1,22 @@
 //! Figure 1: no snapshot. What the daemon adds to the file, beside the storage daemon on a raw file and fio on the file itself.
 //!
-//! Called by the command. One line is the machine's noise: a second daemon of ours, on its own file, beside the first.
+//! Called by the command. All use one file in turn. One line is the machine's noise: ours beside itself.
 
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
 
 use super::Bench;
-use super::contestants::{Arrangement, Fio, Ours, OursSpec, Peer};
+use super::contestants::{Arrangement, Fio, OursSpec, Peer, Visiting};
 use super::cost::{self, Device};
 use super::daemon;
 use super::job::{Job, Op, Pattern};
-use super::place::Place;
+use super::place::{Files, Place};
+use super::relay::Relay;
 use super::report::{Goal, Quantity};
-use super::rounds::{Contestant, Measured, interleaved};
+use super::rounds::{Contestant, Measured, Turn, interleaved};
 
 const FIGURE: u8 = 1;
 const POLLING: &str = "--poll-max-us";
@@ -45,72 +47,94 @@ fn contest(
     let measured = interleaved(bench, contestants, job, device)?;
     let workload = format!("{}, {}", job.name, place.name);
     bench.report.contest(FIGURE, &workload, &measured, goals);
-    limit(bench, &workload, job, &measured);
+    limit(bench, &workload, job, &measured)
+}
+
+/// What no backend can exceed on this file and this machine. Many requests at a time: fio, and the processors, which spend on each request at
+/// least the client's time and what the kernel spent for fio's, in fio's name and in its own threads. One at a time takes fio's time and
+/// then the client's and the ring's own, which null-co shows, one behind the other.
+fn limit(bench: &mut Bench, workload: &str, job: &Job, measured: &[Measured]) -> Result<()> {
+    const PROCESSORS: &str = "what the processors allow";
+    const CEILING: &str = "fio and client";
+    let find = |name: &str| measured.iter().find(|one| one.name == name);
+    let rates = |one: &Measured| one.values(|turn| turn.per_second);
+    let Some(of_fio) = find(Fio::NAME) else {
+        return Ok(());
+    };
+    let report = &mut bench.report;
+    if job.depth > 1 {
+        report.limit(FIGURE, workload, measured, Fio::NAME, &rates(of_fio));
+    }
+    let (Some(null), Some(ours)) = (find(Arrangement::Null.name()), measured.first()) else {
+        return Ok(());
+    };
+    let rounds = of_fio.turns.iter().zip(&null.turns);
+    let (name, allowed): (&str, Vec<f64>) = if job.depth > 1 {
+        let cores = thread::available_parallelism()?.get() as f64;
+        let per_second = |(fio, null): (&Turn, &Turn)| {
+            let spent_us = null.client_us? + fio.system_us? + fio.kernel_us?;
+            Some(cores * 1e6 / spent_us)
+        };
+        (PROCESSORS, rounds.filter_map(per_second).collect())
+    } else {
+        let per_second =
+            |(fio, null): (&Turn, &Turn)| 1.0 / (1.0 / fio.per_second + 1.0 / null.per_second);
+        (CEILING, rounds.map(per_second).collect())
+    };
+    report.limit(FIGURE, workload, measured, name, &allowed);
+    let unit = Quantity::Rate.unit();
+    report.compare(FIGURE, workload, unit, &rates(ours), name, &allowed, None);
     Ok(())
 }
 
-/// What no backend can exceed on this file: fio. One request at a time takes fio's time and then the client's and the ring's own, which
-/// null-co shows, one behind the other.
-fn limit(bench: &mut Bench, workload: &str, job: &Job, measured: &[Measured]) {
-    const CEILING: &str = "fio and client";
-    let rates = |name: &str| {
-        let one = measured.iter().find(|one| one.name == name);
-        one.map(|one| one.values(|turn| turn.per_second))
-    };
-    let Some(of_fio) = rates("fio") else { return };
-    let report = &mut bench.report;
-    if job.depth > 1 {
-        report.limit(FIGURE, workload, measured, "fio", &of_fio);
-        return;
-    }
-    let (Some(of_null), Some(ours)) = (rates(Arrangement::Null.name()), measured.first()) else {
-        return;
-    };
-    let both = of_fio.iter().zip(&of_null);
-    let ceiling: Vec<f64> = both
-        .map(|(fio, null)| 1.0 / (1.0 / fio + 1.0 / null))
-        .collect();
-    report.limit(FIGURE, workload, measured, CEILING, &ceiling);
-    let ours = ours.values(|turn| turn.per_second);
-    let unit = Quantity::Rate.unit();
-    report.compare(FIGURE, workload, unit, &ours, CEILING, &ceiling, None);
+/// A file that all contestants use in turn.
+fn shared(place: &Place, size_bytes: u64) -> Result<(Files, PathBuf)> {
+    let files = place.directory("shared")?;
+    let base = files.path().join("base.raw");
+    place.file(&base, size_bytes)?;
+    Ok((files, base))
 }
 
 fn one_queue(bench: &mut Bench, place: &Place) -> Result<()> {
     let size_bytes = bench.size(512 << 20, 64 << 20);
-    let spec = |name| OursSpec::plain(name, size_bytes);
-    let mut ours = Ours::start(bench, place, spec("vmshadow"))?;
-    let mut raw = Peer::start(place, Arrangement::Raw, size_bytes, 1)?;
-    let mut fio = Fio::on(place, size_bytes)?;
-    let mut beside = Beside::start(bench, place, size_bytes)?;
+    let (_files, base) = shared(place, size_bytes)?;
+    let visiting = |name| Visiting::of(bench, place, &base, OursSpec::plain(name, size_bytes));
+    let mut ours = visiting("vmshadow");
+    let mut again = visiting("vmshadow again");
+    let polls = daemon::takes(&bench.vhost_blk, POLLING)?;
+    let mut sleeping = polls.then(|| {
+        let arguments = &[POLLING, "0"];
+        let spec = OursSpec::plain("vmshadow, no polling", size_bytes);
+        Visiting::of(bench, place, &base, OursSpec { arguments, ..spec })
+    });
+    let mut raw = Peer::raw(place, &base, size_bytes, 1)?;
+    let mut fio = Fio { file: base.clone() };
+    let mut null = Peer::start(place, Arrangement::Null, size_bytes, 1)?;
+    let mut relay = Relay::over(&base);
     for op in [Op::Read, Op::Write] {
         let goals = [
             (Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.5)),
-            (Quantity::Rate, "fio", Goal::RatioAtLeast(0.9)),
+            (Quantity::Rate, Fio::NAME, Goal::RatioAtLeast(0.9)),
             (Quantity::Processor, "QSD raw", Goal::RatioAtMost(0.75)),
         ];
         let mut all: Vec<&mut dyn Contestant> = vec![&mut ours, &mut raw, &mut fio];
-        all.extend(beside.again.as_mut().map(|one| one as &mut dyn Contestant));
-        all.push(&mut beside.null);
+        all.push(&mut again);
+        all.push(&mut null);
         let job = Job::random(op, 32, size_bytes);
         contest(bench, place, &job, &mut all, &goals)?;
     }
     for op in [Op::Read, Op::Write] {
         let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.3))];
         let mut all: Vec<&mut dyn Contestant> = vec![&mut ours, &mut raw, &mut fio];
-        all.extend(
-            beside
-                .polling
-                .as_mut()
-                .map(|one| one as &mut dyn Contestant),
-        );
-        all.push(&mut beside.null);
+        all.extend(sleeping.as_mut().map(|one| one as &mut dyn Contestant));
+        all.push(&mut null);
+        all.push(&mut relay);
         let job = Job::random(op, 1, size_bytes);
         contest(bench, place, &job, &mut all, &goals)?;
     }
-    drop(beside);
+    drop(null);
     if place.name == RAM {
-        idle(bench, &ours, &raw)?;
+        idle(bench, &mut ours, &raw, size_bytes)?;
     }
     for op in [Op::Read, Op::Write] {
         let verb = if op == Op::Read { "read" } else { "write" };
@@ -123,53 +147,14 @@ fn one_queue(bench: &mut Bench, place: &Place) -> Result<()> {
             ..Job::random(op, 8, size_bytes)
         };
         let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.0))];
-        contest(
-            bench,
-            place,
-            &job,
-            &mut [&mut ours, &mut raw, &mut fio],
-            &goals,
-        )?;
+        let mut all: Vec<&mut dyn Contestant> = vec![&mut ours, &mut raw, &mut fio, &mut again];
+        contest(bench, place, &job, &mut all, &goals)?;
     }
     Ok(())
 }
 
-/// Who else is of interest in some workloads.
-struct Beside {
-    /// Ours once more: the machine's noise.
-    again: Option<Ours>,
-    /// Ours with polling, if it can.
-    polling: Option<Ours>,
-    /// What the client and the ring allow.
-    null: Peer,
-}
-
-impl Beside {
-    fn start(bench: &mut Bench, place: &Place, size_bytes: u64) -> Result<Self> {
-        let in_memory = place.name == RAM;
-        let spec = |name| OursSpec::plain(name, size_bytes);
-        let again = in_memory.then(|| Ours::start(bench, place, spec("vmshadow again")));
-        let null = Peer::start(place, Arrangement::Null, size_bytes, 1)?;
-        let polls = daemon::takes(&bench.vhost_blk, POLLING)?;
-        let polling = polls.then(|| {
-            let arguments = &[POLLING, "32"];
-            let spec = spec("vmshadow, polling");
-            Ours::start(bench, place, OursSpec { arguments, ..spec })
-        });
-        if !polls && in_memory {
-            let note = format!("this daemon has no {POLLING}: QD1 is without polling");
-            bench.report.note(FIGURE, note);
-        }
-        Ok(Self {
-            again: again.transpose()?,
-            polling: polling.transpose()?,
-            null,
-        })
-    }
-}
-
 /// What a daemon spends in a second in which nothing happens, right after it was busy.
-fn idle(bench: &mut Bench, ours: &Ours, raw: &Peer) -> Result<()> {
+fn idle(bench: &mut Bench, ours: &mut Visiting, raw: &Peer, size_bytes: u64) -> Result<()> {
     const SPAN: Duration = Duration::from_secs(1);
     let spent = |pid: Option<u32>| -> Result<Vec<f64>> {
         let Some(pid) = pid else {
@@ -181,7 +166,11 @@ fn idle(bench: &mut Bench, ours: &Ours, raw: &Peer) -> Result<()> {
         let spent = cost::processor_time(pid)?.saturating_sub(before);
         Ok(vec![spent.as_secs_f64() * 1e6 / SPAN.as_secs_f64()])
     };
+    let job = Job::random(Op::Read, 32, size_bytes);
+    ours.make_ready(&job)?;
+    ours.run(&job, 0)?;
     let of_ours = spent(ours.pid())?;
+    ours.settle()?;
     let of_raw = spent(raw.pid())?;
     let unit = "CPU us per second";
     let goal = Some(Goal::AtMost(1000.0));
@@ -202,17 +191,15 @@ fn idle(bench: &mut Bench, ours: &Ours, raw: &Peer) -> Result<()> {
 
 fn two_queues(bench: &mut Bench, place: &Place) -> Result<()> {
     let size_bytes = bench.size(512 << 20, 64 << 20);
-    let spec = |name| OursSpec {
-        name,
-        size_bytes,
-        arguments: &[],
-        queues: 2,
+    let (_files, base) = shared(place, size_bytes)?;
+    let visiting = |name, queues| {
+        let spec = OursSpec::plain(name, size_bytes);
+        Visiting::of(bench, place, &base, OursSpec { queues, ..spec })
     };
     let device: Option<&Device> = None;
-    let mut two = Ours::start(bench, place, spec("vmshadow two"))?;
-    let mut one = Ours::start(bench, place, spec("vmshadow, 1 queue"))?;
-    one.queues_max = 1;
-    let mut raw = Peer::start(place, Arrangement::Raw, size_bytes, 2)?;
+    let mut two = visiting("vmshadow", 2);
+    let mut one = visiting("vmshadow, 1 queue", 1);
+    let mut raw = Peer::raw(place, &base, size_bytes, 2)?;
     for op in [Op::Read, Op::Write] {
         let job = Job {
             queues: 2,

@@ -121,7 +121,7 @@ impl Report {
         }
     }
 
-    /// Says of a workload's rates what the file itself allows, a value per round; the first of `measured` is ours.
+    /// Says of a workload's rates what the file itself allows, a value per round; the first of `measured` is ours. Of several limits the tightest stays.
     pub fn limit(
         &mut self,
         figure: u8,
@@ -146,13 +146,17 @@ impl Report {
                 continue;
             };
             let peer = peers.iter().find(|peer| peer.name == *name);
-            line.limit = peer
-                .and_then(|peer| ratio(allowed, &rates(peer)))
-                .map(|ratio| Limit {
+            let Some(ratio) = peer.and_then(|peer| ratio(allowed, &rates(peer))) else {
+                continue;
+            };
+            let is_tighter = |limit: &Limit| ratio.median < limit.ratio;
+            if line.limit.as_ref().is_none_or(is_tighter) {
+                line.limit = Some(Limit {
                     by: by.to_owned(),
                     ratio: ratio.median,
                     reached: reached.median,
                 });
+            }
         }
     }
 

@@ -44,6 +44,9 @@ pub fn describe(bench: &Bench) -> Result<Vec<(&'static str, String)>> {
         ("disk", bench.disk.description.clone()),
         ("kernel", text("/proc/sys/kernel/osrelease").trim().to_owned()),
         ("processor", format!("{cores} x {}", processor.unwrap_or_default())),
+        ("idle processors", if bench.awake.is_some() {
+            "look for work and do not halt (/dev/cpu_dma_latency 0): the wake-up of a halted virtual processor is longer than a request"
+        } else { "halt as they like" }.to_owned()),
         ("load when begun", text("/proc/loadavg").trim().to_owned()),
         ("rounds", format!("{} of each workload and contestant, in turns; medians, quartiles as spread", bench.rounds)),
         ("costs", "CPU: /proc/PID/task/*/schedstat; bytes: the block device's stat after syncfs; calls: perf stat in a round of their own".to_owned()),

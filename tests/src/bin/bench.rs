@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use rustix::fs::{FlockOperation, flock};
+use vmshadow_tests::bench::cost::NoHalt;
 use vmshadow_tests::bench::place::{self, Place};
 use vmshadow_tests::bench::report::{Line, Report};
 use vmshadow_tests::bench::{Bench, FIGURES, plot, setup};
@@ -56,7 +57,11 @@ fn main() -> Result<()> {
         Some(path) => std::path::absolute(path)?,
         None => image::program("vhost-blk")?,
     };
+    let awake = NoHalt::hold()
+        .inspect_err(|error| eprintln!("bench: idle processors halt: {error:#}"))
+        .ok();
     let mut bench = Bench {
+        awake,
         quick: args.quick,
         rounds: if args.quick { 2 } else { args.rounds.max(1) },
         ram: Place::ram(RAM_BYTES)?,
