@@ -17,7 +17,7 @@ PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images demo test test-quick test-machines bench bench-figures window-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
+.PHONY: help deps images database-images demo test test-quick test-machines bench bench-figures window-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -42,6 +42,10 @@ images: deps ## build the programs and the small guest's image
 	@echo "images: building the programs and the guest"
 	images/build.sh
 
+database-images: images ## and the guest with PostgreSQL, MariaDB, Redis, SQLite and the stock guest agent
+	@echo "images: the databases' guest"
+	images/build.sh databases
+
 demo: images ## the main job on a real machine, narrated; writes target/demo/report.json
 	@$(PROGRAMS)/demo
 
@@ -52,7 +56,7 @@ test-quick: deps ## the tests that start no machine
 	cargo test --locked --workspace --exclude vmshadow-tests
 	cargo test --locked -p vmshadow-tests --lib --bins --test tidy
 
-test-machines: images ## the tests that start real machines
+test-machines: database-images ## the tests that start real machines
 	@echo "test: real machines"
 	tests=()
 	for file in tests/tests/*.rs; do

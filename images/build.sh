@@ -3,17 +3,22 @@
 # they are in: vmlinux (an ELF kernel for PVH), initramfs, manifest. Needs no root, no loop
 # device, no network when nothing has changed. README.md beside this file has the whole story.
 #
-#   images/build.sh             all; the last line of the output is the directory
+#   images/build.sh             all of the small guest; the last line of the output is the directory
+#   images/build.sh databases   and the databases' guest, which is the small one with a disk of Debian's
+#                               programs on /usr; its directory has a file `usr` more
 #   images/build.sh programs    only the programs
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 top=$(dirname "$here")
 recipe=$here/small
+databases=$here/databases
 target=${CARGO_TARGET_DIR:-$top/target}
 cache=$target/images
 triple=x86_64-unknown-linux-gnu
 programs=$target/$triple/release
 guest_programs=(guest-agent sqlite-writer guest-shell guest-load guest-writers)
+# What the databases' guest has besides.
+database_programs=()
 
 say() { echo "images: $*" >&2; }
 
@@ -30,13 +35,13 @@ build_programs() {
 # The words of a list without its comments.
 list() { sed 's/#.*//' "$1"; }
 
-# "name version sha256" of each package, from apt's signed index. The kernel's package only stands
-# for the one it depends on.
-resolve_packages() {
+# "name version sha256" of each package of a list, from apt's signed index. The kernel's package
+# only stands for the one it depends on.
+resolve_packages() { # resolve_packages LIST
     local kernel names
     kernel=$(apt-cache depends linux-image-cloud-amd64 |
         awk '$1 == "Depends:" && $2 ~ /^linux-image-/ {print $2; exit}')
-    names=$(list "$recipe/packages" | sed "s/^linux-image-cloud-amd64$/$kernel/")
+    names=$(list "$1" | sed "s/^linux-image-cloud-amd64$/$kernel/")
     # One call for all: apt takes half a second to read its index.
     apt-cache show --no-all-versions $names | awk -v names="$names" '
         $1 == "Package:" {name = $2}
@@ -136,6 +141,53 @@ build_image() { # build_image OUTPUT BASE
     rm -rf "$1" && mv "$work/out" "$1" && rm -rf "$work"
 }
 
+# The /usr of a Debian on a disk that no machine writes to, so that all of them share the one file.
+# No maintainer script runs: what they would have made is in `databases/database`.
+build_usr() { # build_usr OUTPUT MANIFEST
+    local work=$1.work root deb name
+    rm -rf "$work" && mkdir -p "$work/debs" "$work/out"
+    say "fetching $(wc -l <"$2") packages"
+    (cd "$work/debs" && fetch_packages "$2")
+    root=$work/root
+    # Packages say /bin and mean /usr/bin: Debian's installer makes these links before it unpacks any.
+    for name in bin sbin lib lib64; do
+        mkdir -p "$root/usr/$name"
+        ln -s "usr/$name" "$root/$name"
+    done
+    for deb in "$work"/debs/*.deb; do
+        dpkg-deb --fsys-tarfile "$deb" | tar -C "$root" --no-same-owner --keep-directory-symlink -x
+    done
+    (cd "$root/usr" && rm -rf share/{doc,man,locale,lintian,bug} lib/postgresql/*/lib/{bitcode,llvmjit*})
+    say "making the disk"
+    # Without a journal: it is never mounted but for reading.
+    mke2fs -q -t ext4 -O ^has_journal -m 0 -L usr -d "$root/usr" "$work/out/usr" \
+        $(($(du -sm "$root/usr" | cut -f 1) * 5 / 4 + 16))M >&2
+    cp "$2" "$work/out/packages"
+    rm -rf "$1" && mv "$work/out" "$1" && rm -rf "$work"
+}
+
+# The small guest, with the programs and accounts of the databases in a third archive.
+build_databases() { # build_databases OUTPUT SMALL USR
+    local work=$1.work program
+    rm -rf "$work" && mkdir -p "$work/root/bin" "$work/root/etc/vmshadow/writers.d" "$work/out"
+    cp "$databases/database" "$work/root/bin/"
+    cp "$databases"/{passwd,group} "$work/root/etc/"
+    # PostgreSQL's writer is no root: the server asks who it is.
+    for program in "${database_programs[@]}"; do
+        strip -o "$work/root/bin/$program" "$programs/$program"
+    done
+    pack "$work/root" "$work/out/databases.cpio"
+    cat "$2/initramfs" "$work/out/databases.cpio" >"$work/out/initramfs"
+    rm "$work/out/databases.cpio"
+    ln "$2/vmlinux" "$work/out/vmlinux"
+    ln "$3/usr" "$work/out/usr"
+    {
+        cat "$2/manifest" "$3/packages"
+        (cd "$work/out" && sha256sum initramfs usr)
+    } >"$work/out/manifest"
+    rm -rf "$1" && mv "$work/out" "$1" && rm -rf "$work"
+}
+
 build_programs
 [ "${1:-}" != programs ] || exit 0
 
@@ -143,7 +195,7 @@ mkdir -p "$cache"
 exec 9>"$cache/.lock"
 flock 9
 
-resolve_packages >"$cache/packages.new"
+resolve_packages "$recipe/packages" >"$cache/packages.new"
 base=$cache/base-$(cat "$cache/packages.new" "$recipe/packages" "$recipe/modules" "$here/build.sh" | sha256sum | head -c 16)
 if [ ! -d "$base" ]; then
     build_base "$base" "$cache/packages.new"
@@ -155,4 +207,20 @@ if [ ! -d "$image" ]; then
 fi
 # Older images are of no use to anybody once a new one is there, but a running test may still boot one.
 find "$cache" -maxdepth 1 -name 'small-*' -type d -mmin +600 ! -path "$image" -exec rm -rf {} +
-echo "$image"
+if [ "${1:-}" != databases ]; then
+    echo "$image"
+    exit 0
+fi
+
+resolve_packages "$databases/packages" >"$cache/usr.new"
+usr=$cache/usr-$(cat "$cache/usr.new" "$databases/packages" "$here/build.sh" | sha256sum | head -c 16)
+if [ ! -d "$usr" ]; then
+    build_usr "$usr" "$cache/usr.new"
+fi
+guest=$cache/databases-$({ echo "$image" "$usr"; cat "$databases"/{database,passwd,group} "${database_programs[@]/#/$programs/}"; } | sha256sum | head -c 16)
+if [ ! -d "$guest" ]; then
+    say "packing $(basename "$guest")"
+    build_databases "$guest" "$image" "$usr"
+fi
+find "$cache" -maxdepth 1 \( -name 'databases-*' -o -name 'usr-*' \) -type d -mmin +600 ! -path "$guest" ! -path "$usr" -exec rm -rf {} +
+echo "$guest"

@@ -78,6 +78,7 @@ pub fn run(config: Agent) -> io::Result<()> {
 
     let (sender, receiver) = channel();
     let service = Service::new(sender);
+    let paths = sources(&config);
     let holder = Holder::start(&config.state_dir, 0, sink(&service))?;
     let registry = Arc::new(Registry::new(
         Some(config.writers_dir.clone()),
@@ -88,7 +89,7 @@ pub fn run(config: Agent) -> io::Result<()> {
         service.clone(),
         receiver,
         Arc::clone(&registry),
-        sources(&config),
+        paths.clone(),
         Settings {
             exclude_filesystems: config.exclude_filesystem.clone(),
             qga_hold_ms: config.qga_hold_ms,
@@ -106,21 +107,27 @@ pub fn run(config: Agent) -> io::Result<()> {
         .unwrap_or_else(|| config.state_dir.join("writers.sock"));
     socket::listen(&socket_path, &config.allow_dir, registry, service.clone())?;
 
-    if config.qga_port != Endpoint::Port("none".into()) {
-        let (port, service) = (config.qga_port.clone(), service.clone());
+    for port in config.qga_port {
+        if port == Endpoint::Port("none".into()) {
+            continue;
+        }
+        let service = service.clone();
         let guest = qga::command::Guest {
-            sources: sources(&config),
+            sources: paths.clone(),
         };
         start("qga", move || {
             let error = qga::run(&port, &service, &guest);
             journal::note(format_args!("QEMU guest agent protocol: {error}"));
         })?;
     }
-    let port = config.port;
-    start("native", move || {
-        let error = native::run(&port, &service);
-        journal::note(format_args!("native protocol: {error}"));
-    })?;
+    let bridge = Arc::new(native::Bridge::default());
+    for port in config.port {
+        let (service, bridge) = (service.clone(), Arc::clone(&bridge));
+        start("native", move || {
+            let error = native::run(&port, &service, &bridge);
+            journal::note(format_args!("native protocol: {error}"));
+        })?;
+    }
     // All that is mapped now is read in and stays; what comes later stays once it is touched.
     mlockall(MlockAllFlags::CURRENT)
         .and_then(|()| mlockall(MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT))

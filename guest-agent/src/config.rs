@@ -42,12 +42,13 @@ pub enum Role {
 /// Settings of the agent.
 #[derive(Debug, Args)]
 pub struct Agent {
-    /// Where the bridge speaks: a virtio-serial port, or unix:PATH to listen on.
-    #[arg(long, default_value = "/dev/virtio-ports/org.vmshadow.agent.0")]
-    pub port: Endpoint,
-    /// Where clients of the QEMU guest agent protocol speak; `none` for nowhere.
+    /// Where the bridge speaks: a virtio-serial port, `vsock:PORT` or `unix:PATH` to listen on; may be given more than once.
+    /// Port 867 of vsock is for the host alone and is used only where the guest has vsock.
+    #[arg(long, default_values = ["/dev/virtio-ports/org.vmshadow.agent.0", "vsock:867"])]
+    pub port: Vec<Endpoint>,
+    /// Where clients of the QEMU guest agent protocol speak, in the same words; `none` for nowhere.
     #[arg(long, default_value = "/dev/virtio-ports/org.qemu.guest_agent.0")]
-    pub qga_port: Endpoint,
+    pub qga_port: Vec<Endpoint>,
     /// Directories of script writers.
     #[arg(long, default_value = "/etc/vmshadow/writers")]
     pub writers_dir: PathBuf,
@@ -72,4 +73,21 @@ pub struct Agent {
     /// Thaw what a killed agent left frozen, undo what its script writers did, and exit.
     #[arg(long)]
     pub thaw_leftovers: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    //! What the defaults are.
+    use super::*;
+    use guest_agent_wire::host::{PORT_NAME, VSOCK_PORT};
+
+    #[test]
+    fn the_bridge_is_heard_on_both_ways_unless_told_otherwise() {
+        let config = Config::try_parse_from(["guest-agent"]).unwrap();
+        let serial = Endpoint::Port(format!("/dev/virtio-ports/{PORT_NAME}").into());
+        assert_eq!(config.agent.port, [serial, Endpoint::Vsock(VSOCK_PORT)]);
+        let config = Config::try_parse_from(["guest-agent", "--port", "unix:/run/n"]).unwrap();
+        assert_eq!(config.agent.port, [Endpoint::Listen("/run/n".into())]);
+        assert!(Config::try_parse_from(["guest-agent", "--port", "vsock:x"]).is_err());
+    }
 }

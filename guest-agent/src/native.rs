@@ -1,7 +1,8 @@
-//! The native protocol: JSON lines from the bridge (guest-agent-wire::host), one conversation at a time.
+//! The native protocol: JSON lines from the bridge (guest-agent-wire::host), on any of its ports.
 //!
 //! Started by `main` on a thread of its own; hands requests to `quiesce::service` and knows nothing of how they are done.
-//! Invariant: whatever ends a conversation ends the set that it had open.
+//! Invariants: whatever ends a conversation ends the set that it had open, and no other; of several conversations the one
+//! that said hello last is the bridge's.
 #![deny(clippy::indexing_slicing)]
 
 use crate::quiesce::actor::check_limits;
@@ -12,30 +13,65 @@ use guest_agent_wire::MESSAGE_BYTES_MAX;
 use guest_agent_wire::host::{AgentError, Command, ErrorCode, Outcome, Request, Response};
 use guest_agent_wire::lines::{Lines, Piece};
 use serde_json::{Map, Value};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Which conversation is the bridge's: the one that said hello last, on whichever port. One that was lost without a word
+/// (a vsock connection whose host end was killed) must stand in nobody's way.
+#[derive(Debug, Default)]
+pub struct Bridge {
+    /// Number of that conversation, if it has not ended, and of the last one that began.
+    current: Mutex<(Option<u64>, u64)>,
+}
+
+impl Bridge {
+    fn lock(&self) -> MutexGuard<'_, (Option<u64>, u64)> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self) -> u64 {
+        let mut current = self.lock();
+        current.1 += 1;
+        current.1
+    }
+
+    /// Ends the conversation, and the set if it is this conversation's.
+    fn end(&self, conversation: u64, service: &Service) {
+        let mut current = self.lock();
+        if current.0 == Some(conversation) {
+            current.0 = None;
+            // Answered when the set is undone; nobody waits for it. Sent under the lock: no hello comes in between.
+            service.ask(service::Request::HostGone, |_| {});
+        }
+    }
+}
 
 /// Serves the port for ever.
-pub fn run(endpoint: &Endpoint, service: &Service) -> std::io::Error {
+pub fn run(endpoint: &Endpoint, service: &Service, bridge: &Bridge) -> std::io::Error {
     serve(endpoint, |connection| {
-        converse(connection, service);
-        // Answered when the set is undone; nobody waits for it.
-        service.ask(service::Request::HostGone, |_| {});
+        let conversation = bridge.begin();
+        converse(connection, service, bridge, conversation);
+        bridge.end(conversation, service);
     })
 }
 
-fn converse(connection: &Connection, service: &Service) {
+fn converse(connection: &Connection, service: &Service, bridge: &Bridge, conversation: u64) {
     let mut lines = Lines::default();
-    let mut greeted = false;
     let mut buffer = [0; 4096];
     while let Some(count) = connection.read(&mut buffer) {
         let mut over = false;
         lines.take(
             buffer.get(..count).unwrap_or_default(),
             |piece| match piece {
-                Piece::Line(line) => hear(&line, &mut greeted, service, &connection.outbox()),
-                Piece::Reset => {
-                    greeted = false;
-                    service.ask(service::Request::HostGone, |_| {});
+                Piece::Line(line) => {
+                    // Held while asking, so that requests reach the actor in the order in which bridges took over.
+                    let mut current = bridge.lock();
+                    let mut greeted = current.0 == Some(conversation);
+                    hear(&line, &mut greeted, service, &connection.outbox());
+                    if greeted {
+                        current.0 = Some(conversation);
+                    }
                 }
+                Piece::Reset => bridge.end(conversation, service),
                 Piece::TooLong => over = true,
             },
         );

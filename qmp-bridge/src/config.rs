@@ -3,6 +3,7 @@
 //! Read by both programs. Unknown keys are refused: a misspelt `agent` would silently lower every set's level.
 
 use crate::error::Error;
+use crate::guest::AgentAddress;
 use crate::snapshot::document::VmTarget;
 use serde::Deserialize;
 use std::collections::BTreeSet;
@@ -26,8 +27,8 @@ pub struct VmEntry {
     pub name: String,
     /// QEMU's QMP socket.
     pub qmp: PathBuf,
-    /// Host end of the agent's port.
-    pub agent: Option<PathBuf>,
+    /// The agent: the host end of its virtio-serial port, or [vsock](AgentAddress).
+    pub agent: Option<AgentAddress>,
     /// Control sockets of its vhost-blk daemons, at least one.
     pub vhost_blk: Vec<PathBuf>,
 }
@@ -94,6 +95,19 @@ mod tests {
     fn a_misspelt_key_is_refused() {
         let text = "[[vm]]\nname = 'a'\nqmp = '/q'\nagnet = '/a'\nvhost-blk = ['/c']\n";
         assert!(Config::parse(text).unwrap_err().contains("agnet"));
+    }
+
+    #[test]
+    fn an_agent_may_be_on_vsock_and_its_address_must_be_one() {
+        let vm = |agent: &str| {
+            let text =
+                format!("[[vm]]\nname = 'a'\nqmp = '/q'\nagent = '{agent}'\nvhost-blk = ['/c']\n");
+            Config::parse(&text)
+        };
+        let config = vm("hybrid-vsock:/run/v:9").unwrap();
+        let agent = config.vm(None).unwrap().agent.unwrap();
+        assert_eq!(agent.to_string(), "hybrid-vsock:/run/v:9");
+        assert!(vm("vsock:guest").unwrap_err().contains("vsock:CID"));
     }
 
     #[test]

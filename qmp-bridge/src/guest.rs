@@ -1,9 +1,13 @@
-//! Client of the guest agent's native protocol, over the host end of its virtio-serial port.
+//! Client of the guest agent's native protocol, over the host end of its virtio-serial port or over vsock.
 //!
 //! Called by `run` and `recover`. Invariants: a lost connection or a late answer ends the conversation, and with it the
 //! set, because the agent thaws when its host side goes away; nothing is retried on a new connection except `abort`.
 
-use crate::link::{self, Decode, Incoming, Link, LinkError};
+mod address;
+
+pub use address::{AgentAddress, BadAddress};
+
+use crate::link::{Decode, Incoming, Link, LinkError};
 use guest_agent_wire::MESSAGE_BYTES_MAX;
 use guest_agent_wire::host::{
     AgentError, Command, Frozen, Hello, Identified, Outcome, PROTOCOL_VERSION, PostSnapshot,
@@ -11,7 +15,6 @@ use guest_agent_wire::host::{
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Byte that starts a new conversation: the agent forgets half a line that an earlier host may have left.
@@ -90,8 +93,8 @@ impl GuestClient {
     ///
     /// # Errors
     /// Nobody answers within `limit`, or he speaks no common version.
-    pub async fn connect(path: &Path, limit: Duration) -> Result<Self, GuestError> {
-        let stream = link::connect(path, limit).await?;
+    pub async fn connect(address: &AgentAddress, limit: Duration) -> Result<Self, GuestError> {
+        let stream = address.connect(limit).await?;
         // Answers to an earlier bridge may still be in the pipe: its numbers must not be ours.
         let first_id = SystemTime::now()
             .duration_since(UNIX_EPOCH)

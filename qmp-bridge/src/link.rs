@@ -78,6 +78,9 @@ struct Pending {
     closed: Option<String>,
 }
 
+/// A connected stream socket. tokio's type for Unix sockets reads and writes one of any family.
+pub(crate) type Stream = UnixStream;
+
 /// The connection. Dropping it closes it.
 pub(crate) struct Link {
     outgoing: mpsc::UnboundedSender<Outgoing>,
@@ -103,7 +106,7 @@ impl Link {
     /// Takes over a stream. `first_id` numbers the first call. The receiver gets every unasked message from the first byte
     /// on.
     pub(crate) fn new(
-        stream: UnixStream,
+        stream: Stream,
         decoder: impl Decode,
         first_id: u64,
     ) -> (Self, broadcast::Receiver<Value>) {
@@ -195,7 +198,7 @@ fn close(pending: &Mutex<Pending>, why: &str) {
 }
 
 async fn run(
-    stream: UnixStream,
+    stream: Stream,
     mut decoder: impl Decode,
     mut queue: mpsc::UnboundedReceiver<Outgoing>,
     pending: Arc<Mutex<Pending>>,
@@ -204,11 +207,8 @@ async fn run(
     let mut buffer = vec![0_u8; 64 * 1024];
     let why = loop {
         tokio::select! {
-            ready = stream.readable() => {
-                if let Err(error) = ready {
-                    break error.to_string();
-                }
-                match stream.try_read(&mut buffer) {
+            read = read(&stream, &mut buffer) => {
+                match read {
                     Ok(0) => break "the peer closed it".to_owned(),
                     Ok(length) => {
                         let bytes = buffer.get(..length).unwrap_or_default();
@@ -221,7 +221,6 @@ async fn run(
                             Err(why) => break why,
                         }
                     }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => break error.to_string(),
                 }
             }
@@ -250,13 +249,18 @@ fn deliver(message: Incoming, pending: &Mutex<Pending>, unasked: &broadcast::Sen
     }
 }
 
+/// Bytes that are there, or waits for some. Nothing is lost when it is not waited for to its end.
+pub(crate) async fn read(stream: &Stream, buffer: &mut [u8]) -> io::Result<usize> {
+    let read = || rustix::io::read(stream, &mut *buffer).map_err(io::Error::from);
+    stream.async_io(Interest::READABLE, read).await
+}
+
 /// Writes a message; a descriptor travels with its first byte.
-async fn send(stream: &UnixStream, message: &Outgoing) -> io::Result<()> {
+async fn send(stream: &Stream, message: &Outgoing) -> io::Result<()> {
     let mut rest = message.bytes.as_slice();
     let mut fd = message.fd.as_ref();
     while !rest.is_empty() {
-        stream.writable().await?;
-        let sent = stream.try_io(Interest::WRITABLE, || match fd {
+        let send = || match fd {
             None => rustix::net::send(stream, rest, SendFlags::NOSIGNAL).map_err(io::Error::from),
             Some(fd) => {
                 let fds = [fd.as_fd()];
@@ -268,21 +272,16 @@ async fn send(stream: &UnixStream, message: &Outgoing) -> io::Result<()> {
                 let bytes = [IoSlice::new(rest)];
                 sendmsg(stream, &bytes, &mut control, SendFlags::NOSIGNAL).map_err(io::Error::from)
             }
-        });
-        match sent {
-            Ok(length) => {
-                fd = None;
-                rest = rest.get(length..).unwrap_or_default();
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
+        };
+        let length = stream.async_io(Interest::WRITABLE, send).await?;
+        fd = None;
+        rest = rest.get(length..).unwrap_or_default();
     }
     Ok(())
 }
 
 /// Connects to a Unix socket.
-pub(crate) async fn connect(path: &Path, limit: Duration) -> Result<UnixStream, LinkError> {
+pub(crate) async fn connect(path: &Path, limit: Duration) -> Result<Stream, LinkError> {
     match tokio::time::timeout(limit, UnixStream::connect(path)).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(LinkError::Closed {

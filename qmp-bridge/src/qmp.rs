@@ -5,6 +5,7 @@
 //! `qapi`'s types, ours the wire crate's: both come down to a name and arguments.
 
 use crate::link::{self, Decode, Incoming, Link, LinkError};
+use rustix::net::sockopt::socket_peercred;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -77,7 +78,9 @@ impl QmpClient {
     pub async fn connect(path: &Path, limit: Duration) -> Result<Self, CallError> {
         let connecting = async {
             let stream = link::connect(path, limit).await?;
-            let peer_pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
+            let peer_pid = socket_peercred(&stream)
+                .ok()
+                .map(|peer| peer.pid.as_raw_nonzero().get());
             let decoder = QmpDecoder {
                 stream: JsonStream::new(),
             };

@@ -1,14 +1,15 @@
 //! Opens the port or the socket and hands out one conversation after another.
 
-use super::Outbox;
+use super::{Outbox, vsock};
 use crate::journal;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
-use std::convert::Infallible;
+use rustix::net::sockopt::socket_peercred;
 use std::io;
+use std::num::ParseIntError;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -26,12 +27,17 @@ pub enum Endpoint {
     Port(PathBuf),
     /// A Unix socket that the agent listens on; one client at a time.
     Listen(PathBuf),
+    /// A vsock port that the agent listens on, for the host alone.
+    Vsock(u32),
 }
 
 impl FromStr for Endpoint {
-    type Err = Infallible;
+    type Err = ParseIntError;
 
-    fn from_str(text: &str) -> Result<Self, Infallible> {
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        if let Some(port) = text.strip_prefix("vsock:") {
+            return Ok(Self::Vsock(port.parse()?));
+        }
         Ok(match text.strip_prefix("unix:") {
             Some(path) => Self::Listen(path.into()),
             None => Self::Port(text.into()),
@@ -78,9 +84,10 @@ impl Connection {
     }
 }
 
-/// Calls `converse` for each conversation, for ever.
-pub fn serve(endpoint: &Endpoint, mut converse: impl FnMut(&Connection)) -> io::Error {
+/// Calls `converse` for each conversation, for ever. On vsock there may be several at a time, since a lost one may never end.
+pub fn serve(endpoint: &Endpoint, converse: impl Fn(&Connection) + Sync) -> io::Error {
     match endpoint {
+        Endpoint::Vsock(port) => vsock::serve(*port, &converse),
         Endpoint::Port(path) => {
             let mut said = None;
             loop {
@@ -93,7 +100,7 @@ pub fn serve(endpoint: &Endpoint, mut converse: impl FnMut(&Connection)) -> io::
                         said = None;
                         let port = Arc::new(port);
                         while wait_for_host(&port) {
-                            talk(&port, &mut converse);
+                            talk(&port, &converse);
                         }
                     }
                     Err(error) => {
@@ -119,15 +126,20 @@ pub fn serve(endpoint: &Endpoint, mut converse: impl FnMut(&Connection)) -> io::
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     Err(error) => return error,
                 };
+                if !may_speak(&stream) {
+                    let path = path.display();
+                    journal::note(format_args!("{path}: a stranger was turned away"));
+                    continue;
+                }
                 if stream.set_nonblocking(true).is_ok() {
-                    talk(&Arc::new(stream.into()), &mut converse);
+                    talk(&Arc::new(stream.into()), &converse);
                 }
             }
         }
     }
 }
 
-fn talk(fd: &Arc<OwnedFd>, converse: &mut impl FnMut(&Connection)) {
+pub(super) fn talk(fd: &Arc<OwnedFd>, converse: &impl Fn(&Connection)) {
     match Outbox::start(Arc::clone(fd)) {
         Ok(outbox) => {
             let connection = Connection {
@@ -142,6 +154,12 @@ fn talk(fd: &Arc<OwnedFd>, converse: &mut impl FnMut(&Connection)) {
             std::thread::sleep(RETRY);
         }
     }
+}
+
+/// Root, and the user that runs the agent.
+fn may_speak(stream: &UnixStream) -> bool {
+    socket_peercred(stream)
+        .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
 }
 
 /// Waits until the host has opened its side. False if the port itself is gone.

@@ -1,4 +1,4 @@
-//! Ways to the host: a virtio-serial port, or a listening Unix socket in its place (tests, containers).
+//! Ways to the host: a virtio-serial port, vsock, or a listening Unix socket in their place (tests, containers).
 //!
 //! `native` and `qga` give [`serve`] what to do with a conversation. Nothing here knows what is said. Invariants: the end of
 //! the host's side never ends the agent; a message for a conversation that is over reaches nobody; a host that does not read
@@ -6,6 +6,7 @@
 
 mod endpoint;
 mod outbox;
+mod vsock;
 
 pub use endpoint::{Connection, Endpoint, serve};
 pub use outbox::Outbox;

@@ -15,6 +15,9 @@ use serde_json::Value;
 /// Name of the virtio-serial port.
 pub const PORT_NAME: &str = "org.vmshadow.agent.0";
 
+/// Port of the agent on vsock. Below 1024, so that in the guest only a privileged process can take it.
+pub const VSOCK_PORT: u32 = 867;
+
 /// Version of this protocol. A bridge and an agent talk the highest version that both have.
 pub const PROTOCOL_VERSION: u32 = 1;
 

@@ -2,6 +2,7 @@
 //!
 //! Called by `cli`. Words follow vssadmin, diskshadow and virsh where they have one.
 
+use crate::guest::AgentAddress;
 use crate::snapshot::document::CreateRequest;
 use crate::snapshot::level::Level;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -78,9 +79,9 @@ pub(crate) struct Vm {
     /// QEMU's QMP socket.
     #[arg(long, value_name = "SOCKET")]
     pub(crate) qmp: Option<PathBuf>,
-    /// Host end of the agent's virtio-serial port.
-    #[arg(long, value_name = "SOCKET")]
-    pub(crate) agent: Option<PathBuf>,
+    /// The agent: the socket behind its virtio-serial port, `vsock:CID[:PORT]` or `hybrid-vsock:SOCKET[:PORT]`.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) agent: Option<AgentAddress>,
     /// Control socket of a vhost-blk daemon; may be repeated.
     #[arg(long, value_name = "SOCKET")]
     pub(crate) vhost_blk: Vec<PathBuf>,

@@ -5,6 +5,7 @@
 use super::args::{Global, Vm};
 use crate::config::Config;
 use crate::error::Error;
+use crate::guest::AgentAddress;
 use crate::protocol::{
     ListedVolume, QueryVolumes, QueryWriters, SET_PROGRESS, SetCreate, SetDelete, SetList,
     SetRecover, SetRevert, SetShow,
@@ -273,10 +274,14 @@ fn describe(vm: &Vm) -> Result<VmTarget, Error> {
     });
     let vhost_blk: Result<Vec<PathBuf>, Error> =
         vm.vhost_blk.iter().map(|path| absolute(path)).collect();
+    let agent = vm.agent.clone().map(AgentAddress::absolute).transpose();
     Ok(VmTarget {
         name,
         qmp: absolute(qmp)?,
-        agent: vm.agent.as_deref().map(absolute).transpose()?,
+        agent: agent.map_err(|source| Error::Io {
+            what: "the working directory".to_owned(),
+            source,
+        })?,
         vhost_blk: vhost_blk?,
     })
 }

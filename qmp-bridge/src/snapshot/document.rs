@@ -7,6 +7,7 @@
 use super::level::Level;
 use super::step::Step;
 use super::witness::Witnesses;
+use crate::guest::AgentAddress;
 use guest_agent_wire::host::{FilesystemInfo, FilesystemReport, WriterInfo, WriterReport};
 use guest_agent_wire::types::{BackupType, DiskExtent};
 use serde::{Deserialize, Serialize};
@@ -25,9 +26,9 @@ pub struct VmTarget {
     pub name: String,
     /// QEMU's QMP socket.
     pub qmp: PathBuf,
-    /// Host end of the agent's virtio-serial port; without it only `crash` can be reached.
+    /// Where the agent is reached; without it only `crash` can be reached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub agent: Option<PathBuf>,
+    pub agent: Option<AgentAddress>,
     /// Control sockets of the vhost-blk daemons that serve its disks.
     pub vhost_blk: Vec<PathBuf>,
 }

@@ -7,7 +7,7 @@ use super::document::{Outcome, Reason, ReasonCode, SetDocument};
 use super::intent::{StateDirectory, StateError};
 use super::run::Limits;
 use super::step::Step;
-use crate::guest::GuestClient;
+use crate::guest::{AgentAddress, GuestClient};
 use crate::storage::{StorageClient, StorageError};
 use std::path::Path;
 use std::time::Duration;
@@ -80,7 +80,7 @@ pub async fn at_daemon(
 /// # Errors
 /// The agent's failure, as a text: nothing depends on it, since the guest's dead-man thaws anyway.
 pub async fn in_guest(
-    agent: &Path,
+    agent: &AgentAddress,
     set: Uuid,
     reason: &str,
     limit: Duration,

@@ -10,6 +10,7 @@ pub(crate) mod storage;
 
 use agent::FakeAgent;
 use qemu::FakeQemu;
+use qmp_bridge::guest::AgentAddress;
 use qmp_bridge::sets::Sets;
 use qmp_bridge::snapshot::document::{CreateRequest, SetDocument, VmTarget};
 use qmp_bridge::snapshot::run::Limits;
@@ -129,7 +130,7 @@ impl World {
         VmTarget {
             name: "vm1".to_owned(),
             qmp: self.dir.path().join("qmp"),
-            agent: Some(self.dir.path().join("agent")),
+            agent: Some(AgentAddress::Serial(self.dir.path().join("agent"))),
             vhost_blk: self.storages.iter().map(|s| s.control.clone()).collect(),
         }
     }

@@ -47,11 +47,24 @@ pub const XFS_BYTES: u64 = 384 << 20;
 
 /// Makes `DIRECTORY/NAME.raw` with an empty file system.
 pub fn create(directory: &Path, name: &str, file_system: FileSystem) -> Result<PathBuf> {
+    let bytes = match file_system {
+        FileSystem::Ext4 => EXT4_BYTES,
+        FileSystem::Xfs => XFS_BYTES,
+    };
+    create_sized(directory, name, file_system, bytes)
+}
+
+/// The same with this many bytes.
+pub fn create_sized(
+    directory: &Path,
+    name: &str,
+    file_system: FileSystem,
+    bytes: u64,
+) -> Result<PathBuf> {
     let path = directory.join(format!("{name}.raw"));
-    let file = File::create(&path)?;
+    File::create(&path)?.set_len(bytes)?;
     match file_system {
         FileSystem::Ext4 => {
-            file.set_len(EXT4_BYTES)?;
             // Without lazy initialisation: no background writes of the guest's kernel later.
             run(
                 "mke2fs",
@@ -66,7 +79,6 @@ pub fn create(directory: &Path, name: &str, file_system: FileSystem) -> Result<P
             )?;
         }
         FileSystem::Xfs => {
-            file.set_len(XFS_BYTES)?;
             run("mkfs.xfs", &["-q", "-f"], &path)?;
         }
     }

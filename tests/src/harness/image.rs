@@ -51,6 +51,8 @@ pub struct GuestImage {
     pub initramfs: PathBuf,
     /// What was built from what, with hashes.
     pub manifest: PathBuf,
+    /// The disk with Debian's programs, for `/usr`; the small guest has none.
+    pub usr: Option<PathBuf>,
 }
 
 /// The project's directory.
@@ -79,15 +81,29 @@ pub fn program(name: &str) -> Result<PathBuf> {
 /// Builds what is not up to date; the first call of a program pays.
 pub fn guest_image() -> Result<&'static GuestImage> {
     static IMAGE: OnceLock<Result<GuestImage, String>> = OnceLock::new();
-    IMAGE
-        .get_or_init(|| build().map_err(|error| format!("{error:#}")))
+    once(&IMAGE, None)
+}
+
+/// The same for the guest with the databases' servers.
+pub fn databases_image() -> Result<&'static GuestImage> {
+    static IMAGE: OnceLock<Result<GuestImage, String>> = OnceLock::new();
+    once(&IMAGE, Some("databases"))
+}
+
+fn once(
+    image: &'static OnceLock<Result<GuestImage, String>>,
+    which: Option<&str>,
+) -> Result<&'static GuestImage> {
+    image
+        .get_or_init(|| build(which).map_err(|error| format!("{error:#}")))
         .as_ref()
         .map_err(|error| anyhow!("no guest image: {error}"))
 }
 
-fn build() -> Result<GuestImage> {
+fn build(which: Option<&str>) -> Result<GuestImage> {
     let script = project().join("images/build.sh");
     let output = Command::new(&script)
+        .args(which)
         .env("CARGO_TARGET_DIR", target())
         .output()?;
     ensure!(
@@ -106,6 +122,7 @@ fn build() -> Result<GuestImage> {
         kernel: directory.join("vmlinux"),
         initramfs: directory.join("initramfs"),
         manifest: directory.join("manifest"),
+        usr: which.map(|_| directory.join("usr")),
     })
 }
 

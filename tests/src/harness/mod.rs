@@ -8,6 +8,7 @@
 
 pub mod bridge;
 pub mod daemon;
+pub mod database;
 pub mod disk;
 pub mod figures;
 pub mod guest;

@@ -48,6 +48,7 @@ pub struct VmBuilder {
     memory_mib: u32,
     cpus: u32,
     agent: bool,
+    databases: bool,
     accelerator: Option<Accelerator>,
     boot_deadline: Duration,
 }
@@ -62,6 +63,7 @@ impl VmBuilder {
             memory_mib: 512,
             cpus: 2,
             agent: false,
+            databases: false,
             accelerator: None,
             boot_deadline: wait::BOOT,
         }
@@ -107,6 +109,14 @@ impl VmBuilder {
         self
     }
 
+    /// Boots the guest that has the databases' servers (`images/databases`).
+    #[must_use]
+    pub fn with_databases(mut self) -> Self {
+        self.databases = true;
+        self.memory_mib = 1024;
+        self
+    }
+
     /// Uses this accelerator instead of the one that was found to work.
     #[must_use]
     pub fn accelerator(mut self, accelerator: Accelerator) -> Self {
@@ -123,7 +133,11 @@ impl VmBuilder {
 
     /// Starts QEMU and waits until the guest says that it is ready.
     pub fn boot(self) -> Result<Vm> {
-        let image = image::guest_image()?;
+        let image = if self.databases {
+            image::databases_image()?
+        } else {
+            image::guest_image()?
+        };
         let accelerator = match self.accelerator {
             Some(accelerator) => accelerator,
             None => image::accelerator()?,
@@ -185,6 +199,14 @@ impl VmBuilder {
         for (number, disk) in self.disks.iter().enumerate() {
             disk_arguments(&mut qemu, number, disk);
         }
+        if let Some(usr) = &image.usr {
+            qemu.arg("-blockdev")
+                .arg(format!(
+                    "driver=file,node-name=usr,read-only=on,filename={}",
+                    usr.display()
+                ))
+                .args(["-device", "virtio-blk-pci,drive=usr,serial=usr"]);
+        }
         let begin = Instant::now();
         let process = Process::start(&self.name, qemu, &directory.path().join("qemu"))?;
         let mut vm = Vm {
@@ -229,8 +251,9 @@ impl VmBuilder {
             })
             .collect();
         let agent = if self.agent { "on" } else { "off" };
+        let usr = if self.databases { "usr" } else { "" };
         format!(
-            "{KERNEL_ARGUMENTS} vmshadow.agent={agent} vmshadow.mount={}",
+            "{KERNEL_ARGUMENTS} vmshadow.agent={agent} vmshadow.usr={usr} vmshadow.mount={}",
             mounts.join(",")
         )
     }

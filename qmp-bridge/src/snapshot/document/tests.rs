@@ -8,7 +8,7 @@ fn sample() -> SetDocument {
     let vm = VmTarget {
         name: "db1".to_owned(),
         qmp: PathBuf::from("/run/db1.qmp"),
-        agent: Some(PathBuf::from("/run/db1.agent")),
+        agent: Some("/run/db1.agent".parse().unwrap()),
         vhost_blk: vec![PathBuf::from("/run/blk.control")],
     };
     let request = CreateRequest {
