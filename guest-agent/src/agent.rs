@@ -9,7 +9,7 @@ use crate::hold::client::Holder;
 use crate::hold::ledger;
 use crate::journal;
 use crate::native;
-use crate::qga;
+use crate::qga::{self, policy::Policy};
 use crate::quiesce::actor::{Actor, Settings, sink};
 use crate::quiesce::service::{Service, Signal};
 use crate::transport::Endpoint;
@@ -107,16 +107,15 @@ pub fn run(config: Agent) -> io::Result<()> {
         .unwrap_or_else(|| config.state_dir.join("writers.sock"));
     socket::listen(&socket_path, &config.allow_dir, registry, service.clone())?;
 
+    let policy = Policy::new(config.block_rpcs.clone(), config.allow_rpcs.clone());
     for port in config.qga_port {
         if port == Endpoint::Port("none".into()) {
             continue;
         }
-        let service = service.clone();
-        let guest = qga::command::Guest {
-            sources: paths.clone(),
-        };
+        let (service, policy) = (service.clone(), policy.clone());
+        let sources = paths.clone();
         start("qga", move || {
-            let error = qga::run(&port, &service, &guest);
+            let error = qga::run(&port, &service, &sources, policy);
             journal::note(format_args!("QEMU guest agent protocol: {error}"));
         })?;
     }

@@ -2,8 +2,10 @@
 //!
 //! Read by `main` alone.
 
+use crate::qga::policy::Names;
 use crate::transport::Endpoint;
 use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// The half of the snapshot service that runs in the guest.
@@ -37,6 +39,18 @@ pub enum Role {
         /// The script.
         script: PathBuf,
     },
+    /// Becomes a program that the host runs; started by the agent.
+    #[command(hide = true)]
+    ExecChild {
+        /// The name that the program sees as its own.
+        #[arg(long)]
+        name: String,
+        /// Its file.
+        program: PathBuf,
+        /// Its arguments.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<OsString>,
+    },
 }
 
 /// Settings of the agent.
@@ -49,6 +63,17 @@ pub struct Agent {
     /// Where clients of the QEMU guest agent protocol speak, in the same words; `none` for nowhere.
     #[arg(long, default_value = "/dev/virtio-ports/org.qemu.guest_agent.0")]
     pub qga_port: Vec<Endpoint>,
+    /// Commands of the QEMU guest agent that the host may not use, separated by commas (as `qemu-ga --block-rpcs`).
+    #[arg(
+        long,
+        value_name = "LIST",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub block_rpcs: Names,
+    /// The only ones that it may use (as `qemu-ga --allow-rpcs`).
+    #[arg(long, value_name = "LIST")]
+    pub allow_rpcs: Option<Names>,
     /// Directories of script writers.
     #[arg(long, default_value = "/etc/vmshadow/writers")]
     pub writers_dir: PathBuf,

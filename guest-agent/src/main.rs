@@ -1,8 +1,8 @@
-//! Entry point: the agent, its helper process, or a script about to be run.
+//! Entry point: the agent, its helper process, or a script or program about to be run.
 
 use clap::Parser as _;
 use guest_agent::config::{Config, Role};
-use guest_agent::{agent, hold, writer};
+use guest_agent::{agent, hold, qga, writer};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -12,6 +12,11 @@ fn main() -> ExitCode {
         Some(Role::WriterScript { group, script }) => {
             writer::script::become_script(&group, &script)
         }
+        Some(Role::ExecChild {
+            name,
+            program,
+            words,
+        }) => qga::exec::become_program(&name, &program, &words),
         None if config.agent.thaw_leftovers => agent::thaw_leftovers(&config.agent),
         None => agent::run(config.agent),
     };
