@@ -135,7 +135,10 @@ fn admit(command: Command, greeted: &mut bool) -> Result<service::Request, Agent
             service::Request::Freeze(freeze)
         }
         Command::Thaw { set, generation } => service::Request::Thaw { set, generation },
-        Command::PostSnapshot { set, kept } => service::Request::PostSnapshot { set, kept },
+        Command::PostSnapshot(said) => service::Request::PostSnapshot(said),
+        Command::BackupComplete(said) => service::Request::BackupComplete(said),
+        Command::PreRestore(restore) => service::Request::PreRestore(restore),
+        Command::PostRestore(restore) => service::Request::PostRestore(restore),
         Command::Abort { set, reason } => service::Request::Abort { set, reason },
         Command::Status {} => service::Request::Status,
     })

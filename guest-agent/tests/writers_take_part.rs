@@ -115,12 +115,14 @@ fn a_connected_writer_goes_through_a_whole_set() {
     bridge.send("identify", json!({}));
     writer.answer(
         "identify",
-        json!({"ok": true, "metadata": {"components": [1]}}),
+        json!({"ok": true, "metadata": {"class_id": "somebody-else", "restore_method": {"method": "CUSTOM"},
+            "components": [{"type": "database", "name": "orders"}]}}),
     );
     let identified = bridge.next();
     let info = &identified["return"]["writers"][0];
     assert_eq!(info["level"], "BACK_END");
-    assert_eq!(info["metadata"]["components"][0], 1);
+    assert_eq!(info["metadata"]["components"][0]["name"], "orders");
+    assert_eq!(info["metadata"]["class_id"], "test");
     send_prepare(&mut bridge);
     let event = writer.agree("prepare_backup");
     assert_eq!(event["backup_type"], "copy");
@@ -139,7 +141,11 @@ fn a_connected_writer_goes_through_a_whole_set() {
     assert_eq!(thawed["held"], true, "{thawed:#}");
     bridge.send("post_snapshot", json!({"set": "s", "kept": true}));
     writer.agree("post_snapshot");
-    writer.agree("backup_complete");
+    let said = bridge.next();
+    let state = &said["return"]["writers"][0]["state"];
+    assert_eq!(state, "WAITING_FOR_BACKUP_COMPLETE");
+    bridge.send("backup_complete", json!({"set": "s", "succeeded": true}));
+    assert_eq!(writer.agree("backup_complete")["succeeded"], true);
     assert_eq!(bridge.next()["return"]["writers"][0]["state"], "STABLE");
 }
 

@@ -10,8 +10,8 @@ pub use address::{AgentAddress, BadAddress};
 use crate::link::{Decode, Incoming, Link, LinkError};
 use guest_agent_wire::MESSAGE_BYTES_MAX;
 use guest_agent_wire::host::{
-    AgentError, Command, Frozen, Hello, Identified, Outcome, PROTOCOL_VERSION, PostSnapshot,
-    Prepared, Request, Response, Thawed,
+    AgentError, BackupComplete, Command, Frozen, Hello, Identified, Outcome, PROTOCOL_VERSION,
+    PostSnapshot, Prepared, Request, Response, Restore, Thawed, WritersSaid,
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -206,18 +206,56 @@ impl GuestClient {
         self.call("thaw", command, limit).await
     }
 
-    /// Tells writers the outcome.
+    /// Tells writers the verdict.
     ///
     /// # Errors
     /// See [`GuestError`].
     pub async fn post_snapshot(
         &self,
-        set: String,
-        kept: bool,
+        post: PostSnapshot,
         limit: Duration,
-    ) -> Result<PostSnapshot, GuestError> {
-        let command = Command::PostSnapshot { set, kept };
-        self.call("post_snapshot", command, limit).await
+    ) -> Result<WritersSaid, GuestError> {
+        self.call("post_snapshot", Command::PostSnapshot(post), limit)
+            .await
+    }
+
+    /// Tells writers what became of the backup.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn backup_complete(
+        &self,
+        outcome: BackupComplete,
+        limit: Duration,
+    ) -> Result<WritersSaid, GuestError> {
+        self.call("backup_complete", Command::BackupComplete(outcome), limit)
+            .await
+    }
+
+    /// Tells writers that their files will be replaced.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn pre_restore(
+        &self,
+        restore: Restore,
+        limit: Duration,
+    ) -> Result<WritersSaid, GuestError> {
+        self.call("pre_restore", Command::PreRestore(restore), limit)
+            .await
+    }
+
+    /// Tells the same writers how that went.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    pub async fn post_restore(
+        &self,
+        restore: Restore,
+        limit: Duration,
+    ) -> Result<WritersSaid, GuestError> {
+        self.call("post_restore", Command::PostRestore(restore), limit)
+            .await
     }
 
     /// Undoes the set.

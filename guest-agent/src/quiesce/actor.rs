@@ -6,9 +6,11 @@
 
 use super::cause::{Cause, error};
 use super::filesystems::{Choice, GRACE_MS, Held};
-use super::participant::{Participant, Step};
+use super::participant::Participant;
 use super::service::{Answer, Request, Service, Signal};
+use super::session::Incomplete;
 use super::state::{Effect, Event, Machine, Owner, Phase, Refusal};
+use super::step::Step;
 use super::writers::{LEVELS, OnFailure};
 use crate::clock::{Alarm, BootTime};
 use crate::filesystem::plan::Sources;
@@ -19,10 +21,10 @@ use crate::journal;
 use crate::writer::registry::Registry;
 use guest_agent_wire::host::{
     AgentError, ErrorCode, Failure, Freeze, Frozen, HOLD_MS_MAX, Hello, Identified,
-    PROTOCOL_VERSION, PostSnapshot, Prepare, Prepared, Status, Thawed, WRITER_MS_MAX, WriterInfo,
+    PROTOCOL_VERSION, Prepare, Prepared, Status, Thawed, WRITER_MS_MAX, WriterInfo,
 };
 use guest_agent_wire::types::BackupType;
-use guest_agent_wire::writer::Reply;
+use guest_agent_wire::writer::{self, Reply};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
@@ -67,6 +69,8 @@ pub(super) struct Set {
     pub(super) name: String,
     pub(super) disks: Vec<String>,
     pub(super) participants: Vec<Participant>,
+    /// Component mode: writers of which no component was picked. They have heard prepare-backup.
+    pub(super) left_out: Vec<Participant>,
     pub(super) filesystems: Vec<Held>,
     pub(super) hold_ms: u64,
     pub(super) writer_ms: u64,
@@ -98,8 +102,12 @@ pub struct Actor {
     pub(super) alarm: Arc<Alarm>,
     pub(super) set: Set,
     pub(super) memory: BTreeMap<String, WriterInfo>,
+    /// Sets that are kept and wait for their backup to be complete, oldest first.
+    pub(super) incomplete: Vec<Incomplete>,
+    /// Those whose requester has gone.
+    pub(super) orphans: Vec<Incomplete>,
     interrupt: Option<Cause>,
-    interruptible: bool,
+    pub(super) interruptible: bool,
     pub(super) next_event: u64,
     pub(super) pending: BTreeMap<u64, usize>,
     /// What was told about the last set that was undone.
@@ -147,6 +155,8 @@ impl Actor {
             alarm,
             set: Set::default(),
             memory: BTreeMap::new(),
+            incomplete: Vec::new(),
+            orphans: Vec::new(),
             interrupt: None,
             interruptible: false,
             next_event: 0,
@@ -158,6 +168,7 @@ impl Actor {
     /// Runs as long as the process.
     pub fn run(mut self) {
         loop {
+            self.shut_down_orphans();
             let signal = match self.later.pop_front() {
                 Some((request, answer)) => Signal::Request(request, answer),
                 None => match self.signals.recv() {
@@ -191,8 +202,17 @@ impl Actor {
                         self.broke(cause, true);
                     }
                 }
+                Signal::WriterReleased {
+                    instance_id,
+                    generation,
+                    why,
+                } => {
+                    if let Some(cause) = self.released_cause(&instance_id, generation, why) {
+                        self.broke(cause, true);
+                    }
+                }
                 // Answers that came too late for anybody.
-                Signal::Helper(_) | Signal::Writer(..) => {}
+                Signal::Helper(_) | Signal::Writer(..) | Signal::WriterProgress { .. } => {}
             }
         }
     }
@@ -225,6 +245,15 @@ impl Actor {
                     let cause = self.gone_cause(&instance_id);
                     self.interrupt = self.interrupt.take().or(cause);
                 }
+                Signal::WriterReleased {
+                    instance_id,
+                    generation,
+                    why,
+                } => {
+                    let cause = self.released_cause(&instance_id, generation, why);
+                    self.interrupt = self.interrupt.take().or(cause);
+                }
+                Signal::WriterProgress { instance_id } => self.progressed(&instance_id),
                 Signal::WindowOver => {
                     let cause = self.window_cause();
                     self.interrupt = self.interrupt.take().or(cause);
@@ -234,7 +263,8 @@ impl Actor {
     }
 
     fn request_while_busy(&mut self, request: Request, answer: Answer) {
-        let event = match event_of(&request) {
+        self.orphan_if_gone(&request);
+        let event = match self.event_of(&request) {
             Some(event) => event,
             None => {
                 answer(self.reply(&self.status()));
@@ -251,7 +281,10 @@ impl Actor {
                     | Request::Prepare(_)
                     | Request::Freeze(_)
                     | Request::Thaw { .. }
-                    | Request::PostSnapshot { .. }
+                    | Request::PostSnapshot(_)
+                    | Request::BackupComplete(_)
+                    | Request::PreRestore(_)
+                    | Request::PostRestore(_)
                     | Request::Status
                     | Request::QgaFreeze { .. }
                     | Request::QgaThaw => Cause::Aborted("thawed before it was frozen".to_owned()),
@@ -277,14 +310,16 @@ impl Actor {
     }
 
     /// Asks the machine, and tells everybody whether anything is frozen now.
-    fn step(&mut self, event: &Event) -> Result<Effect, Refusal> {
+    pub(super) fn step(&mut self, event: &Event) -> Result<Effect, Refusal> {
         let effect = self.machine.step(event);
         self.service.publish(self.machine.phase().is_frozen());
         effect
     }
 
     fn request(&mut self, request: Request, answer: Answer) {
-        let effect = match event_of(&request).map(|event| self.step(&event)) {
+        self.orphan_if_gone(&request);
+        let event = self.event_of(&request);
+        let effect = match event.map(|event| self.step(&event)) {
             None => {
                 answer(self.reply(&self.status()));
                 return;
@@ -308,7 +343,10 @@ impl Actor {
                 self.unwind_if(effect, || Cause::HostGone);
                 answer(Ok(json!({})));
             }
-            Request::Abort { reason, .. } => {
+            Request::Abort { set, reason } => {
+                if effect == Effect::Run {
+                    self.give_up(&set, &reason);
+                }
                 self.unwind_if(effect, || Cause::Aborted(reason));
                 answer(Ok(json!({})));
             }
@@ -328,8 +366,23 @@ impl Actor {
                 let thawed = self.thaw();
                 self.settle(Ok(thawed), answer);
             }
-            Request::PostSnapshot { kept, .. } => {
-                let said = self.finish(kept, None);
+            Request::PostSnapshot(post) => {
+                let said = self.finish(&post);
+                self.settle(Ok(said), answer);
+            }
+            Request::BackupComplete(outcome) => match self.complete(&outcome) {
+                Some(said) => self.settle(Ok(said), answer),
+                None => {
+                    self.done();
+                    answer(Err(self.refused(&Refusal::NotFound)));
+                }
+            },
+            Request::PreRestore(restore) => {
+                let said = self.pre_restore(&restore);
+                self.settle(said, answer);
+            }
+            Request::PostRestore(restore) => {
+                let said = self.post_restore(&restore);
                 self.settle(Ok(said), answer);
             }
             Request::QgaFreeze { only } => self.qga_freeze(only, answer),
@@ -353,7 +406,7 @@ impl Actor {
         self.revive_helper();
     }
 
-    fn done(&mut self) {
+    pub(super) fn done(&mut self) {
         self.interruptible = false;
         // An event that comes after the last wait of an operation finds the machine in its next phase.
         self.step(&Event::Done).map(drop).unwrap_or(());
@@ -469,6 +522,10 @@ impl Actor {
 
     fn prepare(&mut self, prepare: &Prepare) -> Result<Prepared, Cause> {
         self.interruptible = true;
+        if self.is_incomplete(&prepare.set) {
+            let why = "a set of this name waits for its backup to be complete";
+            return Err(Cause::BadRequest(why.to_owned()));
+        }
         let until = BootTime::now().plus_ms(prepare.limit_ms);
         self.set = Set {
             name: prepare.set.clone(),
@@ -476,12 +533,19 @@ impl Actor {
             ..Set::default()
         };
         self.enlist(&prepare.exclude_writers)?;
-        let who = self.everyone();
-        let step = Step::PrepareBackup {
+        self.select(prepare)?;
+        let step = Step::PrepareBackup(writer::PrepareBackup {
+            set: prepare.set.clone(),
             backup_type: prepare.backup_type,
+            component_mode: prepare.component_mode,
+            components: Vec::new(),
+            partial_files: prepare.partial_files,
+            bootable_system_state: prepare.bootable_system_state,
             disks: prepare.disks.clone(),
-        };
-        self.round(&who, &step, Some(until), OnFailure::Stop)?;
+        });
+        self.round(&self.everyone(), &step, Some(until), OnFailure::Stop)?;
+        self.leave_out();
+        let who = self.everyone();
         self.round(&who, &Step::PrepareSnapshot, Some(until), OnFailure::Stop)?;
         let start = BootTime::now();
         let all = Choice {
@@ -494,6 +558,7 @@ impl Actor {
         self.close_filesystems();
         Ok(Prepared {
             writers: self.writer_reports(LEVELS.into_iter()),
+            left_out: self.set.left_out.iter().map(Participant::report).collect(),
             sync_ms: BootTime::now().ms_since(start),
         })
     }
@@ -563,30 +628,12 @@ impl Actor {
             })
     }
 
-    fn finish(&mut self, kept: bool, until: Option<BootTime>) -> PostSnapshot {
-        self.interruptible = false;
-        if kept {
-            let who = self.everyone();
-            for step in [Step::PostSnapshot, Step::BackupComplete] {
-                // The snapshot is there; a writer's failure now stands in its report.
-                self.round(&who, &step, until, OnFailure::GoOn)
-                    .unwrap_or(());
-            }
-        } else {
-            self.abort_writers("the set was not kept");
-        }
-        PostSnapshot {
-            writers: self.writer_reports(LEVELS.into_iter()),
-        }
-    }
-
     fn qga_freeze(&mut self, only: Option<Vec<String>>, answer: Answer) {
         let prepare = Prepare {
             set: QGA_SET.to_owned(),
             backup_type: BackupType::Copy,
-            disks: Vec::new(),
-            exclude_writers: Vec::new(),
             limit_ms: QGA_PREPARE_MS,
+            ..Prepare::default()
         };
         let freeze = Freeze {
             set: QGA_SET.to_owned(),
@@ -623,7 +670,7 @@ impl Actor {
             let event = Event::Finish(Owner::Qga, QGA_SET.to_owned());
             if self.step(&event) == Ok(Effect::Run) {
                 let until = BootTime::now().plus_ms(QGA_FINISH_MS);
-                self.finish(true, Some(until));
+                self.finish_without_requester(QGA_SET, until);
                 self.done();
             }
         } else {
@@ -645,8 +692,31 @@ impl Actor {
             hold_left_ms: left.map_or(0, |left| {
                 u64::try_from(left.as_millis()).unwrap_or(u64::MAX)
             }),
+            incomplete: self.incomplete.iter().map(|set| set.name.clone()).collect(),
             writers: self.writer_infos(),
         }
+    }
+
+    /// What the machine must decide about a request; `None` if it is always allowed.
+    fn event_of(&self, request: &Request) -> Option<Event> {
+        let qga = || QGA_SET.to_owned();
+        let native = Owner::Native;
+        Some(match request {
+            Request::Hello { .. } | Request::HostGone => Event::AbortAll(native),
+            Request::Identify => Event::Identify,
+            Request::Prepare(prepare) => Event::Begin(native, prepare.set.clone()),
+            Request::Freeze(freeze) => Event::Freeze(native, freeze.set.clone()),
+            Request::Thaw { set, generation } => Event::Thaw(native, set.clone(), *generation),
+            Request::PostSnapshot(post) => Event::Finish(native, post.set.clone()),
+            Request::BackupComplete(_) => Event::Complete,
+            Request::PreRestore(restore) => Event::Restore(restore.set.clone()),
+            Request::PostRestore(restore) => Event::Restored(restore.set.clone()),
+            Request::Abort { set, .. } if self.is_incomplete(set) => Event::Complete,
+            Request::Abort { set, .. } => Event::Abort(native, set.clone()),
+            Request::QgaFreeze { .. } => Event::Begin(Owner::Qga, qga()),
+            Request::QgaThaw => Event::Thaw(Owner::Qga, qga(), 0),
+            Request::Status => return None,
+        })
     }
 
     fn reply<T: Serialize>(&self, value: &T) -> Result<Value, AgentError> {
@@ -683,23 +753,6 @@ impl Actor {
             }
         }
     }
-}
-
-/// What the machine must decide about a request; `None` if it is always allowed.
-fn event_of(request: &Request) -> Option<Event> {
-    let qga = || QGA_SET.to_owned();
-    Some(match request {
-        Request::Hello { .. } | Request::HostGone => Event::AbortAll(Owner::Native),
-        Request::Identify => Event::Identify,
-        Request::Prepare(prepare) => Event::Begin(Owner::Native, prepare.set.clone()),
-        Request::Freeze(freeze) => Event::Freeze(Owner::Native, freeze.set.clone()),
-        Request::Thaw { set, generation } => Event::Thaw(Owner::Native, set.clone(), *generation),
-        Request::PostSnapshot { set, .. } => Event::Finish(Owner::Native, set.clone()),
-        Request::Abort { set, .. } => Event::Abort(Owner::Native, set.clone()),
-        Request::QgaFreeze { .. } => Event::Begin(Owner::Qga, qga()),
-        Request::QgaThaw => Event::Thaw(Owner::Qga, qga(), 0),
-        Request::Status => return None,
-    })
 }
 
 fn hello(versions: &[u32]) -> Result<Value, AgentError> {

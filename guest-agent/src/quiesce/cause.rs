@@ -56,6 +56,17 @@ pub enum Cause {
         /// Its name.
         name: String,
     },
+    /// A writer resumed while it was frozen.
+    #[error("writer {name} resumed before the thaw: {why}")]
+    WriterReleased {
+        /// Its name.
+        name: String,
+        /// What it said.
+        why: String,
+    },
+    /// The host asked for what is not there.
+    #[error("{0}")]
+    BadRequest(String),
     /// The helper process died.
     #[error("the helper that held the file systems died")]
     HelperDied,
@@ -82,7 +93,9 @@ impl Cause {
             Self::DeadMan { .. }
             | Self::WindowOver { .. }
             | Self::WriterGone { .. }
+            | Self::WriterReleased { .. }
             | Self::HelperDied => ErrorCode::HoldBroken,
+            Self::BadRequest(_) => ErrorCode::BadRequest,
             Self::HostGone | Self::Aborted(_) => ErrorCode::SetNotFound,
             Self::Internal(_) => ErrorCode::Internal,
         }
@@ -93,21 +106,26 @@ impl Cause {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Veto { failure, .. } => match failure.code {
-                WriterFailure::Nonretryable | WriterFailure::Inconsistentsnapshot => false,
+                WriterFailure::Nonretryable
+                | WriterFailure::Inconsistentsnapshot
+                | WriterFailure::RecoveryFailed => false,
                 WriterFailure::Retryable
                 | WriterFailure::Outofresources
                 | WriterFailure::Timeout
-                | WriterFailure::NotResponding => true,
+                | WriterFailure::PartialFailure
+                | WriterFailure::NotResponding
+                | WriterFailure::StatusNotAvailable => true,
             },
             Self::NotResponding { .. }
             | Self::FlushTimeout { .. }
             | Self::DeadMan { .. }
             | Self::WindowOver { .. }
             | Self::WriterGone { .. }
+            | Self::WriterReleased { .. }
             | Self::HelperDied
             | Self::HostGone
             | Self::Aborted(_) => true,
-            Self::FreezeFailed { .. } | Self::Internal(_) => false,
+            Self::FreezeFailed { .. } | Self::BadRequest(_) | Self::Internal(_) => false,
         }
     }
 

@@ -2,119 +2,19 @@
 //!
 //! Owned by `actor`; changed by `writers`.
 
+use super::cause::Cause;
+use super::step::Step;
 use crate::clock::BootTime;
-use crate::writer::Writer;
+use crate::writer::{Writer, failure};
+use guest_agent_wire::components::{
+    ComponentOutcome, ComponentReply, RestoreComponent, SelectedComponent,
+};
 use guest_agent_wire::host::{Failure, WriterInfo, WriterReport};
-use guest_agent_wire::types::{BackupType, Hold, WriterState};
-use guest_agent_wire::writer::{EventKind, Reply};
+use guest_agent_wire::metadata::Metadata;
+use guest_agent_wire::types::{Hold, WriterFailure, WriterState};
+use guest_agent_wire::writer::Reply;
 use serde_json::Value;
 use std::sync::Arc;
-
-/// A step in a writer's life (an event of the writer protocol).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Step {
-    Identify,
-    PrepareBackup {
-        backup_type: BackupType,
-        disks: Vec<String>,
-    },
-    PrepareSnapshot,
-    Freeze {
-        generation: u64,
-        hold_ms: u64,
-    },
-    Thaw {
-        generation: u64,
-    },
-    PostSnapshot,
-    BackupComplete,
-    Abort {
-        reason: String,
-    },
-}
-
-impl Step {
-    /// The event to send.
-    pub(super) fn event(&self, set: &str, participant: &Participant) -> EventKind {
-        let set = set.to_owned();
-        match self {
-            Self::Identify => EventKind::Identify {},
-            Self::PrepareBackup { backup_type, disks } => EventKind::PrepareBackup {
-                set,
-                backup_type: *backup_type,
-                disks: disks.clone(),
-            },
-            Self::PrepareSnapshot => EventKind::PrepareSnapshot { set },
-            Self::Freeze {
-                generation,
-                hold_ms,
-            } => EventKind::Freeze {
-                set,
-                generation: *generation,
-                hold_ms: participant.window_ms(*hold_ms),
-            },
-            Self::Thaw { generation } => EventKind::Thaw {
-                set,
-                generation: *generation,
-            },
-            Self::PostSnapshot => EventKind::PostSnapshot { set },
-            Self::BackupComplete => EventKind::BackupComplete { set },
-            Self::Abort { reason } => EventKind::Abort {
-                set,
-                reason: reason.clone(),
-            },
-        }
-    }
-
-    /// Time for the answer, milliseconds, before the caller's own limit is applied.
-    pub(super) fn limit_ms(&self, participant: &Participant) -> u64 {
-        match self {
-            Self::Identify => 30_000,
-            Self::PrepareBackup { .. } | Self::PrepareSnapshot | Self::PostSnapshot => 600_000,
-            Self::Freeze { hold_ms, .. } => participant.window_ms(*hold_ms),
-            Self::Thaw { .. } | Self::Abort { .. } => 10_000,
-            Self::BackupComplete => 60_000,
-        }
-    }
-
-    /// For the log.
-    pub(super) fn name(&self) -> &'static str {
-        match self {
-            Self::Identify => "identify",
-            Self::PrepareBackup { .. } => "prepare_backup",
-            Self::PrepareSnapshot => "prepare_snapshot",
-            Self::Freeze { .. } => "freeze",
-            Self::Thaw { .. } => "thaw",
-            Self::PostSnapshot => "post_snapshot",
-            Self::BackupComplete => "backup_complete",
-            Self::Abort { .. } => "abort",
-        }
-    }
-
-    fn succeeded(&self) -> WriterState {
-        match self {
-            Self::Identify | Self::BackupComplete | Self::Abort { .. } => WriterState::Stable,
-            Self::PrepareBackup { .. } | Self::PrepareSnapshot => WriterState::WaitingForFreeze,
-            Self::Freeze { .. } => WriterState::WaitingForThaw,
-            Self::Thaw { .. } => WriterState::WaitingForPostSnapshot,
-            Self::PostSnapshot => WriterState::WaitingForBackupComplete,
-        }
-    }
-
-    fn failed(&self) -> WriterState {
-        match self {
-            Self::Identify => WriterState::FailedAtIdentify,
-            Self::PrepareBackup { .. } => WriterState::FailedAtPrepareBackup,
-            Self::PrepareSnapshot => WriterState::FailedAtPrepareSnapshot,
-            Self::Freeze { .. } => WriterState::FailedAtFreeze,
-            Self::Thaw { .. } => WriterState::FailedAtThaw,
-            Self::PostSnapshot => WriterState::FailedAtPostSnapshot,
-            Self::BackupComplete => WriterState::FailedAtBackupComplete,
-            // The failure that led to the abort is worth more than that of the abort.
-            Self::Abort { .. } => WriterState::Unknown,
-        }
-    }
-}
 
 /// A writer in a set.
 pub(super) struct Participant {
@@ -122,7 +22,17 @@ pub(super) struct Participant {
     pub(super) state: WriterState,
     pub(super) failure: Option<Failure>,
     pub(super) held: Option<bool>,
-    pub(super) metadata: Value,
+    pub(super) metadata: Option<Box<Metadata>>,
+    /// Components that the requester picked.
+    pub(super) selected: Vec<SelectedComponent>,
+    /// Component mode, and none of its components was picked: it hears prepare-backup and nothing more.
+    pub(super) is_left_out: bool,
+    /// What became of its components.
+    pub(super) outcomes: Vec<ComponentOutcome>,
+    /// What is restored of it.
+    pub(super) restore: Vec<RestoreComponent>,
+    /// What it said of its components.
+    components: Vec<ComponentReply>,
     evidence: Value,
     frozen_evidence: Value,
     took_us: u64,
@@ -134,6 +44,8 @@ pub(super) struct Participant {
     pub(super) asked: Option<BootTime>,
     /// When its answer is late.
     pub(super) deadline: Option<BootTime>,
+    /// What a word of progress makes of the deadline: so many milliseconds, but not beyond this time.
+    patience: Option<(u64, Option<BootTime>)>,
 }
 
 impl Participant {
@@ -143,7 +55,12 @@ impl Participant {
             state: WriterState::Stable,
             failure: None,
             held: None,
-            metadata: Value::Null,
+            metadata: None,
+            selected: Vec::new(),
+            is_left_out: false,
+            outcomes: Vec::new(),
+            restore: Vec::new(),
+            components: Vec::new(),
             evidence: Value::Null,
             frozen_evidence: Value::Null,
             took_us: 0,
@@ -151,7 +68,50 @@ impl Participant {
             frozen_since: None,
             asked: None,
             deadline: None,
+            patience: None,
         }
+    }
+
+    /// With what is remembered of it.
+    pub(super) fn remembered(writer: Arc<dyn Writer>, known: Option<&WriterInfo>) -> Self {
+        let mut participant = Self::new(writer);
+        if let Some(known) = known {
+            participant.state = known.state;
+            participant.failure.clone_from(&known.last_failure);
+            participant.metadata.clone_from(&known.metadata);
+        }
+        participant
+    }
+
+    /// A new set begins; what became of the last one is told no longer.
+    pub(super) fn begin_set(&mut self) {
+        self.state = WriterState::Stable;
+        self.failure = None;
+    }
+
+    /// The requester picked these components, which must be in the document as far as it is known.
+    pub(super) fn select(&mut self, picked: &[SelectedComponent]) -> Result<(), Cause> {
+        for component in picked {
+            let (path, name) = (&component.logical_path, &component.name);
+            if let Some(metadata) = &self.metadata
+                && metadata.component(path, name).is_none()
+            {
+                let writer = self.name();
+                let why = format!("writer {writer} has no component {name:?} at {path:?}");
+                return Err(Cause::BadRequest(why));
+            }
+        }
+        self.selected.extend_from_slice(picked);
+        self.is_left_out &= picked.is_empty();
+        Ok(())
+    }
+
+    /// A requester calls it so.
+    pub(super) fn is_called(&self, name: &str) -> bool {
+        let identity = self.writer.identity();
+        [&identity.instance_id, &identity.class_id, &identity.name]
+            .into_iter()
+            .any(|own| own == name)
     }
 
     pub(super) fn name(&self) -> String {
@@ -163,22 +123,38 @@ impl Participant {
         self.writer.identity().freeze_timeout_ms.min(hold_ms)
     }
 
-    /// An event has been sent.
-    pub(super) fn sent(&mut self, step: &Step, now: BootTime, deadline: BootTime) {
+    /// An event has been sent. It is answered in so many milliseconds, and in any case `until` then.
+    pub(super) fn sent(&mut self, step: &Step, now: BootTime, until: Option<BootTime>) -> BootTime {
+        let limit_ms = step.limit_ms(self);
+        let own = now.plus_ms(limit_ms);
+        let deadline = until.map_or(own, |until| until.min(own));
         self.asked = Some(now);
         self.deadline = Some(deadline);
+        self.patience = step.is_prepare().then_some((limit_ms, until));
         self.evidence = Value::Null;
         match step {
             Step::Freeze { .. } => self.frozen_since = Some(now),
             Step::Thaw { .. } | Step::Abort { .. } => self.frozen_since = None,
             Step::Identify
-            | Step::PrepareBackup { .. }
+            | Step::PrepareBackup(_)
             | Step::PrepareSnapshot
-            | Step::PostSnapshot
-            | Step::BackupComplete => {}
+            | Step::PostSnapshot(_)
+            | Step::BackupComplete(_)
+            | Step::BackupShutdown
+            | Step::PreRestore
+            | Step::PostRestore => {}
         }
         if *step != Step::Identify {
             self.is_involved = true;
+        }
+        deadline
+    }
+
+    /// It says that it is at work.
+    pub(super) fn progressed(&mut self) {
+        if let (Some(_), Some((limit_ms, until))) = (self.asked, self.patience) {
+            let own = BootTime::now().plus_ms(limit_ms);
+            self.deadline = Some(until.map_or(own, |until| until.min(own)));
         }
     }
 
@@ -194,16 +170,26 @@ impl Participant {
         let reply = match answer {
             Ok(reply) if reply.ok => reply,
             Ok(reply) => {
-                let code = reply
-                    .code
-                    .unwrap_or(guest_agent_wire::types::WriterFailure::Nonretryable);
-                return Some(self.fail(step, crate::writer::failure(code, reply.message)));
+                self.add(reply.components);
+                let code = reply.code.unwrap_or(WriterFailure::Nonretryable);
+                return Some(self.fail(step, failure(code, reply.message)));
             }
             Err(failure) => return Some(self.fail(step, failure)),
         };
         self.evidence = reply.evidence;
+        self.add(reply.components);
         match step {
-            Step::Identify => self.metadata = reply.metadata,
+            Step::Identify => {
+                if let Err(why) = self.identified(reply.metadata) {
+                    let why = format!("metadata document: {why}");
+                    return Some(self.fail(step, failure(WriterFailure::Nonretryable, why)));
+                }
+                // What became of the last set is still to be told.
+                if self.state != WriterState::FailedAtIdentify {
+                    return None;
+                }
+                self.failure = None;
+            }
             Step::Freeze { .. } => self.frozen_evidence = self.evidence.clone(),
             Step::Thaw { .. } => {
                 if let Err(failure) = self.check_hold(reply.held) {
@@ -212,14 +198,61 @@ impl Participant {
                 self.held = Some(true);
             }
             Step::Abort { .. } if self.failure.is_some() => return None,
-            Step::PrepareBackup { .. }
+            // A failure after the snapshot is still to be told when the backup is complete.
+            Step::BackupComplete(_) | Step::BackupShutdown if self.failure.is_some() => {
+                return None;
+            }
+            Step::PrepareBackup(_) if self.is_left_out => {
+                self.state = WriterState::Stable;
+                return None;
+            }
+            Step::PrepareBackup(_)
             | Step::PrepareSnapshot
-            | Step::PostSnapshot
-            | Step::BackupComplete
+            | Step::PostSnapshot(_)
+            | Step::BackupComplete(_)
+            | Step::BackupShutdown
+            | Step::PreRestore
+            | Step::PostRestore
             | Step::Abort { .. } => {}
         }
         self.state = step.succeeded();
         None
+    }
+
+    fn identified(&mut self, said: Value) -> Result<(), String> {
+        let mut metadata: Metadata = match said {
+            Value::Null => Metadata::default(),
+            said => serde_json::from_value(said).map_err(|error| error.to_string())?,
+        };
+        metadata.check().map_err(|error| error.to_string())?;
+        // A document cannot speak for another writer.
+        let identity = self.writer.identity();
+        metadata.class_id.clone_from(&identity.class_id);
+        metadata.instance_id.clone_from(&identity.instance_id);
+        metadata.name.clone_from(&identity.name);
+        self.metadata = Some(Box::new(metadata));
+        Ok(())
+    }
+
+    /// Adds what it said of its components to what it said before.
+    fn add(&mut self, said: Vec<ComponentReply>) {
+        for reply in said {
+            let known = self.components.iter_mut().find(|known| {
+                (&known.logical_path, &known.name) == (&reply.logical_path, &reply.name)
+            });
+            let Some(known) = known else {
+                self.components.push(reply);
+                continue;
+            };
+            known.stamp = reply.stamp.or(known.stamp.take());
+            if !reply.metadata.is_null() {
+                known.metadata = reply.metadata;
+            }
+            known.partial_files.extend(reply.partial_files);
+            known.differenced_files.extend(reply.differenced_files);
+            known.target = reply.target.or(known.target);
+            known.failure = reply.failure.or(known.failure.take());
+        }
     }
 
     /// Nobody is taken to have held who does not say so, nor an application whose own evidence changed meanwhile.
@@ -232,8 +265,7 @@ impl Participant {
         } else {
             return Ok(());
         };
-        let code = guest_agent_wire::types::WriterFailure::Retryable;
-        Err(crate::writer::failure(code, why))
+        Err(failure(WriterFailure::Retryable, why))
     }
 
     fn fail(&mut self, step: &Step, failure: Failure) -> Failure {
@@ -263,6 +295,7 @@ impl Participant {
             state: self.state,
             held: self.held,
             evidence: self.evidence.clone(),
+            components: self.components.clone(),
             failure: self.failure.clone(),
             took_ms: self.took_us / 1_000,
         }

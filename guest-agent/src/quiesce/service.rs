@@ -3,7 +3,9 @@
 //! Cheap to clone. Every method returns at once; answers come by the closure that goes along.
 
 use crate::hold::client::FromHelper;
-use guest_agent_wire::host::{AgentError, Failure, Freeze, Prepare};
+use guest_agent_wire::host::{
+    AgentError, BackupComplete, Failure, Freeze, PostSnapshot, Prepare, Restore,
+};
 use guest_agent_wire::writer::Reply;
 use serde_json::Value;
 use std::sync::Arc;
@@ -34,13 +36,14 @@ pub enum Request {
         /// Its generation.
         generation: u64,
     },
-    /// The verdict on a native set.
-    PostSnapshot {
-        /// The set.
-        set: String,
-        /// It is kept.
-        kept: bool,
-    },
+    /// See [`PostSnapshot`].
+    PostSnapshot(PostSnapshot),
+    /// See [`BackupComplete`].
+    BackupComplete(BackupComplete),
+    /// Open a restore; see [`Restore`].
+    PreRestore(Restore),
+    /// End it.
+    PostRestore(Restore),
     /// End a native set.
     Abort {
         /// The set.
@@ -74,6 +77,20 @@ pub enum Signal {
         /// Its instance id.
         instance_id: String,
     },
+    /// A connected writer is at work on the event that it was sent.
+    WriterProgress {
+        /// Its instance id.
+        instance_id: String,
+    },
+    /// A connected writer has resumed by itself.
+    WriterReleased {
+        /// Its instance id.
+        instance_id: String,
+        /// The hold that it means.
+        generation: u64,
+        /// Why.
+        why: String,
+    },
     /// The alarm of the writers' windows rang.
     WindowOver,
 }
@@ -85,6 +102,10 @@ impl std::fmt::Debug for Signal {
             Self::Helper(message) => message.fmt(out),
             Self::Writer(number, answer) => write!(out, "Writer({number}, {answer:?})"),
             Self::WriterGone { instance_id } => write!(out, "WriterGone({instance_id})"),
+            Self::WriterProgress { instance_id } => write!(out, "WriterProgress({instance_id})"),
+            Self::WriterReleased { instance_id, .. } => {
+                write!(out, "WriterReleased({instance_id})")
+            }
             Self::WindowOver => out.write_str("WindowOver"),
         }
     }

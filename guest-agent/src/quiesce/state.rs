@@ -10,7 +10,13 @@
 //!    |   Identifying   |                |         |                |       |              |
 //!    +-----------------+----------------+---------+----------------+-------+--------------+
 //!         failed, abort, host lost, hold broken: everything is thawed, every writer aborted
+//!
+//!           restore                restored                              complete
+//!   Idle ------------> PreRestoring -> Restoring -> PostRestoring -> Idle ---------> Completing -> Idle
 //! ```
+//!
+//! A set that waits for its backup to be complete is not open here: another one may begin. `Completing` is what its writers
+//! hear in the end.
 //!
 //! A phase in `-ing` is an operation that the actor is busy with: what ends the set interrupts it, or waits for its end when
 //! it is short and thaws anyway. In the other phases the actor is free and unwinds at once.
@@ -45,6 +51,14 @@ pub enum Phase {
     Thawed,
     /// Writers hear the verdict.
     Finishing,
+    /// None is open; writers of a set that was kept hear what became of its backup.
+    Completing,
+    /// Writers are told that files will be replaced.
+    PreRestoring,
+    /// Files may be replaced.
+    Restoring,
+    /// Writers are told that files were replaced.
+    PostRestoring,
 }
 
 impl Phase {
@@ -56,8 +70,11 @@ impl Phase {
             | Self::Preparing
             | Self::Freezing
             | Self::Thawing
-            | Self::Finishing => true,
-            Self::Idle | Self::Prepared | Self::Frozen | Self::Thawed => false,
+            | Self::Finishing
+            | Self::Completing
+            | Self::PreRestoring
+            | Self::PostRestoring => true,
+            Self::Idle | Self::Prepared | Self::Frozen | Self::Thawed | Self::Restoring => false,
         }
     }
 
@@ -81,6 +98,12 @@ pub enum Event {
     Thaw(Owner, String, u64),
     /// The verdict is known.
     Finish(Owner, String),
+    /// Tell the writers of a kept set what became of its backup.
+    Complete,
+    /// Open a restore.
+    Restore(String),
+    /// End it.
+    Restored(String),
     /// End the set, if it is open and of this owner.
     Abort(Owner, String),
     /// End whatever set this owner has open.
@@ -175,51 +198,40 @@ impl Machine {
     #[must_use]
     pub fn open(&self) -> Option<(Owner, &str)> {
         match self.phase {
-            Phase::Idle | Phase::Identifying => None,
+            Phase::Idle | Phase::Identifying | Phase::Completing => None,
             Phase::Preparing
             | Phase::Prepared
             | Phase::Freezing
             | Phase::Frozen
             | Phase::Thawing
             | Phase::Thawed
-            | Phase::Finishing => Some((self.owner, &self.set)),
+            | Phase::Finishing
+            | Phase::PreRestoring
+            | Phase::Restoring
+            | Phase::PostRestoring => Some((self.owner, &self.set)),
         }
     }
 
     /// Takes an event.
     pub fn step(&mut self, event: &Event) -> Result<Effect, Refusal> {
         match event {
-            Event::Identify => match self.phase {
-                Phase::Idle => self.run(Phase::Identifying),
-                Phase::Identifying => Ok(Effect::Later),
-                Phase::Preparing
-                | Phase::Prepared
-                | Phase::Freezing
-                | Phase::Frozen
-                | Phase::Thawing
-                | Phase::Thawed
-                | Phase::Finishing => Err(Refusal::InProgress),
-            },
-            Event::Begin(owner, set) => match self.phase {
-                Phase::Idle => {
-                    self.owner = *owner;
-                    self.set.clone_from(set);
-                    self.broken = None;
-                    self.run(Phase::Preparing)
-                }
-                Phase::Identifying => Ok(Effect::Later),
+            Event::Identify => self.from_idle(Phase::Identifying),
+            Event::Begin(owner, set) => {
                 // Its client has had the answer to the thaw and cannot know that writers still hear the rest.
-                Phase::Finishing if (self.owner, *owner) == (Owner::Qga, Owner::Qga) => {
-                    Ok(Effect::Later)
+                let is_unaware = (self.owner, *owner) == (Owner::Qga, Owner::Qga);
+                if self.phase == Phase::Finishing && is_unaware {
+                    return Ok(Effect::Later);
                 }
-                Phase::Preparing
-                | Phase::Prepared
-                | Phase::Freezing
-                | Phase::Frozen
-                | Phase::Thawing
-                | Phase::Thawed
-                | Phase::Finishing => Err(Refusal::InProgress),
-            },
+                self.begin(Phase::Preparing, *owner, set)
+            }
+            Event::Restore(set) => self.begin(Phase::PreRestoring, Owner::Native, set),
+            Event::Restored(set) => {
+                self.expect(Owner::Native, set, Phase::Restoring)?;
+                self.run(Phase::PostRestoring)
+            }
+            // It may be the very set that is about to be kept.
+            Event::Complete if self.phase == Phase::Finishing => Ok(Effect::Later),
+            Event::Complete => self.from_idle(Phase::Completing),
             Event::Freeze(owner, set) => {
                 self.expect(*owner, set, Phase::Prepared)?;
                 self.generation += 1;
@@ -259,6 +271,34 @@ impl Machine {
                 Ok(Effect::Nothing)
             }
         }
+    }
+
+    /// Starts an operation that needs nothing but that none is open; after another such one if need be.
+    fn from_idle(&mut self, phase: Phase) -> Result<Effect, Refusal> {
+        match self.phase {
+            Phase::Idle => self.run(phase),
+            Phase::Identifying | Phase::Completing => Ok(Effect::Later),
+            Phase::Preparing
+            | Phase::Prepared
+            | Phase::Freezing
+            | Phase::Frozen
+            | Phase::Thawing
+            | Phase::Thawed
+            | Phase::Finishing
+            | Phase::PreRestoring
+            | Phase::Restoring
+            | Phase::PostRestoring => Err(Refusal::InProgress),
+        }
+    }
+
+    fn begin(&mut self, phase: Phase, owner: Owner, set: &str) -> Result<Effect, Refusal> {
+        let effect = self.from_idle(phase)?;
+        if effect == Effect::Run {
+            self.owner = owner;
+            set.clone_into(&mut self.set);
+            self.broken = None;
+        }
+        Ok(effect)
     }
 
     fn run(&mut self, phase: Phase) -> Result<Effect, Refusal> {
@@ -307,10 +347,14 @@ impl Machine {
     fn end(&self) -> Effect {
         match self.phase {
             Phase::Idle => Effect::Nothing,
-            Phase::Identifying | Phase::Preparing | Phase::Freezing => Effect::Interrupt,
-            // Short, and it thaws what is frozen.
-            Phase::Thawing | Phase::Finishing => Effect::Later,
-            Phase::Prepared | Phase::Frozen | Phase::Thawed => Effect::Unwind,
+            Phase::Identifying | Phase::Preparing | Phase::Freezing | Phase::PreRestoring => {
+                Effect::Interrupt
+            }
+            // Short, and it thaws what is frozen, or ends the restore.
+            Phase::Thawing | Phase::Finishing | Phase::Completing | Phase::PostRestoring => {
+                Effect::Later
+            }
+            Phase::Prepared | Phase::Frozen | Phase::Thawed | Phase::Restoring => Effect::Unwind,
         }
     }
 
@@ -330,7 +374,11 @@ impl Machine {
                 | Phase::Prepared
                 | Phase::Thawing
                 | Phase::Thawed
-                | Phase::Finishing,
+                | Phase::Finishing
+                | Phase::Completing
+                | Phase::PreRestoring
+                | Phase::Restoring
+                | Phase::PostRestoring,
                 _,
             ) => Effect::Nothing,
         }
@@ -338,7 +386,12 @@ impl Machine {
 
     fn after(&self) -> Phase {
         match self.phase {
-            Phase::Identifying | Phase::Finishing | Phase::Idle => Phase::Idle,
+            Phase::Identifying
+            | Phase::Finishing
+            | Phase::Completing
+            | Phase::PostRestoring
+            | Phase::Idle => Phase::Idle,
+            Phase::PreRestoring | Phase::Restoring => Phase::Restoring,
             Phase::Preparing | Phase::Prepared => Phase::Prepared,
             Phase::Freezing | Phase::Frozen => Phase::Frozen,
             Phase::Thawing | Phase::Thawed => Phase::Thawed,

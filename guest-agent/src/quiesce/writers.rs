@@ -5,12 +5,13 @@
 
 use super::actor::{Actor, Heard};
 use super::cause::Cause;
-use super::participant::{Participant, Step};
+use super::participant::Participant;
 use super::service::Signal;
+use super::step::Step;
 use crate::clock::BootTime;
 use crate::journal;
 use crate::writer::failure;
-use guest_agent_wire::host::{Failure, WriterInfo, WriterReport};
+use guest_agent_wire::host::{Failure, Prepare, WriterInfo, WriterReport};
 use guest_agent_wire::types::{Level, WriterFailure};
 use guest_agent_wire::writer::Reply;
 
@@ -38,7 +39,10 @@ impl Actor {
                 let names = [&identity.class_id, &identity.instance_id, &identity.name];
                 !exclude.iter().any(|excluded| names.contains(&excluded))
             })
-            .map(Participant::new)
+            .map(|writer| {
+                let known = self.memory.get(&writer.identity().instance_id);
+                Participant::remembered(writer, known)
+            })
             .collect();
         match refused
             .into_iter()
@@ -50,6 +54,39 @@ impl Actor {
             }),
             None => Ok(()),
         }
+    }
+
+    /// Notes which components the requester picked. One that is not there, or whose writer is not, refuses the set: nobody
+    /// would ask for it.
+    pub(super) fn select(&mut self, prepare: &Prepare) -> Result<(), Cause> {
+        for participant in &mut self.set.participants {
+            participant.begin_set();
+            participant.is_left_out = prepare.component_mode;
+        }
+        if !prepare.component_mode && !prepare.components.is_empty() {
+            let why = "components are picked in component mode alone";
+            return Err(Cause::BadRequest(why.to_owned()));
+        }
+        for picked in &prepare.components {
+            let found = self.set.participants.iter_mut();
+            let mut is_there = false;
+            for participant in found.filter(|participant| participant.is_called(&picked.writer)) {
+                is_there = true;
+                participant.select(&picked.components)?;
+            }
+            if !is_there {
+                return Err(absent(&picked.writer));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go the writers of which no component was picked; they have heard all that they hear.
+    pub(super) fn leave_out(&mut self) {
+        let all = std::mem::take(&mut self.set.participants);
+        let (left_out, stay) = all.into_iter().partition(|writer| writer.is_left_out);
+        self.set.participants = stay;
+        self.set.left_out = left_out;
     }
 
     /// All writers of the set.
@@ -181,9 +218,7 @@ impl Actor {
             return;
         };
         let now = BootTime::now();
-        let own = now.plus_ms(step.limit_ms(participant));
-        let deadline = until.map_or(own, |until| until.min(own));
-        participant.sent(step, now, deadline);
+        let deadline = participant.sent(step, now, until);
         self.next_event += 1;
         let number = self.next_event;
         self.pending.insert(number, index);
@@ -232,11 +267,18 @@ impl Actor {
             failure.code,
             failure.message
         ));
+        if participant.is_left_out {
+            // Nothing of it is backed up, so its word does not count.
+            return None;
+        }
         Some(match failure.code {
             WriterFailure::Timeout | WriterFailure::NotResponding => {
                 Cause::NotResponding { name, failure }
             }
             WriterFailure::Inconsistentsnapshot
+            | WriterFailure::PartialFailure
+            | WriterFailure::RecoveryFailed
+            | WriterFailure::StatusNotAvailable
             | WriterFailure::Outofresources
             | WriterFailure::Retryable
             | WriterFailure::Nonretryable => Cause::Veto { name, failure },
@@ -283,10 +325,7 @@ impl Actor {
 
     /// A connected writer hung up: fails the set if it is frozen.
     pub(super) fn gone_cause(&mut self, instance_id: &str) -> Option<Cause> {
-        let participant = self.set.participants.iter_mut().find(|participant| {
-            participant.frozen_since.is_some()
-                && participant.writer.identity().instance_id == instance_id
-        })?;
+        let participant = self.frozen_one(instance_id)?;
         participant.broke(failure(
             WriterFailure::NotResponding,
             "it hung up while frozen",
@@ -296,6 +335,41 @@ impl Actor {
         })
     }
 
+    /// A connected writer resumed by itself: fails the set if it is frozen in this generation.
+    pub(super) fn released_cause(
+        &mut self,
+        instance_id: &str,
+        generation: u64,
+        why: String,
+    ) -> Option<Cause> {
+        if generation != self.machine.generation() {
+            return None;
+        }
+        let participant = self.frozen_one(instance_id)?;
+        participant.broke(failure(WriterFailure::Timeout, why.clone()));
+        Some(Cause::WriterReleased {
+            name: participant.name(),
+            why,
+        })
+    }
+
+    fn frozen_one(&mut self, instance_id: &str) -> Option<&mut Participant> {
+        self.set.participants.iter_mut().find(|participant| {
+            participant.frozen_since.is_some()
+                && participant.writer.identity().instance_id == instance_id
+        })
+    }
+
+    /// A connected writer is at work: it has more time if it prepares.
+    pub(super) fn progressed(&mut self, instance_id: &str) {
+        let found = self.set.participants.iter_mut();
+        for participant in found {
+            if participant.writer.identity().instance_id == instance_id {
+                participant.progressed();
+            }
+        }
+    }
+
     pub(super) fn writer_reports(&self, levels: impl Iterator<Item = Level>) -> Vec<WriterReport> {
         levels
             .flat_map(|level| self.of_level(level))
@@ -303,41 +377,48 @@ impl Actor {
             .collect()
     }
 
-    /// All writers that are there, with what is remembered of each.
+    /// All writers that are there, with what is known of each. While anything is frozen no directory is read, so those of the
+    /// set alone.
     pub(super) fn writer_infos(&self) -> Vec<WriterInfo> {
-        let mut infos: Vec<WriterInfo> = self
-            .set
-            .participants
-            .iter()
-            .map(Participant::info)
+        let of_set = self.set.participants.iter().chain(&self.set.left_out);
+        let of_set: Vec<WriterInfo> = of_set.map(Participant::info).collect();
+        if self.machine.phase().is_frozen() {
+            return of_set;
+        }
+        let (writers, _) = self.registry.writers();
+        let mut infos: Vec<WriterInfo> = writers
+            .into_iter()
+            .map(|writer| {
+                let known = self.memory.get(&writer.identity().instance_id);
+                Participant::remembered(writer, known).info()
+            })
             .collect();
-        if infos.is_empty() && !self.machine.phase().is_frozen() {
-            let (writers, _) = self.registry.writers();
-            infos = writers
-                .into_iter()
-                .map(|writer| Participant::new(writer).info())
-                .collect();
-            for info in &mut infos {
-                if let Some(known) = self.memory.get(&info.instance_id) {
-                    info.state = known.state;
-                    info.last_failure.clone_from(&known.last_failure);
-                    info.metadata = known.metadata.clone();
-                }
+        for info in of_set {
+            let place = infos
+                .iter_mut()
+                .find(|known| known.instance_id == info.instance_id);
+            match place {
+                Some(place) => *place = info,
+                None => infos.push(info),
             }
         }
         infos
     }
 
+    /// Keeps a writer's state for later questions.
+    pub(super) fn remember(&mut self, participant: &Participant) {
+        let info = participant.info();
+        self.memory.insert(info.instance_id.clone(), info);
+    }
+
     /// Keeps each writer's state for later questions, and ends their part in the set.
     pub(super) fn dismiss(&mut self) {
-        for participant in std::mem::take(&mut self.set.participants) {
-            let mut info = participant.info();
-            if info.metadata.is_null()
-                && let Some(known) = self.memory.get(&info.instance_id)
-            {
-                info.metadata = known.metadata.clone();
-            }
-            self.memory.insert(info.instance_id.clone(), info);
+        let left_out = std::mem::take(&mut self.set.left_out);
+        for participant in std::mem::take(&mut self.set.participants)
+            .iter()
+            .chain(&left_out)
+        {
+            self.remember(participant);
         }
         // Instances come and go; what is remembered of the gone must not grow for ever.
         if self.memory.len() > MEMORY_MAX {
@@ -348,6 +429,14 @@ impl Actor {
                     .any(|writer| writer.identity().instance_id == *instance)
             });
         }
+    }
+}
+
+/// A writer that a requester named is not there.
+pub(super) fn absent(name: &str) -> Cause {
+    Cause::Veto {
+        name: name.to_owned(),
+        failure: failure(WriterFailure::StatusNotAvailable, "it is not there"),
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Identity {
     pub level: Level,
     /// Longest time it can stay frozen, milliseconds.
     pub freeze_timeout_ms: u64,
+    /// Longest time it may be silent while it prepares, milliseconds.
+    pub prepare_timeout_ms: u64,
     /// Who holds its writes.
     pub hold: Hold,
 }

@@ -14,7 +14,7 @@ use crate::hold::ledger::boot_id;
 use crate::journal;
 use guest_agent_wire::host::{Failure, WRITER_MS_MAX};
 use guest_agent_wire::types::{BackupType, Hold, Level, WriterFailure};
-use guest_agent_wire::writer::{EventKind, Reply};
+use guest_agent_wire::writer::{EventKind, PREPARE_MS_MAX, Reply};
 use process::{Killer, Outcome, Script as Process};
 use serde::Deserialize;
 use serde_json::Value;
@@ -29,6 +29,20 @@ const SETTINGS_BYTES_MAX: u64 = 64 * 1024;
 /// Time for the abort of a writer that a killed agent left frozen.
 const RECOVERY_MS: u64 = 10_000;
 const MARKER: &str = "script.";
+/// The executables that a writer may have.
+const EVENTS: [&str; 11] = [
+    "identify",
+    "prepare-backup",
+    "prepare",
+    "freeze",
+    "thaw",
+    "post-snapshot",
+    "backup-complete",
+    "backup-shutdown",
+    "abort",
+    "pre-restore",
+    "post-restore",
+];
 
 /// What a directory is.
 #[derive(Debug)]
@@ -78,20 +92,12 @@ pub fn scan(top: &Path) -> Vec<Directory> {
 fn identify(top: &Path, path: &Path, name: &str) -> Result<Identity, String> {
     trust::directory(top)?;
     trust::directory(path)?;
-    let known = [
-        "identify",
-        "prepare",
-        "freeze",
-        "thaw",
-        "post-snapshot",
-        "abort",
-    ];
     let mut found = 0;
-    for event in known {
+    for event in EVENTS {
         found += usize::from(trust::executable(&path.join(event))?);
     }
     if found == 0 {
-        return Err(format!("it has none of {}", known.join(", ")));
+        return Err(format!("it has none of {}", EVENTS.join(", ")));
     }
     let settings = read_settings(&path.join("writer.json"))?;
     let freeze_timeout_ms = settings.freeze_timeout_ms.unwrap_or(WRITER_MS_MAX);
@@ -106,6 +112,7 @@ fn identify(top: &Path, path: &Path, name: &str) -> Result<Identity, String> {
         name: settings.name.unwrap_or_else(|| name.to_owned()),
         level: settings.level,
         freeze_timeout_ms,
+        prepare_timeout_ms: PREPARE_MS_MAX,
         // A script is not there while the hold lasts, so it can keep no lock by itself.
         hold: settings.hold.unwrap_or(Hold::Filesystem),
     })
@@ -202,48 +209,48 @@ impl Turn {
     ) -> Result<Reply, Failure> {
         let (file, set) = match event {
             EventKind::Identify {} => ("identify", ""),
-            EventKind::PrepareBackup {
-                set, backup_type, ..
-            } => {
-                self.backup_type = *backup_type;
-                ("", set.as_str())
+            EventKind::PrepareBackup(backup) => {
+                self.backup_type = backup.backup_type;
+                ("prepare-backup", backup.set.as_str())
             }
-            EventKind::PrepareSnapshot { set } => ("prepare", set.as_str()),
-            EventKind::Freeze { set, .. } => {
+            EventKind::PrepareSnapshot(snapshot) => ("prepare", snapshot.set.as_str()),
+            EventKind::Freeze(freeze) => {
                 mark(marker, directory)?;
                 self.frozen = true;
-                ("freeze", set.as_str())
+                ("freeze", freeze.set.as_str())
             }
-            EventKind::Thaw { set, .. } => ("thaw", set.as_str()),
-            EventKind::PostSnapshot { set } => ("post-snapshot", set.as_str()),
-            EventKind::Abort { set, .. } => (undo(directory, self.frozen), set.as_str()),
-            EventKind::BackupComplete { set } => ("", set.as_str()),
-            EventKind::Welcome { .. } => ("", ""),
+            EventKind::Thaw(thaw) => ("thaw", thaw.set.as_str()),
+            EventKind::PostSnapshot(snapshot) => ("post-snapshot", snapshot.set.as_str()),
+            EventKind::BackupComplete(outcome) if !outcome.succeeded => {
+                // A script sees no outcome: one that runs may truncate logs.
+                ("backup-shutdown", outcome.set.as_str())
+            }
+            EventKind::BackupComplete(outcome) => ("backup-complete", outcome.set.as_str()),
+            EventKind::BackupShutdown(shutdown) => ("backup-shutdown", shutdown.set.as_str()),
+            EventKind::Abort(abort) => (undo(directory, self.frozen), abort.set.as_str()),
+            EventKind::PreRestore(restore) => ("pre-restore", restore.set.as_str()),
+            EventKind::PostRestore(restore) => ("post-restore", restore.set.as_str()),
+            EventKind::Welcome(_) => ("", ""),
         };
         let said = run(directory, file, set, self.backup_type, deadline_ms, killer)?;
-        let mut reply = Reply {
-            seq: 0,
-            ok: true,
-            code: None,
-            message: String::new(),
-            held: None,
-            evidence: Value::Null,
-            metadata: Value::Null,
-        };
+        let mut reply = Reply::agrees(0);
         match event {
             EventKind::Identify {} => reply.metadata = said,
-            EventKind::Thaw { .. } => {
+            EventKind::Thaw(_) => {
                 reply.held = Some(true);
                 reply.evidence = said;
                 self.thawed(marker);
             }
-            EventKind::Abort { .. } => self.thawed(marker),
-            EventKind::Freeze { .. }
-            | EventKind::PrepareBackup { .. }
-            | EventKind::PrepareSnapshot { .. }
-            | EventKind::PostSnapshot { .. }
-            | EventKind::BackupComplete { .. }
-            | EventKind::Welcome { .. } => reply.evidence = said,
+            EventKind::Abort(_) => self.thawed(marker),
+            EventKind::Freeze(_)
+            | EventKind::PrepareBackup(_)
+            | EventKind::PrepareSnapshot(_)
+            | EventKind::PostSnapshot(_)
+            | EventKind::BackupComplete(_)
+            | EventKind::BackupShutdown(_)
+            | EventKind::PreRestore(_)
+            | EventKind::PostRestore(_)
+            | EventKind::Welcome(_) => reply.evidence = said,
         }
         Ok(reply)
     }

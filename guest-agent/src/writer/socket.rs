@@ -12,7 +12,9 @@ use crate::quiesce::service::{Service, Signal};
 use guest_agent_wire::host::WRITER_MS_MAX;
 use guest_agent_wire::lines::{Lines, Piece};
 use guest_agent_wire::types::WriterFailure;
-use guest_agent_wire::writer::{Event, EventKind, Registration, Reply};
+use guest_agent_wire::writer::{
+    Event, EventKind, FromWriter, PREPARE_MS_MAX, PROTOCOL, Registration, Reply, Welcome,
+};
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 use std::collections::VecDeque;
@@ -26,8 +28,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-/// Version of the writer protocol.
-const PROTOCOL: u32 = 1;
 /// Time for the registration.
 const REGISTRATION: Duration = Duration::from_secs(5);
 /// Connections that may be registering while all places are taken.
@@ -112,6 +112,14 @@ impl Connected {
         }
     }
 
+    fn is_asked(&self, seq: u64) -> bool {
+        let pending = self.lock();
+        pending
+            .answer
+            .as_ref()
+            .is_some_and(|(asked, _)| *asked == seq)
+    }
+
     fn hang_up(&self) {
         let mut pending = self.lock();
         pending.gone = true;
@@ -180,10 +188,10 @@ fn welcome(stream: &UnixStream, refused: Option<&str>) -> bool {
         &Event {
             seq: 0,
             deadline_ms: 0,
-            kind: EventKind::Welcome {
+            kind: EventKind::Welcome(Welcome {
                 protocol: refused.is_none().then_some(PROTOCOL),
                 refused: refused.map(str::to_owned),
-            },
+            }),
         },
     )
 }
@@ -229,8 +237,21 @@ fn serve(stream: UnixStream, allow_dir: &Path, registry: &Registry, service: &Se
     journal::note(format_args!("writer {name} registered"));
     stream.set_read_timeout(None).unwrap_or(());
     while let Some(line) = reader.next(&stream) {
-        match serde_json::from_slice::<Reply>(&line) {
-            Ok(reply) => writer.reply(reply),
+        match serde_json::from_slice(&line) {
+            Ok(FromWriter::Reply(reply)) => writer.reply(reply),
+            Ok(FromWriter::Progress(progress)) => {
+                // One on an event that has been replaced since would give time to another.
+                if writer.is_asked(progress.seq) {
+                    service.send(Signal::WriterProgress {
+                        instance_id: identity.instance_id.clone(),
+                    });
+                }
+            }
+            Ok(FromWriter::Release(release)) => service.send(Signal::WriterReleased {
+                instance_id: identity.instance_id.clone(),
+                generation: release.generation,
+                why: release.release,
+            }),
             Err(error) => {
                 journal::note(format_args!("writer {name} sent garbage: {error}"));
                 break;
@@ -300,6 +321,9 @@ fn register(line: &[u8], stream: &UnixStream, allow_dir: &Path) -> Result<Identi
     if !(1..=WRITER_MS_MAX).contains(&registration.freeze_timeout_ms) {
         return Err(format!("freeze_timeout_ms must be 1 to {WRITER_MS_MAX}"));
     }
+    if !(1..=PREPARE_MS_MAX).contains(&registration.prepare_timeout_ms) {
+        return Err(format!("prepare_timeout_ms must be 1 to {PREPARE_MS_MAX}"));
+    }
     let peer = socket_peercred(stream).map_err(|error| format!("peer: {error}"))?;
     let uid = peer.uid.as_raw();
     if uid != 0 && !is_allowed(allow_dir, &registration.class_id, uid) {
@@ -314,6 +338,7 @@ fn register(line: &[u8], stream: &UnixStream, allow_dir: &Path) -> Result<Identi
         name: registration.name,
         level: registration.level,
         freeze_timeout_ms: registration.freeze_timeout_ms,
+        prepare_timeout_ms: registration.prepare_timeout_ms,
         hold: registration.hold,
     })
 }

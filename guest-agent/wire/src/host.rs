@@ -6,11 +6,18 @@
 //! 0xFF, or the loss of the other side, starts a new conversation. When the host side goes away while a set is open, the
 //! agent thaws and aborts that set at once.
 //!
-//! The life of a set: `hello`, `identify`, `prepare`, `freeze`, `thaw`, `post_snapshot`, or at any step `abort`.
+//! The life of a set: `hello`, `identify`, `prepare`, `freeze`, `thaw`, `post_snapshot`, and when the backup has been read
+//! `backup_complete`; or at any step `abort`. That of a restore: `pre_restore`, `post_restore`, or `abort`.
 
-use crate::types::{BackupType, DiskExtent, Hold, Level, WriterFailure, WriterState};
+use crate::components::{ComponentOutcome, ComponentReply, RestoreComponent, SelectedComponent};
+use crate::metadata::Metadata;
+use crate::types::{BackupType, DiskExtent, Hold, Level, WriterState};
+use crate::writer::SnapshotOfDisk;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+pub use crate::types::Failure;
 
 /// Name of the virtio-serial port.
 pub const PORT_NAME: &str = "org.vmshadow.agent.0";
@@ -28,7 +35,7 @@ pub const HOLD_MS_MAX: u64 = 10_000;
 pub const WRITER_MS_MAX: u64 = 60_000;
 
 /// A request of the bridge.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Request {
     /// Echoed in the answer.
     pub id: u64,
@@ -38,7 +45,7 @@ pub struct Request {
 }
 
 /// What the bridge asks.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "execute", content = "arguments", rename_all = "snake_case")]
 pub enum Command {
     /// Opens a conversation; ends (aborts) a set that an earlier one left open. Answer: [`Hello`].
@@ -61,14 +68,17 @@ pub enum Command {
         /// Generation that `freeze` answered.
         generation: u64,
     },
-    /// The verdict is known: post-snapshot and backup-complete of all writers. Answer: [`PostSnapshot`].
-    PostSnapshot {
-        /// The set.
-        set: String,
-        /// The set is kept; if false the writers get abort instead.
-        kept: bool,
-    },
-    /// Undoes a set at any step; thaws what is frozen. Idempotent. Answer: an empty object.
+    /// The verdict is known: post-snapshot of all writers. A set that is kept then waits for `backup_complete`, in no other
+    /// set's way. Answer: [`WritersSaid`].
+    PostSnapshot(PostSnapshot),
+    /// The requester has read what it wanted of the copies: backup-complete of all writers. Answer: [`WritersSaid`].
+    BackupComplete(BackupComplete),
+    /// Opens a restore: pre-restore of the writers named. Files may be replaced after the answer. Answer: [`WritersSaid`]. On
+    /// error every writer that heard of it has been aborted.
+    PreRestore(Restore),
+    /// Ends the restore: post-restore of the same writers. Answer: [`WritersSaid`].
+    PostRestore(Restore),
+    /// Undoes a set or a restore at any step; thaws what is frozen. Idempotent. Answer: an empty object.
     Abort {
         /// The set.
         set: String,
@@ -80,7 +90,7 @@ pub enum Command {
 }
 
 /// An answer of the agent.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Response {
     /// The request's id.
     pub id: u64,
@@ -90,7 +100,7 @@ pub struct Response {
 }
 
 /// Answer or error.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// The answer, by the command's own type.
@@ -100,7 +110,7 @@ pub enum Outcome {
 }
 
 /// A failed request. It tells, per writer and file system, what was said before it failed.
-#[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize, JsonSchema)]
 #[error("{message} ({code:?})")]
 pub struct AgentError {
     /// What kind of failure.
@@ -118,7 +128,7 @@ pub struct AgentError {
 }
 
 /// Kinds of failure of a set in the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum ErrorCode {
     /// The request is not understood.
@@ -144,7 +154,7 @@ pub enum ErrorCode {
 }
 
 /// Answer of `hello`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Hello {
     /// Version of the conversation.
     pub version: u32,
@@ -155,7 +165,7 @@ pub struct Hello {
 }
 
 /// Answer of `identify`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Identified {
     /// Writers, in freeze order.
     pub writers: Vec<WriterInfo>,
@@ -166,7 +176,7 @@ pub struct Identified {
 }
 
 /// A writer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct WriterInfo {
     /// Names what kind of writer it is (VSS: class id).
     pub class_id: String,
@@ -185,22 +195,25 @@ pub struct WriterInfo {
     /// Its last failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_failure: Option<Failure>,
-    /// Its metadata document as it gave it.
-    #[serde(default)]
-    pub metadata: Value,
+    /// Its metadata document; absent until it has been identified. One that is not understood is left out when it is read.
+    #[serde(
+        default,
+        deserialize_with = "if_understood",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub metadata: Option<Box<Metadata>>,
 }
 
-/// A failure of a writer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
-    /// Code.
-    pub code: WriterFailure,
-    /// For people.
-    pub message: String,
+/// Documents of another version, in a record on a disk or from another agent, must not make all of it unreadable.
+fn if_understood<'de, D: serde::Deserializer<'de>>(
+    from: D,
+) -> Result<Option<Box<Metadata>>, D::Error> {
+    let value = Option::<Value>::deserialize(from)?;
+    Ok(value.and_then(|value| serde_json::from_value(value).ok()))
 }
 
 /// A mounted file system.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FilesystemInfo {
     /// Where it is mounted (one place, if several).
     pub mountpoint: String,
@@ -220,7 +233,7 @@ pub struct FilesystemInfo {
 }
 
 /// Arguments of `prepare`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Prepare {
     /// Identity of the set.
     pub set: String,
@@ -233,21 +246,46 @@ pub struct Prepare {
     /// Writers left out, by class id, instance id or name (VSS: DisableWriterClasses).
     #[serde(default)]
     pub exclude_writers: Vec<String>,
+    /// Only what `components` names is backed up (VSS: component mode). Writers that none is named of take no part after
+    /// prepare-backup, and their veto there does not count.
+    #[serde(default)]
+    pub component_mode: bool,
+    /// The components, by writer; each must be in its writer's metadata document.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub components: Vec<WriterComponents>,
+    /// The requester can back up parts of files.
+    #[serde(default)]
+    pub partial_files: bool,
+    /// The requester backs up what is needed to boot.
+    #[serde(default)]
+    pub bootable_system_state: bool,
     /// Longest time for all of it, milliseconds.
     pub limit_ms: u64,
 }
 
+/// Components of a writer that a requester picked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct WriterComponents {
+    /// Its instance id, class id or name.
+    pub writer: String,
+    /// The components.
+    pub components: Vec<SelectedComponent>,
+}
+
 /// Answer of `prepare`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Prepared {
     /// What each writer in scope said.
     pub writers: Vec<WriterReport>,
+    /// Component mode: what each writer said of which no component was picked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<WriterReport>,
     /// Time of the flush of all file systems (`syncfs`), milliseconds.
     pub sync_ms: u64,
 }
 
 /// Arguments of `freeze`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Freeze {
     /// The set.
     pub set: String,
@@ -261,7 +299,7 @@ pub struct Freeze {
 }
 
 /// Answer of `freeze`: everything is held from now on.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Frozen {
     /// Generation of this hold, to be given back to `thaw`.
     pub generation: u64,
@@ -278,7 +316,7 @@ pub struct Frozen {
 }
 
 /// Answer of `thaw`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Thawed {
     /// True only if every file system and every writer held until now, inside the limits.
     pub held: bool,
@@ -293,15 +331,77 @@ pub struct Thawed {
     pub hold_ms: u64,
 }
 
-/// Answer of `post_snapshot`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Arguments of `post_snapshot`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PostSnapshot {
+    /// The set.
+    pub set: String,
+    /// The set is kept; if false the writers get abort instead and nothing follows.
+    pub kept: bool,
+    /// The copies, for writers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<SnapshotOfDisk>,
+    /// Where in the guest the copy is mounted writable, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount: Option<String>,
+    /// The set waits for `backup_complete` also when this conversation has ended; if false writers get backup-shutdown then.
+    #[serde(default)]
+    pub detached: bool,
+}
+
+/// Arguments of `backup_complete`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct BackupComplete {
+    /// The set.
+    pub set: String,
+    /// The backup as a whole succeeded.
+    pub succeeded: bool,
+    /// Components that became something else than that, by writer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub components: Vec<WriterOutcomes>,
+}
+
+/// What became of components of a writer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct WriterOutcomes {
+    /// Its instance id, class id or name.
+    pub writer: String,
+    /// The components.
+    pub components: Vec<ComponentOutcome>,
+}
+
+/// Arguments of `pre_restore` and `post_restore`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Restore {
+    /// Names the restore; the same for both.
+    pub set: String,
+    /// What is restored. The writers named here by `pre_restore` hear of the restore, and no other; `post_restore` names
+    /// them again to say how it went.
+    pub writers: Vec<WriterRestore>,
+    /// Longest time for all writers, milliseconds; 30 minutes if absent, and at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_ms: Option<u64>,
+}
+
+/// A writer in a restore.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct WriterRestore {
+    /// Its instance id, class id or name.
+    pub writer: String,
+    /// The components; none means all that it has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub components: Vec<RestoreComponent>,
+}
+
+/// Answer of `post_snapshot`, `backup_complete`, `pre_restore` and `post_restore`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct WritersSaid {
     /// What each writer said.
     pub writers: Vec<WriterReport>,
 }
 
 /// What a writer said in one step.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct WriterReport {
     /// Instance id.
     pub instance_id: String,
@@ -315,6 +415,9 @@ pub struct WriterReport {
     /// What it gave as evidence (a position in a log, a transaction number).
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub evidence: Value,
+    /// What it said of single components; to be kept with the backup and given back at the next one and at a restore.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub components: Vec<ComponentReply>,
     /// Its failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
@@ -323,7 +426,7 @@ pub struct WriterReport {
 }
 
 /// What a file system said in one step.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FilesystemReport {
     /// Where it is mounted.
     pub mountpoint: String,
@@ -344,7 +447,7 @@ pub struct FilesystemReport {
 }
 
 /// Outcome of one step for one file system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum FilesystemResult {
     /// FIFREEZE returned 0.
@@ -360,7 +463,7 @@ pub enum FilesystemResult {
 }
 
 /// Answer of `status`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Status {
     /// Open set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -371,6 +474,9 @@ pub struct Status {
     pub frozen_by_qga: bool,
     /// Time left until the dead-man thaws file systems, milliseconds; 0 if not frozen.
     pub hold_left_ms: u64,
+    /// Sets that are kept and wait for `backup_complete`, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub incomplete: Vec<String>,
     /// Writers and their states.
     pub writers: Vec<WriterInfo>,
 }

@@ -2,11 +2,15 @@
 //!
 //! An application implements [`Writer`] (its methods are VSS's `CVssWriter`'s) and calls [`run`]. The library keeps the
 //! connection, answers the agent, and sees to it that an application is never left frozen: it resumes by its own timer and
-//! when the connection ends, and then says at the thaw that writes were not held. It uses the standard library alone.
+//! when the connection ends, and then says so. It uses the standard library alone; all methods are called on the thread that
+//! called [`run`], one after the other.
+//!
+//! An application that is reached by an asynchronous client keeps a runtime of its own and blocks on it in each method,
+//! inside [`Call::remaining`]; a multi-threaded runtime of one thread keeps the client's connection alive between two events.
 //!
 //! ```no_run
-//! use guest_agent_wire::sdk::{self, Freezing, Held, Veto, Writer};
-//! use guest_agent_wire::writer::Registration;
+//! use guest_agent_wire::sdk::{self, Call, Held, Veto, Writer};
+//! use guest_agent_wire::writer::{Freeze, Registration, Thaw};
 //! use serde_json::Value;
 //!
 //! struct Queue { paused: bool }
@@ -14,27 +18,22 @@
 //! impl Writer for Queue {
 //!     fn registration(&self) -> Registration {
 //!         Registration {
-//!             protocol: 1,
-//!             class_id: "example-queue".into(),
-//!             instance_id: "example-queue:main".into(),
-//!             name: "Example queue".into(),
-//!             level: Default::default(),
 //!             freeze_timeout_ms: 20_000,
-//!             hold: Default::default(),
+//!             ..Registration::new("example-queue", "example-queue:main", "Example queue")
 //!         }
 //!     }
-//!     fn freeze(&mut self, _: &Freezing<'_>) -> Result<Value, Veto> {
+//!     fn freeze(&mut self, _: &Call<'_>, _: &Freeze) -> Result<Value, Veto> {
 //!         if self.paused {
 //!             return Err(Veto::retryable("it is paused for other reasons"));
 //!         }
 //!         self.paused = true; // and wait until the last write is out
 //!         Ok(Value::Null)
 //!     }
-//!     fn thaw(&mut self, _: &Freezing<'_>) -> Result<Held, Veto> {
+//!     fn thaw(&mut self, _: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
 //!         let held = std::mem::replace(&mut self.paused, false);
 //!         Ok(Held { held, evidence: Value::Null })
 //!     }
-//!     fn abort(&mut self, _reason: &str) {
+//!     fn abort(&mut self, _set: &str, _reason: &str) {
 //!         self.paused = false;
 //!     }
 //! }
@@ -44,18 +43,20 @@
 //! eprintln!("{refused}");
 //! ```
 
-use crate::lines::{Lines, Piece};
-use crate::types::{BackupType, WriterFailure};
-use crate::writer::{Event, EventKind, Registration, Reply};
-use serde_json::Value;
-use std::collections::VecDeque;
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::time::{Duration, Instant};
+mod call;
+mod session;
 
-/// Time between two tries to reach an agent that is not there.
-const RECONNECT: Duration = Duration::from_secs(1);
+pub use call::Call;
+pub use session::{Ended, run, serve};
+
+use crate::components::ComponentReply;
+use crate::metadata::Metadata;
+use crate::types::WriterFailure;
+use crate::writer::{
+    BackupComplete, BackupShutdown, Freeze, PostSnapshot, PrepareBackup, PrepareSnapshot,
+    Registration, Restore, Thaw,
+};
+use serde_json::Value;
 
 /// Why a writer says no, or has failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,40 +70,36 @@ pub struct Veto {
 impl Veto {
     /// It may work another time.
     pub fn retryable(message: impl Into<String>) -> Self {
-        Self {
-            code: WriterFailure::Retryable,
-            message: message.into(),
-        }
+        Self::new(WriterFailure::Retryable, message)
     }
 
     /// It will not work another time either.
     pub fn nonretryable(message: impl Into<String>) -> Self {
-        Self {
-            code: WriterFailure::Nonretryable,
-            message: message.into(),
-        }
+        Self::new(WriterFailure::Nonretryable, message)
     }
 
     /// The set holds only part of the disks that the writer's files lie on.
     pub fn inconsistent(message: impl Into<String>) -> Self {
+        Self::new(WriterFailure::Inconsistentsnapshot, message)
+    }
+
+    /// It did not finish in time.
+    pub fn timeout(message: impl Into<String>) -> Self {
+        Self::new(WriterFailure::Timeout, message)
+    }
+
+    /// Memory, connections or the like ran out.
+    pub fn out_of_resources(message: impl Into<String>) -> Self {
+        Self::new(WriterFailure::Outofresources, message)
+    }
+
+    /// With any code.
+    pub fn new(code: WriterFailure, message: impl Into<String>) -> Self {
         Self {
-            code: WriterFailure::Inconsistentsnapshot,
+            code,
             message: message.into(),
         }
     }
-}
-
-/// A hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Freezing<'a> {
-    /// The set.
-    pub set: &'a str,
-    /// Generation of the hold.
-    pub generation: u64,
-    /// How long the hold may last. The library calls [`Writer::abort`] after it.
-    pub hold: Duration,
-    /// How long the answer may take.
-    pub deadline: Duration,
 }
 
 /// What a writer says at the thaw.
@@ -114,264 +111,97 @@ pub struct Held {
     pub evidence: Value,
 }
 
-/// An application's part in a set. Only freeze, thaw and abort have no default.
+/// An application's part in sets. Only its name, freeze, thaw and abort have no default; the defaults agree and do nothing, as
+/// `CVssWriter`'s do.
+///
+/// The order of a set: `prepare_backup`, `prepare_snapshot`, `freeze`, `thaw`, `post_snapshot`, and later `backup_complete` or
+/// `backup_shutdown`; at any step instead of the rest: `abort`. Another set may begin between `post_snapshot` and
+/// `backup_complete`. The order of a restore: `pre_restore`, `post_restore`.
 pub trait Writer {
-    /// Who it is.
+    /// Who it is. Asked anew at each connection.
     fn registration(&self) -> Registration;
 
-    /// OnIdentify: its metadata document.
-    fn identify(&mut self) -> Result<Value, Veto> {
-        Ok(Value::Null)
+    /// OnIdentify: its metadata document. The names in it are filled in by the agent.
+    fn identify(&mut self, call: &Call<'_>) -> Result<Metadata, Veto> {
+        let _unused = call;
+        Ok(Metadata::default())
     }
 
-    /// OnPrepareBackup: the last chance to say no before any effect. `disks` are serials; none means all disks.
+    /// OnPrepareBackup: the last chance to say no before any effect. Stamps and private metadata of components may be
+    /// returned here or by `post_snapshot`.
     fn prepare_backup(
         &mut self,
-        set: &str,
-        backup_type: BackupType,
-        disks: &[String],
+        call: &Call<'_>,
+        backup: &PrepareBackup,
+    ) -> Result<Vec<ComponentReply>, Veto> {
+        let _unused = (call, backup);
+        Ok(Vec::new())
+    }
+
+    /// OnPrepareSnapshot: complete transactions, flush caches. Heavy work belongs here; [`Call::progress`] keeps it from being
+    /// taken for stuck.
+    fn prepare_snapshot(
+        &mut self,
+        call: &Call<'_>,
+        snapshot: &PrepareSnapshot,
     ) -> Result<(), Veto> {
-        let _unused = (set, backup_type, disks);
+        let _unused = (call, snapshot);
         Ok(())
     }
 
-    /// OnPrepareSnapshot: complete transactions, flush caches. Heavy work belongs here.
-    fn prepare_snapshot(&mut self, set: &str, deadline: Duration) -> Result<(), Veto> {
-        let _unused = (set, deadline);
-        Ok(())
-    }
-
-    /// OnFreeze: hold writes from the return on. The value is the evidence.
-    fn freeze(&mut self, hold: &Freezing<'_>) -> Result<Value, Veto>;
+    /// OnFreeze: hold writes from the return on. The value is the evidence. The library calls [`Writer::abort`] when
+    /// `hold_ms` have passed since the call.
+    fn freeze(&mut self, call: &Call<'_>, hold: &Freeze) -> Result<Value, Veto>;
 
     /// OnThaw: go on, and tell whether writes were held.
-    fn thaw(&mut self, hold: &Freezing<'_>) -> Result<Held, Veto>;
+    fn thaw(&mut self, call: &Call<'_>, hold: &Thaw) -> Result<Held, Veto>;
 
-    /// OnPostSnapshot.
-    fn post_snapshot(&mut self, set: &str) -> Result<(), Veto> {
-        let _unused = set;
-        Ok(())
-    }
-
-    /// OnBackupComplete.
-    fn backup_complete(&mut self, set: &str) -> Result<(), Veto> {
-        let _unused = set;
-        Ok(())
-    }
-
-    /// OnAbort: undo everything and go on. Comes in any state and more than once; also from the library itself, when the
-    /// hold has lasted too long or the agent is gone.
-    fn abort(&mut self, reason: &str);
-}
-
-/// Why a connection ended.
-#[derive(Debug, thiserror::Error)]
-pub enum Ended {
-    /// The agent does not want this writer.
-    #[error("the agent refused this writer: {0}")]
-    Refused(String),
-    /// The agent closed the connection, or sent what is not understood.
-    #[error("the agent is gone")]
-    Gone,
-    /// The connection failed.
-    #[error("the connection to the agent failed")]
-    Io(#[from] io::Error),
-}
-
-/// Serves an application for ever: connects, reconnects after each loss, returns only when the agent refuses it.
-pub fn run(writer: &mut dyn Writer, socket: &Path) -> Ended {
-    loop {
-        if let Ok(stream) = UnixStream::connect(socket)
-            && let refused @ Ended::Refused(_) = serve(writer, &stream)
-        {
-            return refused;
-        }
-        // Nothing tells when an agent appears, so ask again.
-        std::thread::sleep(RECONNECT);
-    }
-}
-
-/// Serves an application on one connection, until it ends; the application is not frozen afterwards.
-pub fn serve(writer: &mut dyn Writer, stream: &UnixStream) -> Ended {
-    let mut session = Session {
-        stream,
-        lines: Lines::default(),
-        ready: VecDeque::new(),
-        frozen_until: None,
-        involved: false,
-    };
-    let ended = match session.converse(writer) {
-        Ok(never) => match never {},
-        Err(ended) => ended,
-    };
-    if session.involved {
-        writer.abort("the agent is gone");
-    }
-    ended
-}
-
-struct Session<'a> {
-    stream: &'a UnixStream,
-    lines: Lines,
-    ready: VecDeque<Vec<u8>>,
-    /// End of the hold that is in force.
-    frozen_until: Option<Instant>,
-    /// It has heard of a set whose end it has not heard of.
-    involved: bool,
-}
-
-/// A conversation has no other end than an error.
-enum Never {}
-
-impl Session<'_> {
-    fn converse(&mut self, writer: &mut dyn Writer) -> Result<Never, Ended> {
-        let registration = serde_json::to_vec(&writer.registration()).map_err(io::Error::from)?;
-        self.send(registration)?;
-        loop {
-            let Some(line) = self.next()? else {
-                // The library's own timer: an agent that is stuck must not keep an application frozen.
-                self.frozen_until = None;
-                writer.abort("the hold has lasted too long");
-                continue;
-            };
-            let event: Event = serde_json::from_slice(&line).map_err(|_| Ended::Gone)?;
-            if let EventKind::Welcome { refused, .. } = event.kind {
-                match refused {
-                    Some(why) => return Err(Ended::Refused(why)),
-                    None => continue,
-                }
-            }
-            let mut reply = Reply {
-                seq: event.seq,
-                ok: true,
-                code: None,
-                message: String::new(),
-                held: None,
-                evidence: Value::Null,
-                metadata: Value::Null,
-            };
-            let deadline = Duration::from_millis(event.deadline_ms);
-            if let Err(veto) = self.take(writer, &event.kind, deadline, &mut reply) {
-                reply.ok = false;
-                reply.code = Some(veto.code);
-                reply.message = veto.message;
-            }
-            self.send(serde_json::to_vec(&reply).map_err(io::Error::from)?)?;
-        }
-    }
-
-    fn take(
+    /// OnPostSnapshot: the copies are there.
+    fn post_snapshot(
         &mut self,
-        writer: &mut dyn Writer,
-        event: &EventKind,
-        deadline: Duration,
-        reply: &mut Reply,
-    ) -> Result<(), Veto> {
-        match event {
-            EventKind::Welcome { .. } => {}
-            EventKind::Identify {} => reply.metadata = writer.identify()?,
-            EventKind::PrepareBackup {
-                set,
-                backup_type,
-                disks,
-            } => {
-                self.involved = true;
-                writer.prepare_backup(set, *backup_type, disks)?;
-            }
-            EventKind::PrepareSnapshot { set } => writer.prepare_snapshot(set, deadline)?,
-            EventKind::Freeze {
-                set,
-                generation,
-                hold_ms,
-            } => {
-                self.involved = true;
-                let hold = Duration::from_millis(*hold_ms);
-                // From before the call: what the call takes is part of the hold.
-                let until = Instant::now() + hold;
-                reply.evidence = writer.freeze(&Freezing {
-                    set,
-                    generation: *generation,
-                    hold,
-                    deadline,
-                })?;
-                self.frozen_until = Some(until);
-            }
-            EventKind::Thaw { set, generation } => {
-                let until = self.frozen_until.take();
-                let said = writer.thaw(&Freezing {
-                    set,
-                    generation: *generation,
-                    hold: Duration::ZERO,
-                    deadline,
-                })?;
-                // A hold that the library ended was none, whatever the application believes.
-                let in_time = until.is_some_and(|until| Instant::now() <= until);
-                reply.held = Some(said.held && in_time);
-                reply.evidence = said.evidence;
-            }
-            EventKind::PostSnapshot { set } => writer.post_snapshot(set)?,
-            EventKind::BackupComplete { set } => {
-                self.involved = false;
-                writer.backup_complete(set)?;
-            }
-            EventKind::Abort { reason, .. } => {
-                self.frozen_until = None;
-                self.involved = false;
-                writer.abort(reason);
-            }
-        }
+        call: &Call<'_>,
+        snapshot: &PostSnapshot,
+    ) -> Result<Vec<ComponentReply>, Veto> {
+        let _unused = (call, snapshot);
+        Ok(Vec::new())
+    }
+
+    /// OnBackupComplete: the requester has read what it wanted of the copies, and says whether its backup succeeded.
+    fn backup_complete(&mut self, call: &Call<'_>, outcome: &BackupComplete) -> Result<(), Veto> {
+        let _unused = (call, outcome);
         Ok(())
     }
 
-    fn send(&mut self, mut line: Vec<u8>) -> io::Result<()> {
-        line.push(b'\n');
-        let mut stream = self.stream;
-        stream.write_all(&line)
+    /// OnBackupShutdown: the requester, or the agent, has gone without a word on the backup; nothing is known of it.
+    fn backup_shutdown(&mut self, shutdown: &BackupShutdown) -> Result<(), Veto> {
+        let _unused = shutdown;
+        Ok(())
     }
 
-    /// The next line, or `None` when the hold has lasted too long.
-    fn next(&mut self) -> Result<Option<Vec<u8>>, Ended> {
-        let mut buffer = [0; 4096];
-        loop {
-            if let Some(line) = self.ready.pop_front() {
-                return Ok(Some(line));
-            }
-            let left = self
-                .frozen_until
-                .map(|until| until.saturating_duration_since(Instant::now()));
-            if left.is_some_and(|left| left.is_zero()) {
-                return Ok(None);
-            }
-            self.stream.set_read_timeout(left)?;
-            let mut stream = self.stream;
-            let count = match stream.read(&mut buffer) {
-                Ok(0) => return Err(Ended::Gone),
-                Ok(count) => count,
-                Err(error) if is_passing(&error) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            let mut is_broken = false;
-            let ready = &mut self.ready;
-            self.lines.take(
-                buffer.get(..count).unwrap_or_default(),
-                |piece| match piece {
-                    Piece::Line(line) => ready.push_back(line),
-                    Piece::Reset | Piece::TooLong => is_broken = true,
-                },
-            );
-            if is_broken {
-                return Err(Ended::Gone);
-            }
-        }
-    }
-}
+    /// OnAbort: undo everything and go on: what `thaw` and `post_snapshot` would have undone. Comes in any state and more than
+    /// once; also from the library itself, when the hold has lasted too long or the agent is gone. After a `pre_restore` it
+    /// means that the restore was given up: files may have been replaced or not.
+    fn abort(&mut self, set: &str, reason: &str);
 
-/// A read that timed out or was interrupted may be tried again.
-fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
-    )
+    /// OnPreRestore: files are about to be replaced; let go of them.
+    fn pre_restore(
+        &mut self,
+        call: &Call<'_>,
+        restore: &Restore,
+    ) -> Result<Vec<ComponentReply>, Veto> {
+        let _unused = (call, restore);
+        Ok(Vec::new())
+    }
+
+    /// OnPostRestore: files have been replaced, as each component's `restored` says; go on.
+    fn post_restore(
+        &mut self,
+        call: &Call<'_>,
+        restore: &Restore,
+    ) -> Result<Vec<ComponentReply>, Veto> {
+        let _unused = (call, restore);
+        Ok(Vec::new())
+    }
 }
 
 #[cfg(test)]

@@ -1,10 +1,22 @@
 //! VSS's nouns: levels, states, failure codes, backup types (Microsoft's VSS API reference gives their meaning).
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Freeze level of a writer: front-end writers freeze first and thaw last, system writers the other way round.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Default,
+    Serialize,
+    Deserialize,
+    JsonSchema,
 )]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Level {
@@ -18,7 +30,7 @@ pub enum Level {
 }
 
 /// State of a writer (VSS_WRITER_STATE without its prefix).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum WriterState {
     /// No session has reached it yet, or its answer is not known.
@@ -48,10 +60,16 @@ pub enum WriterState {
     FailedAtPostSnapshot,
     /// It failed when the backup was complete.
     FailedAtBackupComplete,
+    /// It vetoed, or failed, before a restore.
+    FailedAtPreRestore,
+    /// It failed after a restore.
+    FailedAtPostRestore,
+    /// It failed when its requester had gone.
+    FailedAtBackupshutdown,
 }
 
 /// Why a writer failed (VSS_E_WRITERERROR_* without the prefix).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum WriterFailure {
     /// The set holds only part of the volumes that the writer needs.
@@ -64,12 +82,28 @@ pub enum WriterFailure {
     Retryable,
     /// It will not work another time either.
     Nonretryable,
+    /// Some of its components failed; `components` tells which.
+    PartialFailure,
+    /// It could not bring the copy to a consistent state.
+    RecoveryFailed,
     /// It gave no answer (found by the agent, never sent by a writer).
     NotResponding,
+    /// It is not there although it was asked for (found by the agent, never sent by a writer).
+    StatusNotAvailable,
+}
+
+/// A failure of a writer, or of one of its components.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Failure {
+    /// Code.
+    pub code: WriterFailure,
+    /// For people.
+    #[serde(default)]
+    pub message: String,
 }
 
 /// What kind of backup the set is for (VSS_BACKUP_TYPE).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BackupType {
     /// Everything, and backup history is updated (logs may be truncated at backup-complete).
@@ -86,7 +120,7 @@ pub enum BackupType {
 }
 
 /// Who holds the writes of a writer while it is frozen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Hold {
     /// The application itself (a lock that it holds, e.g. SQLite's `BEGIN IMMEDIATE`).
@@ -97,7 +131,7 @@ pub enum Hold {
 }
 
 /// A part of a disk of the guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DiskExtent {
     /// Serial of the disk as the guest reads it; empty if it has none.
     pub serial: String,

@@ -9,10 +9,11 @@
 )]
 
 use guest_agent_wire::host::{
-    Command, Frozen, Hello, Identified, Outcome, PostSnapshot, Prepared, Request, Response, Status,
-    Thawed,
+    Command, Frozen, Hello, Identified, Outcome, Prepared, Request, Response, Status, Thawed,
+    WritersSaid,
 };
-use guest_agent_wire::writer::{Event, EventKind, Registration, Reply};
+use guest_agent_wire::metadata::Metadata;
+use guest_agent_wire::writer::{Event, EventKind, FromWriter, Registration};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -76,9 +77,21 @@ fn every_request_of_the_bridge_and_its_answer_keep_their_bytes() {
                 survives::<Thawed>(name, answer);
                 "thaw"
             }
-            Command::PostSnapshot { .. } => {
-                survives::<PostSnapshot>(name, answer);
+            Command::PostSnapshot(_) => {
+                survives::<WritersSaid>(name, answer);
                 "post_snapshot"
+            }
+            Command::BackupComplete(_) => {
+                survives::<WritersSaid>(name, answer);
+                "backup_complete"
+            }
+            Command::PreRestore(_) => {
+                survives::<WritersSaid>(name, answer);
+                "pre_restore"
+            }
+            Command::PostRestore(_) => {
+                survives::<WritersSaid>(name, answer);
+                "post_restore"
             }
             Command::Abort { .. } => {
                 assert_eq!(answer, &json!({}));
@@ -91,7 +104,7 @@ fn every_request_of_the_bridge_and_its_answer_keep_their_bytes() {
         };
         assert_eq!(name, expected);
     }
-    assert_eq!(names.len(), 9, "a command has no file: {names:?}");
+    assert_eq!(names.len(), 12, "a command has no file: {names:?}");
 }
 
 #[test]
@@ -106,23 +119,35 @@ fn every_event_for_a_writer_keeps_its_bytes() {
     for name in &names {
         let event: Event = survives(name, &golden(&format!("writer-event-{name}")));
         let expected = match event.kind {
-            EventKind::Welcome { .. } => "welcome",
+            EventKind::Welcome(_) => "welcome",
             EventKind::Identify {} => "identify",
-            EventKind::PrepareBackup { .. } => "prepare_backup",
-            EventKind::PrepareSnapshot { .. } => "prepare_snapshot",
-            EventKind::Freeze { .. } => "freeze",
-            EventKind::Thaw { .. } => "thaw",
-            EventKind::PostSnapshot { .. } => "post_snapshot",
-            EventKind::BackupComplete { .. } => "backup_complete",
-            EventKind::Abort { .. } => "abort",
+            EventKind::PrepareBackup(_) => "prepare_backup",
+            EventKind::PrepareSnapshot(_) => "prepare_snapshot",
+            EventKind::Freeze(_) => "freeze",
+            EventKind::Thaw(_) => "thaw",
+            EventKind::PostSnapshot(_) => "post_snapshot",
+            EventKind::BackupComplete(_) => "backup_complete",
+            EventKind::BackupShutdown(_) => "backup_shutdown",
+            EventKind::Abort(_) => "abort",
+            EventKind::PreRestore(_) => "pre_restore",
+            EventKind::PostRestore(_) => "post_restore",
         };
         assert_eq!(name, expected);
     }
-    assert_eq!(names.len(), 9, "an event has no file: {names:?}");
+    assert_eq!(names.len(), 12, "an event has no file: {names:?}");
 }
 
 #[test]
 fn what_a_writer_says_keeps_its_bytes() {
     survives::<Registration>("registration", &golden("writer-registration"));
-    survives::<Reply>("reply", &golden("writer-reply"));
+    for name in ["reply", "progress", "release"] {
+        let expected = match survives(name, &golden(&format!("writer-{name}"))) {
+            FromWriter::Reply(_) => "reply",
+            FromWriter::Progress(_) => "progress",
+            FromWriter::Release(_) => "release",
+        };
+        assert_eq!(name, expected);
+    }
+    let document: Metadata = survives("metadata", &golden("writer-metadata"));
+    assert_eq!(document.check(), Ok(()));
 }

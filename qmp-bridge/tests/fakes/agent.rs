@@ -3,8 +3,8 @@
 use super::{Fault, Peer};
 use guest_agent_wire::host::{
     AgentError, Command, ErrorCode, FilesystemInfo, FilesystemReport, FilesystemResult, Frozen,
-    Hello, Identified, Outcome, PostSnapshot, Prepared, Request, Response, Thawed, WriterInfo,
-    WriterReport,
+    Hello, Identified, Outcome, Prepared, Request, Response, Thawed, WriterInfo, WriterReport,
+    WritersSaid,
 };
 use guest_agent_wire::types::{DiskExtent, Hold, Level, WriterState};
 use serde_json::{Value, json};
@@ -182,6 +182,7 @@ impl FakeAgent {
                     .collect();
                 to_value(&Prepared {
                     writers: guest.reports(WriterState::WaitingForFreeze, None, 0),
+                    left_out: Vec::new(),
                     sync_ms: 3,
                 })
             }
@@ -224,14 +225,32 @@ impl FakeAgent {
                     hold_ms: guest.hold_ms,
                 })
             }
-            Command::PostSnapshot { kept, .. } => {
+            Command::PostSnapshot(post) => {
                 guest.set = None;
-                self.peer
-                    .note(if kept { "told kept" } else { "told aborted" });
-                to_value(&PostSnapshot {
+                let told = if post.kept {
+                    "told kept"
+                } else {
+                    "told aborted"
+                };
+                self.peer.note(told);
+                to_value(&WritersSaid {
+                    writers: guest.reports(WriterState::WaitingForBackupComplete, None, 0),
+                })
+            }
+            Command::BackupComplete(outcome) => {
+                let told = if outcome.succeeded {
+                    "told complete"
+                } else {
+                    "told failed"
+                };
+                self.peer.note(told);
+                to_value(&WritersSaid {
                     writers: guest.reports(WriterState::Stable, None, 0),
                 })
             }
+            Command::PreRestore(_) | Command::PostRestore(_) => to_value(&WritersSaid {
+                writers: guest.reports(WriterState::Stable, None, 0),
+            }),
             Command::Abort { .. } => {
                 guest.set = None;
                 guest.frozen = false;
@@ -258,7 +277,7 @@ impl Guest {
                     hold: Hold::App,
                     state: WriterState::Stable,
                     last_failure: None,
-                    metadata: Value::Null,
+                    metadata: None,
                 })
                 .collect(),
             filesystems: self
@@ -298,6 +317,7 @@ impl Guest {
                 state,
                 held: held.map(|_| !self.not_held.contains(name)),
                 evidence: json!({"position": evidence}),
+                components: Vec::new(),
                 failure: None,
                 took_ms: 1,
             })

@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
-const PHASES: [Phase; 9] = [
+const PHASES: [Phase; 13] = [
     Phase::Idle,
     Phase::Identifying,
     Phase::Preparing,
@@ -14,6 +14,10 @@ const PHASES: [Phase; 9] = [
     Phase::Thawing,
     Phase::Thawed,
     Phase::Finishing,
+    Phase::Completing,
+    Phase::PreRestoring,
+    Phase::Restoring,
+    Phase::PostRestoring,
 ];
 const OWNERS: [Owner; 2] = [Owner::Native, Owner::Qga];
 
@@ -28,7 +32,11 @@ fn machine(phase: Phase, owner: Owner) -> Machine {
 
 /// Requests and interruptions, right and wrong ones.
 fn events() -> Vec<Event> {
-    let mut events = vec![Event::Identify];
+    let mut events = vec![Event::Identify, Event::Complete];
+    for set in ["s", "other"] {
+        events.push(Event::Restore(set.into()));
+        events.push(Event::Restored(set.into()));
+    }
     for owner in OWNERS {
         for set in ["s", "other"] {
             let set = set.to_owned();
@@ -109,7 +117,10 @@ fn each_operation_starts_from_its_one_phase_for_its_own_set() {
         }
         let own = |owner: &Owner, set: &String| *owner == before.owner && set == "s";
         let right = match event {
-            Event::Identify | Event::Begin(..) => before.phase == Phase::Idle,
+            Event::Identify | Event::Begin(..) | Event::Complete | Event::Restore(_) => {
+                before.phase == Phase::Idle
+            }
+            Event::Restored(set) => before.phase == Phase::Restoring && own(&Owner::Native, set),
             Event::Freeze(owner, set) => before.phase == Phase::Prepared && own(owner, set),
             Event::Thaw(owner, set, generation) => {
                 before.phase == Phase::Frozen
@@ -237,14 +248,17 @@ fn a_second_set_is_refused_while_one_is_open() {
         let effect = machine(phase, Owner::Native).step(&begin);
         let expected = match phase {
             Phase::Idle => Ok(Effect::Run),
-            Phase::Identifying => Ok(Effect::Later),
+            Phase::Identifying | Phase::Completing => Ok(Effect::Later),
             Phase::Preparing
             | Phase::Prepared
             | Phase::Freezing
             | Phase::Frozen
             | Phase::Thawing
             | Phase::Thawed
-            | Phase::Finishing => Err(Refusal::InProgress),
+            | Phase::Finishing
+            | Phase::PreRestoring
+            | Phase::Restoring
+            | Phase::PostRestoring => Err(Refusal::InProgress),
         };
         assert_eq!(effect, expected);
     }

@@ -1,9 +1,13 @@
 //! The library against an agent that is played by the test: what is said, and when an application is let go.
 
 use super::*;
-use std::io::{BufRead as _, BufReader};
+use crate::types::BackupType;
+use crate::writer::{Abort, Event, EventKind, Release, Reply, Welcome};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 /// Reports its calls.
 struct Probe {
@@ -12,20 +16,21 @@ struct Probe {
     veto: bool,
 }
 
+impl Probe {
+    fn call(&self, name: &'static str) {
+        self.calls.send(name).unwrap();
+    }
+}
+
 impl Writer for Probe {
     fn registration(&self) -> Registration {
         Registration {
-            protocol: 1,
-            class_id: "probe".into(),
-            instance_id: "probe:1".into(),
-            name: "Probe".into(),
             level: crate::types::Level::BackEnd,
-            freeze_timeout_ms: 1_000,
-            hold: crate::types::Hold::App,
+            ..Registration::new("probe", "probe:1", "Probe")
         }
     }
 
-    fn freeze(&mut self, _: &Freezing<'_>) -> Result<Value, Veto> {
+    fn freeze(&mut self, _: &Call<'_>, _: &Freeze) -> Result<Value, Veto> {
         self.calls.send("freeze").unwrap();
         if self.veto {
             return Err(Veto::retryable("busy"));
@@ -34,7 +39,7 @@ impl Writer for Probe {
         Ok(Value::from(5))
     }
 
-    fn thaw(&mut self, _: &Freezing<'_>) -> Result<Held, Veto> {
+    fn thaw(&mut self, _: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
         self.calls.send("thaw").unwrap();
         self.frozen = false;
         // It always claims to have held: the library must know better.
@@ -44,7 +49,27 @@ impl Writer for Probe {
         })
     }
 
-    fn abort(&mut self, _: &str) {
+    /// Prepares until nobody waits for it any more.
+    fn prepare_snapshot(&mut self, call: &Call<'_>, _: &PrepareSnapshot) -> Result<(), Veto> {
+        call.progress("checkpoint");
+        self.call("prepare_snapshot");
+        while !call.is_over() {
+            thread::yield_now();
+        }
+        Err(Veto::timeout("given up"))
+    }
+
+    fn backup_complete(&mut self, _: &Call<'_>, _: &BackupComplete) -> Result<(), Veto> {
+        self.call("backup_complete");
+        Ok(())
+    }
+
+    fn backup_shutdown(&mut self, _: &BackupShutdown) -> Result<(), Veto> {
+        self.call("backup_shutdown");
+        Ok(())
+    }
+
+    fn abort(&mut self, _: &str, _: &str) {
         self.frozen = false;
         self.calls.send("abort").unwrap();
     }
@@ -81,18 +106,22 @@ impl Agent {
         };
         let registration: Registration = agent.read();
         assert_eq!(registration.instance_id, "probe:1");
-        agent.write(EventKind::Welcome {
+        agent.write(EventKind::Welcome(Welcome {
             protocol: Some(1),
             refused: None,
-        });
+        }));
         agent
     }
 
     fn write(&mut self, kind: EventKind) {
+        self.write_with(kind, 1_000);
+    }
+
+    fn write_with(&mut self, kind: EventKind, deadline_ms: u64) {
         self.seq += 1;
         let event = Event {
             seq: self.seq,
-            deadline_ms: 1_000,
+            deadline_ms,
             kind,
         };
         let line = serde_json::to_string(&event).unwrap();
@@ -114,18 +143,18 @@ impl Agent {
     }
 
     fn freeze(&mut self, hold_ms: u64) -> Reply {
-        self.ask(EventKind::Freeze {
+        self.ask(EventKind::Freeze(Freeze {
             set: "s".into(),
             generation: 1,
             hold_ms,
-        })
+        }))
     }
 
     fn thaw(&mut self) -> Reply {
-        self.ask(EventKind::Thaw {
+        self.ask(EventKind::Thaw(Thaw {
             set: "s".into(),
             generation: 1,
-        })
+        }))
     }
 
     fn called(&self) -> &'static str {
@@ -148,6 +177,8 @@ fn the_librarys_own_timer_resumes_and_the_thaw_says_so() {
     assert!(agent.freeze(200).ok);
     assert_eq!(agent.called(), "freeze");
     assert_eq!(agent.called(), "abort");
+    let release: Release = agent.read();
+    assert_eq!(release.generation, 1);
     assert_eq!(agent.thaw().held, Some(false));
 }
 
@@ -181,10 +212,10 @@ fn a_veto_is_told_with_its_code() {
 #[test]
 fn a_refusal_ends_the_library() {
     let mut agent = Agent::with(false);
-    agent.write(EventKind::Welcome {
+    agent.write(EventKind::Welcome(Welcome {
         protocol: None,
         refused: Some("not you".into()),
-    });
+    }));
     let ended = agent.writer.join().unwrap();
     assert!(matches!(ended, Ended::Refused(why) if why == "not you"));
 }
@@ -197,4 +228,118 @@ fn garbage_from_the_agent_ends_the_connection_and_the_hold() {
     stream.write_all(b"{\"seq\":\n").unwrap();
     assert!(matches!(agent.writer.join().unwrap(), Ended::Gone));
     assert_eq!(agent.calls.iter().collect::<Vec<_>>(), ["freeze", "abort"]);
+}
+
+/// A set up to its copies.
+fn make_copies(agent: &mut Agent, set: &str) {
+    let backup = PrepareBackup {
+        set: set.into(),
+        backup_type: BackupType::Full,
+        ..PrepareBackup::default()
+    };
+    assert!(agent.ask(EventKind::PrepareBackup(backup)).ok);
+    let snapshot = PostSnapshot {
+        set: set.into(),
+        ..PostSnapshot::default()
+    };
+    assert!(agent.ask(EventKind::PostSnapshot(snapshot)).ok);
+}
+
+#[test]
+fn each_set_that_waits_for_its_backup_is_shut_down_when_the_agent_is_lost_and_no_other() {
+    let mut agent = Agent::with(false);
+    for set in ["a", "b", "c"] {
+        make_copies(&mut agent, set);
+    }
+    let outcome = BackupComplete {
+        set: "b".into(),
+        succeeded: true,
+        ..BackupComplete::default()
+    };
+    assert!(agent.ask(EventKind::BackupComplete(outcome)).ok);
+    let Agent {
+        reader,
+        calls,
+        writer,
+        ..
+    } = agent;
+    drop(reader);
+    writer.join().unwrap();
+    assert_eq!(
+        calls.iter().collect::<Vec<_>>(),
+        ["backup_complete", "backup_shutdown", "backup_shutdown"]
+    );
+}
+
+#[test]
+fn a_writer_of_which_no_component_was_picked_has_nothing_to_undo() {
+    let mut agent = Agent::with(false);
+    let backup = PrepareBackup {
+        set: "s".into(),
+        component_mode: true,
+        ..PrepareBackup::default()
+    };
+    assert!(agent.ask(EventKind::PrepareBackup(backup)).ok);
+    let Agent {
+        reader,
+        calls,
+        writer,
+        ..
+    } = agent;
+    drop(reader);
+    writer.join().unwrap();
+    assert_eq!(calls.iter().count(), 0);
+}
+
+#[test]
+fn a_restore_that_the_agent_does_not_end_is_aborted() {
+    let mut agent = Agent::with(false);
+    for end in [true, false] {
+        let restore = Restore {
+            set: "r".into(),
+            ..Restore::default()
+        };
+        assert!(agent.ask(EventKind::PreRestore(restore.clone())).ok);
+        if end {
+            assert!(agent.ask(EventKind::PostRestore(restore)).ok);
+        }
+    }
+    let Agent {
+        reader,
+        calls,
+        writer,
+        ..
+    } = agent;
+    drop(reader);
+    writer.join().unwrap();
+    assert_eq!(calls.iter().collect::<Vec<_>>(), ["abort"]);
+}
+
+#[test]
+fn a_long_preparation_tells_its_progress_and_learns_of_an_abort() {
+    let mut agent = Agent::with(false);
+    let set = "s".to_owned();
+    // Far more than the test waits: only the abort can end it.
+    agent.write_with(
+        EventKind::PrepareSnapshot(PrepareSnapshot { set: set.clone() }),
+        600_000,
+    );
+    let progress: crate::writer::Progress = agent.read();
+    assert_eq!(
+        (progress.seq, progress.progress.as_str()),
+        (agent.seq, "checkpoint")
+    );
+    assert_eq!(agent.called(), "prepare_snapshot");
+    agent.write(EventKind::Abort(Abort {
+        set,
+        reason: "enough".into(),
+    }));
+    let late: Reply = agent.read();
+    assert_eq!(
+        (late.seq, late.code),
+        (agent.seq - 1, Some(WriterFailure::Timeout))
+    );
+    let reply: Reply = agent.read();
+    assert_eq!((reply.seq, reply.ok), (agent.seq, true));
+    assert_eq!(agent.called(), "abort");
 }

@@ -7,9 +7,15 @@
 //! would drop the locks that this process holds.
 
 use guest_agent::filesystem::plan::Sources;
-use guest_agent_wire::sdk::{Freezing, Held, Veto, Writer};
-use guest_agent_wire::types::{BackupType, Hold, Level};
-use guest_agent_wire::writer::Registration;
+use guest_agent_wire::components::ComponentReply;
+use guest_agent_wire::metadata::{
+    Component, FileSet, Metadata, RestoreMethod, Restoring, Source, Usage,
+};
+use guest_agent_wire::sdk::{Call, Held, Veto, Writer};
+use guest_agent_wire::types::{Hold, Level};
+use guest_agent_wire::writer::{
+    BackupComplete, BackupShutdown, Freeze, PrepareBackup, PrepareSnapshot, Registration, Thaw,
+};
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -69,9 +75,9 @@ impl SqliteWriter {
         Ok(())
     }
 
-    fn lock_all(&self, hold: &Freezing<'_>) -> Result<(), Veto> {
+    fn lock_all(&self, call: &Call<'_>) -> Result<(), Veto> {
         // A quarter is left for the answer: one that is late fails the set as well, but says less.
-        let until = Instant::now() + hold.deadline * 3 / 4;
+        let until = Instant::now() + call.remaining() * 3 / 4;
         for (path, connection) in self.databases.iter().zip(&self.open) {
             begin_immediate(connection, until)
                 .map_err(|error| veto(path, "BEGIN IMMEDIATE", &error))?;
@@ -135,42 +141,51 @@ impl SqliteWriter {
 
 impl Writer for SqliteWriter {
     fn registration(&self) -> Registration {
+        let identity = &self.identity;
         Registration {
-            protocol: 1,
-            class_id: CLASS_ID.to_owned(),
-            instance_id: self.identity.instance_id.clone(),
-            name: self.identity.name.clone(),
-            level: self.identity.level,
-            freeze_timeout_ms: self.identity.freeze_timeout_ms,
+            level: identity.level,
+            freeze_timeout_ms: identity.freeze_timeout_ms,
             hold: Hold::App,
+            ..Registration::new(CLASS_ID, &identity.instance_id, &identity.name)
         }
     }
 
-    fn identify(&mut self) -> Result<Value, Veto> {
-        let components: Vec<Value> = self
-            .databases
-            .iter()
-            .map(|path| {
-                json!({
-                    "type": "database",
-                    "name": path.display().to_string(),
-                    "files": [path.display().to_string(), beside(path, "-wal"), beside(path, "-journal")],
-                    "exclude": [beside(path, "-shm")],
-                })
-            })
-            .collect();
-        Ok(json!({
-            "components": components,
-            "restore_method": "STOP_RESTORE_START",
-            "sqlite": rusqlite::version(),
-        }))
+    fn identify(&mut self, _: &Call<'_>) -> Result<Metadata, Veto> {
+        let mut document = Metadata {
+            version: rusqlite::version().to_owned(),
+            usage: Usage::UserData,
+            source: Source::TransactedDb,
+            // The application has to be stopped by whoever restores: this writer does not know it.
+            restore_method: Some(Restoring::by(RestoreMethod::RestoreIfCanReplace)),
+            ..Metadata::default()
+        };
+        for path in &self.databases {
+            let path = absolute(path)?;
+            let (directory, file) = split(&path)?;
+            let mut component = Component::database(directory, file);
+            component.selectable_for_restore = true;
+            component.database_files = vec![FileSet::new(directory, file)];
+            component.log_files = ["-wal", "-journal"]
+                .map(|suffix| FileSet::new(directory, format!("{file}{suffix}")))
+                .into();
+            document.components.push(component);
+            // An index of the log in shared memory; made anew from it.
+            let index = FileSet::new(directory, format!("{file}-shm"));
+            document.excludes.push(index);
+        }
+        Ok(document)
     }
 
-    fn prepare_backup(&mut self, _: &str, _: BackupType, disks: &[String]) -> Result<(), Veto> {
-        self.check_disks(disks)
+    fn prepare_backup(
+        &mut self,
+        _: &Call<'_>,
+        backup: &PrepareBackup,
+    ) -> Result<Vec<ComponentReply>, Veto> {
+        self.check_disks(&backup.disks)?;
+        Ok(Vec::new())
     }
 
-    fn prepare_snapshot(&mut self, _: &str, _: Duration) -> Result<(), Veto> {
+    fn prepare_snapshot(&mut self, _: &Call<'_>, _: &PrepareSnapshot) -> Result<(), Veto> {
         self.connect()?;
         for connection in &self.open {
             // Best effort: a busy database is as consistent with a long log as with a short one, it only opens more slowly.
@@ -185,18 +200,18 @@ impl Writer for SqliteWriter {
         Ok(())
     }
 
-    fn freeze(&mut self, hold: &Freezing<'_>) -> Result<Value, Veto> {
+    fn freeze(&mut self, call: &Call<'_>, _: &Freeze) -> Result<Value, Veto> {
         if self.open.len() != self.databases.len() {
             self.connect()?;
         }
-        let evidence = self.lock_all(hold).and_then(|()| self.evidence());
+        let evidence = self.lock_all(call).and_then(|()| self.evidence());
         if evidence.is_err() {
             self.open.clear();
         }
         evidence
     }
 
-    fn thaw(&mut self, _: &Freezing<'_>) -> Result<Held, Veto> {
+    fn thaw(&mut self, _: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
         // Asked for before the locks are let go.
         let evidence = self.evidence();
         let held = self.unlock_all();
@@ -206,12 +221,17 @@ impl Writer for SqliteWriter {
         })
     }
 
-    fn backup_complete(&mut self, _: &str) -> Result<(), Veto> {
+    fn backup_complete(&mut self, _: &Call<'_>, _: &BackupComplete) -> Result<(), Veto> {
         self.open.clear();
         Ok(())
     }
 
-    fn abort(&mut self, _: &str) {
+    fn backup_shutdown(&mut self, _: &BackupShutdown) -> Result<(), Veto> {
+        self.open.clear();
+        Ok(())
+    }
+
+    fn abort(&mut self, _: &str, _: &str) {
         // Closing a connection rolls its transaction back.
         self.open.clear();
     }
@@ -241,6 +261,19 @@ fn veto(path: &Path, what: &str, error: &rusqlite::Error) -> Veto {
         // Busy above all; and a file that is not there may be there next time.
         Some(_) | None => Veto::retryable(message),
     }
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Veto> {
+    std::path::absolute(path).map_err(|error| Veto::nonretryable(error.to_string()))
+}
+
+/// Directory and name of a file, as text.
+fn split(path: &Path) -> Result<(&str, &str), Veto> {
+    let directory = path.parent().and_then(Path::to_str);
+    let file = path.file_name().and_then(|name| name.to_str());
+    directory
+        .zip(file)
+        .ok_or_else(|| Veto::nonretryable(format!("{} is not UTF-8", path.display())))
 }
 
 fn beside(path: &Path, suffix: &str) -> String {

@@ -53,17 +53,28 @@ impl Bench {
     }
 
     fn freeze(&mut self) -> Result<Value, Veto> {
-        self.writer.prepare_snapshot("s", DEADLINE).unwrap();
-        self.writer.freeze(&hold())
+        let snapshot = PrepareSnapshot { set: "s".into() };
+        self.writer.prepare_snapshot(&call(), &snapshot).unwrap();
+        self.writer.freeze(&call(), &hold())
     }
 }
 
-fn hold() -> Freezing<'static> {
-    Freezing {
-        set: "s",
+fn call() -> Call<'static> {
+    Call::alone(DEADLINE)
+}
+
+fn hold() -> Freeze {
+    Freeze {
+        set: "s".into(),
         generation: 1,
-        hold: Duration::from_secs(10),
-        deadline: DEADLINE,
+        hold_ms: 10_000,
+    }
+}
+
+fn thaw() -> Thaw {
+    Thaw {
+        set: "s".into(),
+        generation: 1,
     }
 }
 
@@ -84,7 +95,7 @@ fn no_application_can_write_while_frozen_and_all_can_afterwards() {
                 .unwrap();
             assert_eq!(count, 1, "reading goes on");
         }
-        let held = bench.writer.thaw(&hold()).unwrap();
+        let held = bench.writer.thaw(&call(), &thaw()).unwrap();
         assert!(held.held);
         assert_eq!(held.evidence, evidence);
         for application in &applications {
@@ -109,7 +120,7 @@ fn a_checkpoint_while_frozen_is_not_taken_for_a_write() {
     application
         .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))
         .unwrap();
-    let held = bench.writer.thaw(&hold()).unwrap();
+    let held = bench.writer.thaw(&call(), &thaw()).unwrap();
     assert!(held.held);
     assert_eq!(held.evidence, evidence);
 }
@@ -134,18 +145,18 @@ fn a_lost_transaction_is_owned_up_to() {
     let mut bench = Bench::new(&["a"], "WAL");
     bench.freeze().unwrap();
     bench.writer.open[0].execute_batch("ROLLBACK").unwrap();
-    assert!(!bench.writer.thaw(&hold()).unwrap().held);
+    assert!(!bench.writer.thaw(&call(), &thaw()).unwrap().held);
 }
 
 #[test]
 fn an_abort_lets_everybody_write_in_any_state_and_the_thaw_after_it_held_nothing() {
     let mut bench = Bench::new(&["a"], "DELETE");
-    bench.writer.abort("early");
+    bench.writer.abort("s", "early");
     bench.freeze().unwrap();
-    bench.writer.abort("late");
-    bench.writer.abort("again");
+    bench.writer.abort("s", "late");
+    bench.writer.abort("s", "again");
     assert!(insert(&bench.application("a")));
-    assert!(!bench.writer.thaw(&hold()).unwrap().held);
+    assert!(!bench.writer.thaw(&call(), &thaw()).unwrap().held);
 }
 
 #[test]
@@ -153,7 +164,8 @@ fn a_missing_database_is_a_veto_and_is_not_made() {
     let mut bench = Bench::new(&["a"], "WAL");
     let missing = bench.top.path().join("missing");
     bench.writer.databases.push(missing.clone());
-    assert!(bench.writer.prepare_snapshot("s", DEADLINE).is_err());
+    let snapshot = PrepareSnapshot { set: "s".into() };
+    assert!(bench.writer.prepare_snapshot(&call(), &snapshot).is_err());
     assert!(!missing.exists());
 }
 
@@ -196,11 +208,31 @@ fn a_set_without_the_databases_disk_is_inconsistent() {
     };
     let mut ask = |disks: &[&str]| {
         let disks: Vec<String> = disks.iter().map(|disk| (*disk).to_owned()).collect();
-        bench.writer.prepare_backup("s", BackupType::Copy, &disks)
+        let backup = PrepareBackup {
+            disks,
+            ..PrepareBackup::default()
+        };
+        bench.writer.prepare_backup(&call(), &backup)
     };
-    assert_eq!(ask(&[]), Ok(()));
-    assert_eq!(ask(&["other", "data"]), Ok(()));
+    assert_eq!(ask(&[]), Ok(Vec::new()));
+    assert_eq!(ask(&["other", "data"]), Ok(Vec::new()));
     let veto = ask(&["other"]).unwrap_err();
     assert_eq!(veto.code, WriterFailure::Inconsistentsnapshot);
     assert!(veto.message.contains("data"));
+}
+
+#[test]
+fn the_document_names_every_file_that_a_database_is_made_of() {
+    let mut bench = Bench::new(&["a", "b"], "WAL");
+    let document = bench.writer.identify(&call()).unwrap();
+    assert_eq!(document.check(), Ok(()));
+    let top = bench.top.path().to_str().unwrap();
+    let component = document.component(top, "b").unwrap();
+    let names: Vec<&str> = component
+        .file_sets()
+        .map(|files| files.spec.as_str())
+        .collect();
+    assert_eq!(names, ["b", "b-wal", "b-journal"]);
+    assert!(component.file_sets().all(|files| files.path == top));
+    assert_eq!(document.excludes[1].spec, "b-shm");
 }

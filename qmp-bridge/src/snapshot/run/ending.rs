@@ -2,7 +2,7 @@
 //!
 //! Called by `run`. Invariant: the outcome `kept` is durable before any writer is told.
 
-use super::super::document::{GuestTimes, Outcome, ReasonCode};
+use super::super::document::{Copy, GuestTimes, Outcome, ReasonCode};
 use super::super::level::Level;
 use super::super::plan::Plan;
 use super::super::step::Step;
@@ -11,6 +11,9 @@ use super::daemons::{all, copies};
 use super::failure::{Failure, chain, internal};
 use super::watch::cancelled;
 use super::{Run, milliseconds};
+use crate::guest::GuestError;
+use guest_agent_wire::host::{BackupComplete, PostSnapshot};
+use guest_agent_wire::writer::SnapshotOfDisk;
 use tokio::time::Instant;
 use vhost_blk_wire::command::SnapshotSetKeep;
 
@@ -170,9 +173,27 @@ impl Run<'_> {
             // Only an application-consistent copy may let a writer believe that it was backed up (and truncate logs).
             let kept = self.doc.level_reached == Some(Level::Application);
             let set = self.doc.set.to_string();
-            match guest.post_snapshot(set, kept, self.limits.post).await {
-                Ok(post) => {
-                    for report in post.writers {
+            let post = PostSnapshot {
+                set: set.clone(),
+                kept,
+                snapshots: self.doc.copies.iter().map(snapshot_of_disk).collect(),
+                ..PostSnapshot::default()
+            };
+            let told = async {
+                let said = guest.post_snapshot(post, self.limits.post).await?;
+                if !kept {
+                    return Ok(said);
+                }
+                let outcome = BackupComplete {
+                    set,
+                    succeeded: true,
+                    ..BackupComplete::default()
+                };
+                guest.backup_complete(outcome, self.limits.post).await
+            };
+            match told.await {
+                Ok(said) => {
+                    for report in said.writers {
                         if let Some(failure) = &report.failure {
                             self.doc.notes.push(format!(
                                 "writer {} failed after the snapshot: {}",
@@ -184,9 +205,12 @@ impl Run<'_> {
                         }
                     }
                 }
-                Err(error) => self.doc.notes.push(format!(
-                    "writers were not told that the set is kept: {error}"
-                )),
+                Err(error) => {
+                    let error: GuestError = error;
+                    self.doc.notes.push(format!(
+                        "writers were not told that the set is kept: {error}"
+                    ));
+                }
             }
         }
         self.doc.finished = true;
@@ -196,5 +220,12 @@ impl Run<'_> {
             let text = format!("the record lacks post-snapshot: {}", chain(&error));
             self.doc.notes.push(text);
         }
+    }
+}
+
+fn snapshot_of_disk(copy: &Copy) -> SnapshotOfDisk {
+    SnapshotOfDisk {
+        serial: copy.serial.clone(),
+        snapshot: copy.snapshot.to_string(),
     }
 }

@@ -97,6 +97,7 @@ impl Run<'_> {
             disks: self.plan.as_ref().map(Plan::serials).unwrap_or_default(),
             exclude_writers,
             limit_ms: u64::try_from(self.limits.prepare.as_millis()).unwrap_or(u64::MAX),
+            ..Prepare::default()
         };
         let Some(guest) = &self.guest else {
             return Err(internal("no agent"));

@@ -48,6 +48,7 @@ fn writer(held: Option<bool>) -> WriterReport {
         state: WriterState::WaitingForThaw,
         held,
         evidence: json!({"lsn": 7, "pid": 1}),
+        components: Vec::new(),
         failure: None,
         took_ms: 1,
     }
@@ -77,13 +78,14 @@ fn all_agree() -> Said {
                 hold: Hold::App,
                 state: WriterState::Stable,
                 last_failure: None,
-                metadata: Value::Null,
+                metadata: None,
             }],
             filesystems: vec![info("/m")],
             exempt: Vec::new(),
         },
         prepared: Prepared {
             writers: vec![writer(None)],
+            left_out: Vec::new(),
             sync_ms: 0,
         },
         frozen: Frozen {
