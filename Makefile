@@ -10,7 +10,7 @@ MAKEFLAGS += --no-builtin-rules
 PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
             qemu-system-x86 qemu-utils qemu-system-common
 # For the tests and measurements only: a person who runs the demo need not have them.
-test test-quick test-machines kernel-cuts kills nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients
+test test-quick test-machines kernel-cuts kills nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients mmdebstrap lintian
 bench nightly: PACKAGES += fio qemu-system-common linux-perf
 TRIPLE := x86_64-unknown-linux-gnu
 PROGRAMS := target/$(TRIPLE)/release
@@ -45,6 +45,10 @@ images: deps ## build the programs and the small guest's image
 database-images: images ## and the guest with PostgreSQL, MariaDB, Redis, SQLite and the stock guest agent
 	@echo "images: the databases' guest"
 	images/build.sh databases
+
+deb: deps ## the guest's Debian package: target/deb/vmshadow-guest-agent_VERSION_ARCH.deb
+	@images/build.sh programs
+	packaging/deb/build.sh
 
 demo: images ## the main job on a real machine, narrated; writes target/demo/report.json
 	@$(PROGRAMS)/demo

@@ -177,7 +177,10 @@ fn command(
         command.envs(pairs);
     }
     // What the program sees as its own name is what the host wrote.
-    command.arg(ARGUMENT).arg("--name").arg(name).arg("--");
+    command
+        .arg(ARGUMENT)
+        .arg(format!("--name={name}"))
+        .arg("--");
     command.arg(program).args(words);
     command
 }

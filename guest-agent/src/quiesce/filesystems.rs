@@ -103,6 +103,12 @@ fn freeze_error(errno: i32) -> String {
     match Errno::from_raw_os_error(errno) {
         Errno::BUSY => "already frozen by somebody else".to_owned(),
         Errno::OPNOTSUPP => "it has no freeze operation".to_owned(),
+        // The agent runs as root: what denies it is a policy.
+        denied @ (Errno::ACCESS | Errno::PERM) => {
+            format!(
+                "FIFREEZE: {denied}: denied by a policy (SELinux, AppArmor) or for want of CAP_SYS_ADMIN"
+            )
+        }
         other => format!("FIFREEZE: {other}"),
     }
 }
