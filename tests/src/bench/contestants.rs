@@ -172,6 +172,9 @@ impl Contestant for Ours {
     }
 }
 
+/// What a program that was just started does before its turn: then its memory is mapped and its ways are found.
+const WARM_UP: Duration = Duration::from_millis(50);
+
 /// Ours on a file that is not its own: it is there for its turns only.
 #[derive(Debug)]
 pub struct Visiting {
@@ -202,13 +205,11 @@ impl Contestant for Visiting {
     }
 
     fn make_ready(&mut self, job: &Job) -> Result<()> {
-        const WARM_UP: Duration = Duration::from_millis(50);
         self.settle()?;
         let files = self
             .place
             .directory(&self.spec.name.replace([' ', ','], "-"))?;
         let mut ours = Ours::over(&self.program, files, self.base.clone(), self.spec)?;
-        // Its memory is mapped and its ways are found, as those of the others are who stay.
         ours.run(&job.clone().limit(WARM_UP), 0)?;
         ours.daemon.wait_idle()?;
         self.present = Some(ours);
@@ -288,11 +289,16 @@ impl Peer {
         Self::over(files, arrangement, base, size_bytes, queues)
     }
 
-    /// The raw file that others use as well.
+    /// The raw file that others use as well; started anew for each turn, as ours is: the client's memory must not be older, and lie
+    /// better, than ours.
     pub fn raw(place: &Place, base: &Path, size_bytes: u64, queues: usize) -> Result<Self> {
         let arrangement = Arrangement::Raw;
         let files = place.directory(&arrangement.name().replace(' ', "-"))?;
-        Self::over(files, arrangement, base.to_owned(), size_bytes, queues)
+        let peer = Self::over(files, arrangement, base.to_owned(), size_bytes, queues)?;
+        Ok(Self {
+            fresh: true,
+            ..peer
+        })
     }
 
     fn over(
@@ -341,8 +347,15 @@ impl Contestant for Peer {
         self.arrangement.name().to_owned()
     }
 
-    fn make_ready(&mut self, _job: &Job) -> Result<()> {
-        if self.fresh { self.restart() } else { Ok(()) }
+    fn make_ready(&mut self, job: &Job) -> Result<()> {
+        if !self.fresh {
+            return Ok(());
+        }
+        self.restart()?;
+        if self.arrangement == Arrangement::Raw {
+            self.run(&job.clone().limit(WARM_UP), 0)?;
+        }
+        Ok(())
     }
 
     fn pid(&self) -> Option<u32> {

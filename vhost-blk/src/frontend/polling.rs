@@ -178,7 +178,7 @@ impl Polling {
             (None, _) => Habit::Sleep,
             (Some(_), None) => Habit::Look,
             // The processor time has to be worth it.
-            (Some(asleep), Some(looking)) if looking < asleep / 10 * 9 => Habit::Look,
+            (Some(asleep), Some(looking)) if looking < asleep / 6 * 5 => Habit::Look,
             (Some(_), Some(_)) => Habit::Sleep,
         };
         if better != self.better {
