@@ -10,6 +10,7 @@
 //! Invariants:
 //! * A thread without work sleeps after at most the longest while, and looks no more until there was work.
 //! * At most half of the processors look at a time, at least one thread may: the guest needs the others.
+//! * A thread with many requests in flight sleeps: what it waits for comes anyway, and in one piece.
 //! * A thread that finds that it was taken off its processor meanwhile stops looking at once: somebody needs it more.
 
 use std::num::NonZero;
@@ -27,6 +28,8 @@ const TRIAL_EVERY: u32 = 16;
 const TRIAL_EVERY_MAX: u32 = 1024;
 /// A longer gap is the guest's own pause, and what was counted before it says nothing.
 const PAUSE: Duration = Duration::from_millis(10);
+/// With more in flight there is no gap to shorten: who sleeps finds several done when it wakes.
+const IN_FLIGHT_MAX: usize = 4;
 /// A look takes less than this, unless the processor was given to somebody else in between.
 const LOOK_MAX: Duration = Duration::from_micros(20);
 
@@ -115,9 +118,13 @@ impl Polling {
         }
     }
 
-    /// There was nothing to do. True: look again at once; false: sleep.
-    pub(super) fn look_again(&mut self) -> bool {
+    /// There was nothing to do, with so many requests in flight. True: look again at once; false: sleep.
+    pub(super) fn look_again(&mut self, in_flight: usize) -> bool {
         if self.longest.is_zero() {
+            return false;
+        }
+        if in_flight > IN_FLIGHT_MAX {
+            self.stop_looking();
             return false;
         }
         let now = Instant::now();

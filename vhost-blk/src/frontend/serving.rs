@@ -127,7 +127,8 @@ impl Server {
                 self.polling.worked(done);
                 continue;
             }
-            if self.polling.look_again() {
+            let in_flight = self.running.as_ref().map_or(0, |one| one.in_flight.len());
+            if self.polling.look_again(in_flight) {
                 Polling::pause();
                 continue;
             }

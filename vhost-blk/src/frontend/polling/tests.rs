@@ -1,6 +1,6 @@
 //! How the habit is found. The clock is only read where its answer does not matter.
 
-use super::{Duration, Habit, Polling, TRIAL_EVERY, TRIAL_EVERY_MAX};
+use super::{Duration, Habit, IN_FLIGHT_MAX, Polling, TRIAL_EVERY, TRIAL_EVERY_MAX};
 
 const LONGEST: Duration = Duration::from_micros(32);
 
@@ -73,8 +73,16 @@ fn without_a_longest_while_there_is_no_looking() {
     polling.current = Habit::Look;
     for _ in 0..10 {
         polling.worked(1);
-        assert!(!polling.look_again());
+        assert!(!polling.look_again(0));
     }
+}
+
+#[test]
+fn with_many_requests_in_flight_there_is_no_looking() {
+    let mut polling = Polling::new(Duration::from_secs(60));
+    polling.current = Habit::Look;
+    assert!(!polling.look_again(IN_FLIGHT_MAX + 1));
+    assert!(polling.last_look.is_none());
 }
 
 #[test]
@@ -82,8 +90,8 @@ fn a_thread_with_nothing_to_do_ends_its_look_and_stays_asleep() {
     let mut polling = Polling::new(LONGEST);
     polling.current = Habit::Look;
     // Whether it looks at all depends on the machine's load; that it ends does not.
-    while polling.look_again() {}
+    while polling.look_again(0) {}
     assert!(polling.last_look.is_none(), "gives its place back");
     std::thread::sleep(LONGEST);
-    assert!(!polling.look_again());
+    assert!(!polling.look_again(0));
 }
