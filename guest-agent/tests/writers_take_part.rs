@@ -4,96 +4,12 @@
 
 mod rig;
 
-use guest_agent_wire::lines::{Lines, Piece};
-use rig::{Bridge, PATIENCE, Probe, Rig, can_run, freeze_arguments, is_frozen, wait_until};
+use rig::played::Played;
+use rig::{Bridge, Probe, Rig, can_run, freeze_arguments, is_frozen, wait_until};
 use serde_json::{Value, json};
-use std::collections::VecDeque;
 use std::fs;
-use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
-
-/// A connected writer that the test plays.
-struct Played {
-    stream: UnixStream,
-    lines: Lines,
-    ready: VecDeque<Value>,
-}
-
-impl Played {
-    fn connect(rig: &Rig, registration: &Value) -> Self {
-        let stream = UnixStream::connect(rig.path("run/writers.sock")).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut played = Self {
-            stream,
-            lines: Lines::default(),
-            ready: VecDeque::new(),
-        };
-        played.write(registration);
-        played
-    }
-
-    /// Registered under this name, with a window of this length.
-    fn registered(rig: &Rig, name: &str, level: &str, freeze_timeout_ms: u64) -> Self {
-        let mut played = Self::connect(
-            rig,
-            &json!({"protocol": 1, "class_id": "test", "instance_id": name, "name": name,
-                    "level": level, "freeze_timeout_ms": freeze_timeout_ms}),
-        );
-        assert_eq!(played.event()["protocol"], 1);
-        played
-    }
-
-    fn write(&mut self, value: &Value) {
-        self.stream
-            .write_all(format!("{value}\n").as_bytes())
-            .unwrap();
-    }
-
-    fn event(&mut self) -> Value {
-        let mut buffer = [0; 4096];
-        while self.ready.is_empty() {
-            let count = match self.stream.read(&mut buffer) {
-                // A socket with a time-out is not restarted when the process is stopped for a moment.
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                read => read.unwrap(),
-            };
-            assert!(count > 0, "the agent hung up");
-            let ready = &mut self.ready;
-            self.lines.take(&buffer[..count], |piece| {
-                if let Piece::Line(line) = piece {
-                    ready.push_back(serde_json::from_slice(&line).unwrap());
-                }
-            });
-        }
-        self.ready.pop_front().unwrap()
-    }
-
-    /// The next event, which must be this one; answered with `reply`.
-    fn answer(&mut self, event: &str, mut reply: Value) -> Value {
-        let came = self.event();
-        assert_eq!(came["event"], event, "{came}");
-        reply["seq"] = came["seq"].clone();
-        self.write(&reply);
-        came
-    }
-
-    fn agree(&mut self, event: &str) -> Value {
-        self.answer(event, json!({"ok": true}))
-    }
-
-    fn agree_to_prepare(&mut self) {
-        self.agree("prepare_backup");
-        self.agree("prepare_snapshot");
-    }
-
-    /// The next event is the abort.
-    fn expect_abort(&mut self) -> String {
-        let came = self.agree("abort");
-        came["reason"].as_str().unwrap().to_owned()
-    }
-}
 
 fn finish_prepare(bridge: &mut Bridge) {
     let answer = bridge.next();

@@ -19,6 +19,7 @@ use crate::hold::ledger;
 use crate::hold::message::Tell;
 use crate::journal;
 use crate::writer::registry::Registry;
+use guest_agent_wire::MESSAGE_BYTES_MAX;
 use guest_agent_wire::host::{
     AgentError, ErrorCode, Failure, Freeze, Frozen, HOLD_MS_MAX, Hello, Identified,
     PROTOCOL_VERSION, Prepare, Prepared, Status, Thawed, WRITER_MS_MAX, WriterInfo,
@@ -40,6 +41,9 @@ const QGA_SET: &str = "guest-fsfreeze";
 const QGA_PREPARE_MS: u64 = 30_000;
 /// Time for writers after the thaw on that path, milliseconds: the next freeze waits for it.
 const QGA_FINISH_MS: u64 = 10_000;
+
+/// Room for all metadata documents in one answer.
+const DOCUMENTS_BYTES_MAX: usize = MESSAGE_BYTES_MAX / 2;
 
 /// What the administrator chose.
 #[derive(Clone, Debug)]
@@ -312,7 +316,7 @@ impl Actor {
     /// Asks the machine, and tells everybody whether anything is frozen now.
     pub(super) fn step(&mut self, event: &Event) -> Result<Effect, Refusal> {
         let effect = self.machine.step(event);
-        self.service.publish(self.machine.phase().is_frozen());
+        self.service.publish(self.machine.is_frozen());
         effect
     }
 
@@ -447,6 +451,7 @@ impl Actor {
 
     /// Thaws and aborts everything; returns the error for the host.
     fn unwind(&mut self, cause: &Cause) -> AgentError {
+        self.step(&Event::Unwinding).map(drop).unwrap_or(());
         self.interruptible = false;
         self.interrupt = None;
         self.pending.clear();
@@ -476,7 +481,7 @@ impl Actor {
 
     /// Starts another helper if the last one died; there is nothing to hold in the meantime.
     fn revive_helper(&mut self) {
-        if !self.helper_died || self.machine.phase().is_frozen() {
+        if !self.helper_died || self.machine.is_frozen() {
             return;
         }
         match self.holder.restart(sink(&self.service)) {
@@ -503,6 +508,10 @@ impl Actor {
             self.round(&who, &Step::Identify, None, OnFailure::GoOn)
         {
             return Err(cause);
+        }
+        let mut room = DOCUMENTS_BYTES_MAX;
+        for participant in &mut self.set.participants {
+            room = participant.fit_document(room);
         }
         let filesystems = self
             .sources
@@ -683,7 +692,7 @@ impl Actor {
 
     fn status(&self) -> Status {
         let open = self.machine.open();
-        let frozen = self.machine.phase().is_frozen();
+        let frozen = self.machine.is_frozen();
         let left = self.set.hold_end.map(BootTime::remaining);
         Status {
             set: open.map(|(_, set)| set.to_owned()),

@@ -220,9 +220,10 @@ impl Participant {
     }
 
     fn identified(&mut self, said: Value) -> Result<(), String> {
-        let mut metadata: Metadata = match said {
-            Value::Null => Metadata::default(),
-            said => serde_json::from_value(said).map_err(|error| error.to_string())?,
+        let mut metadata = if said.is_null() {
+            Metadata::default()
+        } else {
+            serde_json::from_value(said).map_err(|error| error.to_string())?
         };
         metadata.check().map_err(|error| error.to_string())?;
         // A document cannot speak for another writer.
@@ -232,6 +233,21 @@ impl Participant {
         metadata.name.clone_from(&identity.name);
         self.metadata = Some(Box::new(metadata));
         Ok(())
+    }
+
+    /// Its document is left out if it has no room in what is left of the answer; returns what is left then.
+    pub(super) fn fit_document(&mut self, room_bytes: usize) -> usize {
+        let Some(document) = &self.metadata else {
+            return room_bytes;
+        };
+        let bytes = serde_json::to_vec(document).map_or(usize::MAX, |text| text.len());
+        if let Some(left) = room_bytes.checked_sub(bytes) {
+            return left;
+        }
+        self.metadata = None;
+        let why = format!("its metadata document of {bytes} bytes has no room in the answer");
+        self.fail(&Step::Identify, failure(WriterFailure::Outofresources, why));
+        room_bytes
     }
 
     /// Adds what it said of its components to what it said before.

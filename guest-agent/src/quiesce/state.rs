@@ -59,6 +59,8 @@ pub enum Phase {
     Restoring,
     /// Writers are told that files were replaced.
     PostRestoring,
+    /// Everything is being thawed and aborted.
+    Unwinding,
 }
 
 impl Phase {
@@ -73,14 +75,13 @@ impl Phase {
             | Self::Finishing
             | Self::Completing
             | Self::PreRestoring
-            | Self::PostRestoring => true,
+            | Self::PostRestoring
+            | Self::Unwinding => true,
             Self::Idle | Self::Prepared | Self::Frozen | Self::Thawed | Self::Restoring => false,
         }
     }
 
-    /// Something is, or may be, frozen.
-    #[must_use]
-    pub fn is_frozen(self) -> bool {
+    fn is_frozen(self) -> bool {
         matches!(self, Self::Freezing | Self::Frozen | Self::Thawing)
     }
 }
@@ -117,8 +118,29 @@ pub enum Event {
     },
     /// The operation succeeded.
     Done,
-    /// The operation failed, or the set was unwound: everything is thawed and aborted.
+    /// The operation failed, or the set is to be unwound: that begins now.
+    Unwinding,
+    /// Everything is thawed and aborted, for this reason.
     Unwound(String),
+}
+
+impl Event {
+    fn is_about_the_open_set(&self) -> bool {
+        match self {
+            Self::Freeze(..) | Self::Thaw(..) | Self::Finish(..) | Self::Restored(_) => true,
+            // An abort is asked of it whatever it does.
+            Self::Abort(..)
+            | Self::AbortAll(_)
+            | Self::Identify
+            | Self::Begin(..)
+            | Self::Complete
+            | Self::Restore(_)
+            | Self::Broken { .. }
+            | Self::Done
+            | Self::Unwinding
+            | Self::Unwound(_) => false,
+        }
+    }
 }
 
 /// What the actor must do.
@@ -167,6 +189,8 @@ pub struct Machine {
     set: String,
     generation: u64,
     broken: Option<Broken>,
+    /// Where it was when the unwinding began.
+    unwound_from: Phase,
 }
 
 impl Machine {
@@ -179,6 +203,7 @@ impl Machine {
             set: String::new(),
             generation,
             broken: None,
+            unwound_from: Phase::Idle,
         }
     }
 
@@ -186,6 +211,15 @@ impl Machine {
     #[must_use]
     pub fn phase(&self) -> Phase {
         self.phase
+    }
+
+    /// Something is, or may be, frozen.
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        match self.phase {
+            Phase::Unwinding => self.unwound_from.is_frozen(),
+            phase => phase.is_frozen(),
+        }
     }
 
     /// Generation of the present or last hold.
@@ -208,14 +242,19 @@ impl Machine {
             | Phase::Finishing
             | Phase::PreRestoring
             | Phase::Restoring
-            | Phase::PostRestoring => Some((self.owner, &self.set)),
+            | Phase::PostRestoring
+            | Phase::Unwinding => Some((self.owner, &self.set)),
         }
     }
 
     /// Takes an event.
     pub fn step(&mut self, event: &Event) -> Result<Effect, Refusal> {
+        if self.phase == Phase::Unwinding && event.is_about_the_open_set() {
+            // What is answered depends on what the set is told to have ended by.
+            return Ok(Effect::Later);
+        }
         match event {
-            Event::Identify => self.from_idle(Phase::Identifying),
+            Event::Identify => self.while_idle(Phase::Identifying),
             Event::Begin(owner, set) => {
                 // Its client has had the answer to the thaw and cannot know that writers still hear the rest.
                 let is_unaware = (self.owner, *owner) == (Owner::Qga, Owner::Qga);
@@ -231,7 +270,7 @@ impl Machine {
             }
             // It may be the very set that is about to be kept.
             Event::Complete if self.phase == Phase::Finishing => Ok(Effect::Later),
-            Event::Complete => self.from_idle(Phase::Completing),
+            Event::Complete => self.while_idle(Phase::Completing),
             Event::Freeze(owner, set) => {
                 self.expect(*owner, set, Phase::Prepared)?;
                 self.generation += 1;
@@ -258,9 +297,14 @@ impl Machine {
                 self.phase = self.after();
                 Ok(Effect::Nothing)
             }
+            Event::Unwinding => {
+                self.unwound_from = self.phase;
+                self.phase = Phase::Unwinding;
+                Ok(Effect::Nothing)
+            }
             Event::Unwound(why) => {
                 // Whoever asked for the freeze or the thaw that failed has been told already.
-                if self.phase == Phase::Frozen {
+                if (self.phase, self.unwound_from) == (Phase::Unwinding, Phase::Frozen) {
                     self.broken = Some(Broken {
                         owner: self.owner,
                         set: std::mem::take(&mut self.set),
@@ -274,7 +318,7 @@ impl Machine {
     }
 
     /// Starts an operation that needs nothing but that none is open; after another such one if need be.
-    fn from_idle(&mut self, phase: Phase) -> Result<Effect, Refusal> {
+    fn while_idle(&mut self, phase: Phase) -> Result<Effect, Refusal> {
         match self.phase {
             Phase::Idle => self.run(phase),
             Phase::Identifying | Phase::Completing => Ok(Effect::Later),
@@ -287,12 +331,13 @@ impl Machine {
             | Phase::Finishing
             | Phase::PreRestoring
             | Phase::Restoring
-            | Phase::PostRestoring => Err(Refusal::InProgress),
+            | Phase::PostRestoring
+            | Phase::Unwinding => Err(Refusal::InProgress),
         }
     }
 
     fn begin(&mut self, phase: Phase, owner: Owner, set: &str) -> Result<Effect, Refusal> {
-        let effect = self.from_idle(phase)?;
+        let effect = self.while_idle(phase)?;
         if effect == Effect::Run {
             self.owner = owner;
             set.clone_into(&mut self.set);
@@ -351,9 +396,11 @@ impl Machine {
                 Effect::Interrupt
             }
             // Short, and it thaws what is frozen, or ends the restore.
-            Phase::Thawing | Phase::Finishing | Phase::Completing | Phase::PostRestoring => {
-                Effect::Later
-            }
+            Phase::Thawing
+            | Phase::Finishing
+            | Phase::Completing
+            | Phase::PostRestoring
+            | Phase::Unwinding => Effect::Later,
             Phase::Prepared | Phase::Frozen | Phase::Thawed | Phase::Restoring => Effect::Unwind,
         }
     }
@@ -378,7 +425,8 @@ impl Machine {
                 | Phase::Completing
                 | Phase::PreRestoring
                 | Phase::Restoring
-                | Phase::PostRestoring,
+                | Phase::PostRestoring
+                | Phase::Unwinding,
                 _,
             ) => Effect::Nothing,
         }
@@ -390,6 +438,7 @@ impl Machine {
             | Phase::Finishing
             | Phase::Completing
             | Phase::PostRestoring
+            | Phase::Unwinding
             | Phase::Idle => Phase::Idle,
             Phase::PreRestoring | Phase::Restoring => Phase::Restoring,
             Phase::Preparing | Phase::Prepared => Phase::Prepared,

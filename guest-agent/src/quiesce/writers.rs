@@ -382,7 +382,7 @@ impl Actor {
     pub(super) fn writer_infos(&self) -> Vec<WriterInfo> {
         let of_set = self.set.participants.iter().chain(&self.set.left_out);
         let of_set: Vec<WriterInfo> = of_set.map(Participant::info).collect();
-        if self.machine.phase().is_frozen() {
+        if self.machine.is_frozen() {
             return of_set;
         }
         let (writers, _) = self.registry.writers();

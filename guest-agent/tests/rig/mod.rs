@@ -13,6 +13,8 @@
     reason = "a rig that cannot be built fails its test"
 )]
 
+pub mod played;
+
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};

@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
-const PHASES: [Phase; 13] = [
+const PHASES: [Phase; 14] = [
     Phase::Idle,
     Phase::Identifying,
     Phase::Preparing,
@@ -18,6 +18,7 @@ const PHASES: [Phase; 13] = [
     Phase::PreRestoring,
     Phase::Restoring,
     Phase::PostRestoring,
+    Phase::Unwinding,
 ];
 const OWNERS: [Owner; 2] = [Owner::Native, Owner::Qga];
 
@@ -132,6 +133,7 @@ fn each_operation_starts_from_its_one_phase_for_its_own_set() {
             | Event::AbortAll(_)
             | Event::Broken { .. }
             | Event::Done
+            | Event::Unwinding
             | Event::Unwound(_) => false,
         };
         assert!(right, "{before:?} {event:?}");
@@ -184,6 +186,7 @@ fn whatever_was_undone_leaves_no_set_open() {
     for phase in PHASES {
         for owner in OWNERS {
             let mut machine = machine(phase, owner);
+            machine.step(&Event::Unwinding).unwrap();
             machine.step(&Event::Unwound("why".into())).unwrap();
             assert_eq!(machine.phase(), Phase::Idle);
             let thaw = machine.step(&Event::Thaw(owner, "s".into(), 100));
@@ -204,6 +207,7 @@ fn a_client_of_qemus_protocol_hears_once_of_a_broken_hold_the_bridge_until_its_n
         (Owner::Native, Refusal::HoldBroken("late".into())),
     ] {
         let mut machine = machine(Phase::Frozen, owner);
+        machine.step(&Event::Unwinding).unwrap();
         machine.step(&Event::Unwound("late".into())).unwrap();
         let thaw = Event::Thaw(owner, "s".into(), 100);
         assert_eq!(machine.step(&thaw), Err(Refusal::HoldBroken("late".into())));
@@ -242,6 +246,45 @@ fn a_set_goes_its_way_and_each_hold_has_a_generation_of_its_own() {
 }
 
 #[test]
+fn a_restore_goes_its_way_and_leaves_what_was_broken_before_forgotten() {
+    let mut machine = machine(Phase::Frozen, Owner::Native);
+    machine.step(&Event::Unwinding).unwrap();
+    machine.step(&Event::Unwound("late".into())).unwrap();
+    for (event, phase) in [
+        (Event::Restore("r".into()), Phase::Restoring),
+        (Event::Restored("r".into()), Phase::Idle),
+    ] {
+        assert_eq!(machine.step(&event), Ok(Effect::Run));
+        machine.step(&Event::Done).unwrap();
+        assert_eq!(machine.phase(), phase);
+    }
+    let thaw = machine.step(&Event::Thaw(Owner::Native, "s".into(), 100));
+    assert_eq!(thaw, Err(Refusal::NotFound));
+}
+
+#[test]
+fn a_backup_is_completed_beside_no_open_set_and_after_the_set_that_is_being_kept() {
+    for phase in PHASES {
+        let expected = match phase {
+            Phase::Idle => Ok(Effect::Run),
+            Phase::Identifying | Phase::Completing | Phase::Finishing => Ok(Effect::Later),
+            Phase::Preparing
+            | Phase::Prepared
+            | Phase::Freezing
+            | Phase::Frozen
+            | Phase::Thawing
+            | Phase::Thawed
+            | Phase::PreRestoring
+            | Phase::Restoring
+            | Phase::PostRestoring
+            | Phase::Unwinding => Err(Refusal::InProgress),
+        };
+        let effect = machine(phase, Owner::Native).step(&Event::Complete);
+        assert_eq!(effect, expected, "{phase:?}");
+    }
+}
+
+#[test]
 fn a_second_set_is_refused_while_one_is_open() {
     for phase in PHASES {
         let begin = Event::Begin(Owner::Qga, "guest-fsfreeze".into());
@@ -258,7 +301,8 @@ fn a_second_set_is_refused_while_one_is_open() {
             | Phase::Finishing
             | Phase::PreRestoring
             | Phase::Restoring
-            | Phase::PostRestoring => Err(Refusal::InProgress),
+            | Phase::PostRestoring
+            | Phase::Unwinding => Err(Refusal::InProgress),
         };
         assert_eq!(effect, expected);
     }
@@ -288,11 +332,39 @@ proptest! {
                     prop_assert!(!machine.phase().is_busy());
                 }
                 Ok(Effect::Interrupt | Effect::Unwind) => {
+                    machine.step(&Event::Unwinding).unwrap();
+                    prop_assert!(machine.phase().is_busy());
                     machine.step(&Event::Unwound("ended".into())).unwrap();
                     prop_assert_eq!(machine.phase(), Phase::Idle);
                 }
                 Ok(Effect::Later | Effect::Mark | Effect::Nothing) | Err(_) => {}
             }
         }
+    }
+}
+
+/// Unwinding takes time: a writer may need seconds for its abort. A host that thaws meanwhile must hear why, not that it came
+/// at a wrong step, and must not start anything.
+#[test]
+fn a_thaw_that_comes_while_the_hold_is_being_undone_is_answered_when_it_is() {
+    for owner in OWNERS {
+        let mut machine = machine(Phase::Frozen, owner);
+        let thaw = Event::Thaw(owner, "s".into(), 100);
+        machine.step(&Event::Unwinding).unwrap();
+        assert!(machine.is_frozen());
+        for event in events() {
+            let effect = machine.step(&event);
+            assert!(
+                matches!(
+                    effect,
+                    Ok(Effect::Later | Effect::Nothing) | Err(Refusal::InProgress)
+                ),
+                "{event:?}: {effect:?}"
+            );
+            assert_eq!(machine.phase(), Phase::Unwinding);
+        }
+        assert_eq!(machine.step(&thaw), Ok(Effect::Later));
+        machine.step(&Event::Unwound("late".into())).unwrap();
+        assert_eq!(machine.step(&thaw), Err(Refusal::HoldBroken("late".into())));
     }
 }
