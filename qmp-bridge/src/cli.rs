@@ -10,11 +10,14 @@ mod show;
 mod table;
 
 use crate::error::Error;
+use crate::sets::backup::build_on;
 use crate::snapshot::document::{Outcome, SetDocument, StepTime};
 use args::{Arguments, Command, Listed};
 use backend::Backend;
 use clap::Parser;
+use guest_agent_wire::components::FilesRestored;
 use serde::Serialize;
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -99,9 +102,11 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
             let target = backend.target(&create.vm)?;
             let (progress, printer) = progress_printer()?;
             let cancel = on_signals()?;
-            let document = backend
-                .create(target, create.request(), progress, cancel)
-                .await?;
+            let mut request = create.request();
+            if let Some(since) = &create.since {
+                build_on(&mut request.components, &backend.show(since).await?);
+            }
+            let document = backend.create(target, request, progress, cancel).await?;
             // The thread ends with the channel; its lines must stand before the result.
             if printer.join().is_err() {
                 tracing::warn!("progress could not be printed");
@@ -150,6 +155,15 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
             print(json, &answer, |_| format!("reverted to {id}\n"))?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Complete { id, failed } => {
+            print(json, &backend.complete(id, !failed).await?, show::set)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Restore {
+            id,
+            writers,
+            command,
+        } => restore(&backend, id, writers, command, json).await,
         Command::Read(read) => {
             output::read(&backend, read, json).await?;
             Ok(ExitCode::SUCCESS)
@@ -184,6 +198,45 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
             })
         }
     }
+}
+
+/// Runs a command between the writers' two events.
+async fn restore(
+    backend: &Backend,
+    id: &str,
+    writers: &[String],
+    command: &[OsString],
+    json: bool,
+) -> Result<ExitCode, Error> {
+    let Some((program, arguments)) = command.split_first() else {
+        return Err(Error::Usage("no command".to_owned()));
+    };
+    let (session, before) = backend.restore(id, writers).await?;
+    let status = tokio::process::Command::new(program)
+        .args(arguments)
+        .env("VMSHADOW_SET", id)
+        .status()
+        .await;
+    let succeeded = status.as_ref().is_ok_and(std::process::ExitStatus::success);
+    let restored = match &status {
+        Ok(_) if succeeded => FilesRestored::All,
+        Ok(_) => FilesRestored::Failed,
+        // It was not even started.
+        Err(_) => FilesRestored::None,
+    };
+    let after = session.end(restored).await?;
+    status.map_err(|source| Error::Io {
+        what: program.to_string_lossy().into_owned(),
+        source,
+    })?;
+    let is_whole = after.writers.iter().all(|writer| writer.failure.is_none());
+    let answer = serde_json::json!({"restored": restored, "before": before, "after": after});
+    print(json, &answer, |_| show::restored(&after))?;
+    Ok(if succeeded && is_whole {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(EXIT_FAILED)
+    })
 }
 
 fn exit_code(document: &SetDocument) -> ExitCode {

@@ -7,7 +7,7 @@
 
 use crate::sets::ListedSet;
 use crate::snapshot::document::{CreateRequest, SetDocument, VmTarget};
-use guest_agent_wire::host::Identified;
+use guest_agent_wire::host::{Identified, WriterOutcomes};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use vhost_blk_wire::command::{Command, Empty, QmpCapabilities, QueryCommands, QueryVersion};
@@ -26,6 +26,7 @@ pub const COMMAND_NAMES: &[&str] = &[
     SetShow::NAME,
     SetDelete::NAME,
     SetRevert::NAME,
+    SetComplete::NAME,
     SetRecover::NAME,
 ];
 
@@ -122,6 +123,19 @@ pub struct SetRevert {
     pub id: String,
 }
 command!("set-revert", SetRevert, Empty);
+
+/// Tells the writers of a set whether its backup succeeded. Sets of all types but `copy` wait for that. Answers with the document.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SetComplete {
+    /// Set, or the unambiguous beginning of its id.
+    pub id: String,
+    /// It succeeded.
+    pub succeeded: bool,
+    /// Components that fared otherwise, by writer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub components: Vec<WriterOutcomes>,
+}
+command!("set-complete", SetComplete, SetDocument);
 
 /// Undoes what dead bridges left. Answers with the documents of the sets that were ended.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

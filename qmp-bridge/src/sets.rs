@@ -2,6 +2,8 @@
 //!
 //! Called by `cli` (the command works alone) and by `daemon`. It must not know options, tables or envelopes.
 
+pub mod backup;
+
 use crate::error::Error;
 use crate::guest::GuestClient;
 use crate::protocol::ListedVolume;
@@ -259,6 +261,9 @@ impl Sets {
                 document.set
             );
             return Err(Error::InvalidState(text));
+        }
+        if whole && document.awaits_backup {
+            self.give_up_backup(&document).await?;
         }
         if whole {
             let controls: BTreeSet<PathBuf> = copies.into_iter().map(|c| c.control).collect();

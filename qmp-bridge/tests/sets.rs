@@ -64,7 +64,9 @@ async fn four_witnesses_agree_and_the_set_is_kept() {
         "agent thaw",
         "storage0 snapshot-set-keep",
         "agent post_snapshot",
+        "agent told complete",
     ]);
+    assert_eq!(document.backup_succeeded, Some(true));
     assert!(order.is_sorted(), "{:#?}", world.log());
     let steps: Vec<Step> = document.timings.steps.iter().map(|t| t.step).collect();
     assert_eq!(steps, Step::ALL);

@@ -6,6 +6,7 @@ use crate::guest::AgentAddress;
 use crate::snapshot::document::CreateRequest;
 use crate::snapshot::level::Level;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use guest_agent_wire::host::WriterComponents;
 use guest_agent_wire::types::BackupType;
 use std::path::PathBuf;
 use vhost_blk_wire::types::Method;
@@ -64,6 +65,25 @@ pub(crate) enum Command {
         /// Set or snapshot, or the beginning of its id.
         id: String,
     },
+    /// Tell the writers of a set that its backup has been made; sets of all types but `copy` wait for that.
+    Complete {
+        /// Set, or the beginning of its id.
+        id: String,
+        /// It failed: writers keep their logs.
+        #[arg(long)]
+        failed: bool,
+    },
+    /// Run a command that restores from a set, between the writers' pre-restore and post-restore.
+    Restore {
+        /// Set, or the beginning of its id.
+        id: String,
+        /// Only these writers, by instance id, class id or name; all of the set if not given.
+        #[arg(long = "writer", value_delimiter = ',')]
+        writers: Vec<String>,
+        /// The command; its exit status says whether the restore succeeded.
+        #[arg(required = true, last = true)]
+        command: Vec<std::ffi::OsString>,
+    },
     /// Copy a snapshot's content to a file or pipe.
     Read(Read),
     /// Undo what a bridge that died has left. Every command does so first; this one says what it did.
@@ -112,6 +132,12 @@ pub(crate) struct Create {
     /// Not these writers, by class id, instance id or name.
     #[arg(long = "exclude-writer", value_delimiter = ',')]
     pub(crate) exclude_writers: Vec<String>,
+    /// Back up only this component, as WRITER=NAME or WRITER=PATH/NAME; may be repeated. Other writers are not asked to hold.
+    #[arg(long = "component", value_parser = crate::sets::backup::parse_component)]
+    pub(crate) components: Vec<WriterComponents>,
+    /// The set that an incremental or differential one builds on: writers get the stamps of its components.
+    #[arg(long, value_name = "SET", requires = "components")]
+    pub(crate) since: Option<String>,
     /// Do not freeze these file systems, by mount point.
     #[arg(long = "exclude-filesystem", value_delimiter = ',')]
     pub(crate) exclude_filesystems: Vec<String>,
@@ -137,6 +163,7 @@ impl Create {
             disks: self.disks.clone(),
             exclude_disks: self.exclude_disks.clone(),
             exclude_writers: self.exclude_writers.clone(),
+            components: self.components.clone(),
             exclude_filesystems: self.exclude_filesystems.clone(),
             hold_limit_ms: self.hold_limit_ms,
             writer_limit_ms: self.writer_limit_ms,

@@ -7,16 +7,17 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::guest::AgentAddress;
 use crate::protocol::{
-    ListedVolume, QueryVolumes, QueryWriters, SET_PROGRESS, SetCreate, SetDelete, SetList,
-    SetRecover, SetRevert, SetShow,
+    ListedVolume, QueryVolumes, QueryWriters, SET_PROGRESS, SetComplete, SetCreate, SetDelete,
+    SetList, SetRecover, SetRevert, SetShow,
 };
 use crate::qmp::{CallError, QmpClient};
+use crate::sets::backup::RestoreSession;
 use crate::sets::{ListedSet, Sets};
 use crate::snapshot::document::{Copy, CreateRequest, SetDocument, StepTime, VmTarget};
 use crate::snapshot::intent::DEFAULT_STATE_DIRECTORY;
 use crate::snapshot::run::Limits;
 use crate::snapshot::step::FaultPoint;
-use guest_agent_wire::host::Identified;
+use guest_agent_wire::host::{Identified, WritersSaid};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -209,6 +210,35 @@ impl Backend {
                 self.ask(&SetRevert { id: id.to_owned() }).await?;
                 Ok(())
             }
+        }
+    }
+
+    /// Says whether the backup of a set succeeded.
+    pub(crate) async fn complete(&self, id: &str, succeeded: bool) -> Result<SetDocument, Error> {
+        match self {
+            Self::Alone { sets, .. } => sets.complete(id, succeeded, Vec::new()).await,
+            Self::Daemon { .. } => {
+                let command = SetComplete {
+                    id: id.to_owned(),
+                    succeeded,
+                    components: Vec::new(),
+                };
+                self.ask(&command).await
+            }
+        }
+    }
+
+    /// Tells writers that files will be replaced. A daemon would have to keep the conversation for a requester that may go.
+    pub(crate) async fn restore(
+        &self,
+        id: &str,
+        writers: &[String],
+    ) -> Result<(RestoreSession, WritersSaid), Error> {
+        match self {
+            Self::Alone { sets, .. } => sets.restore(id, writers).await,
+            Self::Daemon { .. } => Err(Error::Usage(
+                "restore works without --bridge: give --state-dir of the daemon".to_owned(),
+            )),
         }
     }
 

@@ -7,7 +7,7 @@ use crate::protocol::ListedVolume;
 use crate::sets::ListedSet;
 use crate::snapshot::document::{Outcome, SetDocument, StepTime};
 use crate::snapshot::witness::{Testimony, Word};
-use guest_agent_wire::host::Identified;
+use guest_agent_wire::host::{Identified, WritersSaid};
 use vhost_blk_wire::types::Method;
 
 /// One line of progress.
@@ -117,6 +117,13 @@ pub(crate) fn set(document: &SetDocument) -> String {
     for disk in &document.uncovered_disks {
         line("not in it", &format!("{}: {}", disk.device, disk.why));
     }
+    if document.awaits_backup {
+        let text = format!("writers wait for `vmshadow complete {}`", document.set);
+        line("backup", &text);
+    } else if let Some(succeeded) = document.backup_succeeded {
+        let word = if succeeded { "complete" } else { "failed" };
+        line("backup", &format!("writers were told: {word}"));
+    }
     for note in &document.notes {
         line("note", note);
     }
@@ -186,7 +193,59 @@ fn method(method: Method) -> &'static str {
     }
 }
 
-/// Writers, then file systems.
+/// What can be picked with `--component`; empty if there is nothing.
+fn components(identified: &Identified) -> String {
+    let columns = [
+        ("COMPONENT", Align::Left),
+        ("TYPE", Align::Left),
+        ("RESTORE", Align::Left),
+        ("FILES", Align::Left),
+    ];
+    let mut rows = Vec::new();
+    for writer in &identified.writers {
+        let Some(metadata) = &writer.metadata else {
+            continue;
+        };
+        let restore = metadata.restore_method.as_ref();
+        for component in &metadata.components {
+            let path = match component.logical_path.as_str() {
+                "" => String::new(),
+                path => format!("{path}/"),
+            };
+            let files: Vec<String> = component
+                .file_sets()
+                .map(|files| format!("{}/{}", files.path, files.spec))
+                .collect();
+            rows.push(vec![
+                format!("{}={path}{}", writer.instance_id, component.name),
+                word(&component.component_type),
+                restore.map_or(String::new(), |restore| word(&restore.method)),
+                files.join(" "),
+            ]);
+        }
+    }
+    if rows.is_empty() {
+        return String::new();
+    }
+    format!("\n{}", table(&columns, &rows))
+}
+
+/// What writers said of a restore.
+pub(crate) fn restored(after: &WritersSaid) -> String {
+    let lines = after.writers.iter().map(|writer| match &writer.failure {
+        None => format!("{}: {}\n", writer.name, word(&writer.state)),
+        Some(failure) => format!(
+            "{}: {}: {}: {}\n",
+            writer.name,
+            word(&writer.state),
+            word(&failure.code),
+            failure.message
+        ),
+    });
+    lines.collect()
+}
+
+/// Writers with their components, then file systems.
 pub(crate) fn writers(identified: &Identified) -> String {
     let columns = [
         ("WRITER", Align::Left),
@@ -220,6 +279,7 @@ pub(crate) fn writers(identified: &Identified) -> String {
     } else {
         table(&columns, &rows)
     };
+    text.push_str(&components(identified));
     let columns = [
         ("FILE SYSTEM", Align::Left),
         ("TYPE", Align::Left),

@@ -6,8 +6,8 @@
 use super::Shared;
 use crate::error::Error;
 use crate::protocol::{
-    COMMAND_NAMES, QueryVms, QueryVolumes, QueryWriters, SET_PROGRESS, SetCreate, SetDelete,
-    SetList, SetRecover, SetRevert, SetShow,
+    COMMAND_NAMES, QueryVms, QueryVolumes, QueryWriters, SET_PROGRESS, SetComplete, SetCreate,
+    SetDelete, SetList, SetRecover, SetRevert, SetShow,
 };
 use crate::snapshot::document::{SetDocument, StepTime, VmTarget};
 use crate::snapshot::level::Level;
@@ -253,6 +253,15 @@ async fn execute(request: Request, negotiated: bool, context: Context) -> Result
         SetRevert::NAME => {
             let command: SetRevert = decode(arguments)?;
             reply::<SetRevert>(sets.revert(&command.id).await.map(|()| Empty {}))
+        }
+        SetComplete::NAME => {
+            let command: SetComplete = decode(arguments)?;
+            let SetComplete {
+                id,
+                succeeded,
+                components,
+            } = command;
+            reply::<SetComplete>(sets.complete(&id, succeeded, components).await)
         }
         SetRecover::NAME => reply::<SetRecover>(sets.recover().await),
         // Listed above, so this is a defect of ours and not of the client.

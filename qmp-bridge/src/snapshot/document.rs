@@ -8,7 +8,10 @@ use super::level::Level;
 use super::step::Step;
 use super::witness::Witnesses;
 use crate::guest::AgentAddress;
-use guest_agent_wire::host::{FilesystemInfo, FilesystemReport, WriterInfo, WriterReport};
+use guest_agent_wire::components::ComponentReply;
+use guest_agent_wire::host::{
+    FilesystemInfo, FilesystemReport, WriterComponents, WriterInfo, WriterReport,
+};
 use guest_agent_wire::types::{BackupType, DiskExtent};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -55,6 +58,10 @@ pub struct CreateRequest {
     /// Writers left out, by class id, instance id or name.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exclude_writers: Vec<String>,
+    /// Only these components are backed up (VSS: component mode); empty means the whole disks. Writers of which none is named
+    /// are not asked to hold.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub components: Vec<WriterComponents>,
     /// Mount points left out.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exclude_filesystems: Vec<String>,
@@ -299,6 +306,33 @@ pub struct WriterRecord {
     /// To `post_snapshot`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post: Option<WriterReport>,
+    /// To `backup_complete`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub complete: Option<WriterReport>,
+}
+
+impl WriterRecord {
+    /// What it said last of each of its components; a report has all that was said before it in the same set.
+    #[must_use]
+    pub fn components(&self) -> &[ComponentReply] {
+        let reports = [&self.complete, &self.post, &self.thaw, &self.prepare];
+        reports
+            .into_iter()
+            .flatten()
+            .map(|report| report.components.as_slice())
+            .find(|components| !components.is_empty())
+            .unwrap_or_default()
+    }
+
+    /// A requester calls it so.
+    #[must_use]
+    pub fn is_called(&self, name: &str) -> bool {
+        self.instance_id == name
+            || self
+                .identify
+                .as_ref()
+                .is_some_and(|info| info.class_id == name || info.name == name)
+    }
 }
 
 /// A file system and what it said at each step.
@@ -382,6 +416,12 @@ pub struct SetDocument {
     pub attempts: Vec<Attempt>,
     /// Writers have heard the outcome and the document is complete.
     pub finished: bool,
+    /// Writers wait to hear whether the backup succeeded: `vmshadow complete` says so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub awaits_backup: bool,
+    /// What they were told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup_succeeded: Option<bool>,
     /// Wall clock when it began, milliseconds since the epoch.
     pub started_unix_ms: u64,
     /// Times.
@@ -423,6 +463,8 @@ impl SetDocument {
             reason: None,
             attempts: Vec::new(),
             finished: false,
+            awaits_backup: false,
+            backup_succeeded: None,
             started_unix_ms,
             timings: Timings::default(),
             witnesses: Witnesses::none_heard("the set did not come to the verdict"),
@@ -451,6 +493,7 @@ impl SetDocument {
                 freeze: None,
                 thaw: None,
                 post: None,
+                complete: None,
             });
         }
         self.writers

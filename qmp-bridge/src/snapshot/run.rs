@@ -20,6 +20,7 @@ use crate::guest::GuestClient;
 use crate::storage::{StorageClient, StorageError};
 use crate::vm::{Vm, VmError};
 use daemons::Daemon;
+pub(crate) use ending::record;
 use failure::{Failure, can_go_lower, failure_is_of_writers, unreachable_or, vm_failure};
 use guest_agent_wire::host::{HOLD_MS_MAX, WRITER_MS_MAX};
 use std::sync::Arc;
@@ -52,6 +53,8 @@ pub struct Limits {
     pub abort: Duration,
     /// For post-snapshot.
     pub post: Duration,
+    /// For pre-restore and post-restore.
+    pub restore: Duration,
 }
 
 impl Default for Limits {
@@ -67,6 +70,7 @@ impl Default for Limits {
             keep: Duration::from_secs(60),
             abort: Duration::from_secs(10),
             post: Duration::from_secs(600),
+            restore: Duration::from_secs(1_860),
         }
     }
 }

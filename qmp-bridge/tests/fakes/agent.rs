@@ -1,10 +1,11 @@
 //! The guest agent: hello, identify, prepare, freeze, thaw, post-snapshot, abort; thaws when its host goes away.
 
 use super::{Fault, Peer};
+use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::host::{
     AgentError, Command, ErrorCode, FilesystemInfo, FilesystemReport, FilesystemResult, Frozen,
-    Hello, Identified, Outcome, Prepared, Request, Response, Thawed, WriterInfo, WriterReport,
-    WritersSaid,
+    Hello, Identified, Outcome, Prepared, Request, Response, Restore, Thawed, WriterComponents,
+    WriterInfo, WriterReport, WritersSaid,
 };
 use guest_agent_wire::types::{DiskExtent, Hold, Level, WriterState};
 use serde_json::{Value, json};
@@ -34,6 +35,12 @@ pub(crate) struct Guest {
     pub(crate) hold_ms: u64,
     /// Evidence at the thaw (at the freeze it is 1).
     pub(crate) evidence_at_thaw: u64,
+    /// What `prepare` picked.
+    pub(crate) picked: Vec<WriterComponents>,
+    /// Sets that wait for `backup_complete`.
+    pub(crate) incomplete: Vec<String>,
+    /// What was said before and after the last restore.
+    pub(crate) restores: Vec<Restore>,
     set: Option<String>,
     frozen: bool,
     in_scope: Vec<String>,
@@ -65,6 +72,9 @@ impl FakeAgent {
                 thawed_by_others: Vec::new(),
                 hold_ms: 7,
                 evidence_at_thaw: 1,
+                picked: Vec::new(),
+                incomplete: Vec::new(),
+                restores: Vec::new(),
                 set: None,
                 frozen: false,
                 in_scope: Vec::new(),
@@ -174,6 +184,7 @@ impl FakeAgent {
             Command::Identify {} => to_value(&guest.identified()),
             Command::Prepare(prepare) => {
                 guest.set = Some(prepare.set);
+                guest.picked = prepare.components;
                 guest.in_scope = guest
                     .writers
                     .iter()
@@ -233,11 +244,18 @@ impl FakeAgent {
                     "told aborted"
                 };
                 self.peer.note(told);
+                if post.kept {
+                    guest.incomplete.push(post.set);
+                }
                 to_value(&WritersSaid {
                     writers: guest.reports(WriterState::WaitingForBackupComplete, None, 0),
                 })
             }
             Command::BackupComplete(outcome) => {
+                if !guest.incomplete.contains(&outcome.set) {
+                    return Err(error(ErrorCode::SetNotFound, "no such set"));
+                }
+                guest.incomplete.retain(|set| *set != outcome.set);
                 let told = if outcome.succeeded {
                     "told complete"
                 } else {
@@ -248,10 +266,22 @@ impl FakeAgent {
                     writers: guest.reports(WriterState::Stable, None, 0),
                 })
             }
-            Command::PreRestore(_) | Command::PostRestore(_) => to_value(&WritersSaid {
-                writers: guest.reports(WriterState::Stable, None, 0),
-            }),
-            Command::Abort { .. } => {
+            Command::PreRestore(restore) => {
+                guest.set = Some(restore.set.clone());
+                guest.restores = vec![restore];
+                to_value(&WritersSaid {
+                    writers: guest.reports(WriterState::Stable, None, 0),
+                })
+            }
+            Command::PostRestore(restore) => {
+                guest.set = None;
+                guest.restores.push(restore);
+                to_value(&WritersSaid {
+                    writers: guest.reports(WriterState::Stable, None, 0),
+                })
+            }
+            Command::Abort { set, .. } => {
+                guest.incomplete.retain(|waiting| *waiting != set);
                 guest.set = None;
                 guest.frozen = false;
                 json!({})
@@ -317,9 +347,24 @@ impl Guest {
                 state,
                 held: held.map(|_| !self.not_held.contains(name)),
                 evidence: json!({"position": evidence}),
-                components: Vec::new(),
+                components: self.components_of(name),
                 failure: None,
                 took_ms: 1,
+            })
+            .collect()
+    }
+
+    /// Every component that was picked got a stamp.
+    fn components_of(&self, name: &String) -> Vec<ComponentReply> {
+        let picked = self.picked.iter().filter(|picked| picked.writer == *name);
+        picked
+            .flat_map(|picked| &picked.components)
+            .map(|picked| ComponentReply {
+                logical_path: picked.logical_path.clone(),
+                name: picked.name.clone(),
+                stamp: Some("tuesday".to_owned()),
+                metadata: json!({"label": 5}),
+                ..ComponentReply::default()
             })
             .collect()
     }

@@ -228,6 +228,7 @@ pub(crate) fn short_limits() -> Limits {
         keep: Duration::from_millis(1000),
         abort: Duration::from_millis(1000),
         post: Duration::from_millis(1000),
+        restore: Duration::from_millis(1000),
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Called by `run`. Invariant: the outcome `kept` is durable before any writer is told.
 
-use super::super::document::{Copy, GuestTimes, Outcome, ReasonCode};
+use super::super::document::{Copy, GuestTimes, Outcome, ReasonCode, SetDocument, WriterRecord};
 use super::super::level::Level;
 use super::super::plan::Plan;
 use super::super::step::Step;
@@ -11,8 +11,8 @@ use super::daemons::{all, copies};
 use super::failure::{Failure, chain, internal};
 use super::watch::cancelled;
 use super::{Run, milliseconds};
-use crate::guest::GuestError;
-use guest_agent_wire::host::{BackupComplete, PostSnapshot};
+use guest_agent_wire::host::{BackupComplete, PostSnapshot, WriterReport, WritersSaid};
+use guest_agent_wire::types::BackupType;
 use guest_agent_wire::writer::SnapshotOfDisk;
 use tokio::time::Instant;
 use vhost_blk_wire::command::SnapshotSetKeep;
@@ -138,6 +138,12 @@ impl Run<'_> {
             Level::Crash => notes
                 .push("everything is only as consistent as after a power cut".to_owned()),
         }
+        if !self.doc.request.components.is_empty() {
+            notes.push(
+                "only the components that were picked are in it; their writers alone were asked to hold"
+                    .to_owned(),
+            );
+        }
         for mountpoint in &self.doc.request.exclude_filesystems {
             notes.push(format!(
                 "{mountpoint} was left out by the requester: its content is only as consistent as a crash"
@@ -172,44 +178,41 @@ impl Run<'_> {
         {
             // Only an application-consistent copy may let a writer believe that it was backed up (and truncate logs).
             let kept = self.doc.level_reached == Some(Level::Application);
-            let set = self.doc.set.to_string();
+            // With any other type a writer may truncate its logs once the backup is complete. That is for the requester to
+            // say, who has not read a byte yet.
+            let waits = kept && self.doc.request.backup_type != BackupType::Copy;
             let post = PostSnapshot {
-                set: set.clone(),
+                set: self.doc.set.to_string(),
                 kept,
                 snapshots: self.doc.copies.iter().map(snapshot_of_disk).collect(),
-                ..PostSnapshot::default()
+                mount: None,
+                detached: waits,
             };
-            let told = async {
-                let said = guest.post_snapshot(post, self.limits.post).await?;
-                if !kept {
-                    return Ok(said);
+            let told = guest.post_snapshot(post, self.limits.post).await;
+            let is_told = told.is_ok();
+            match told {
+                Ok(said) => {
+                    record(self.doc, said, |record, said| record.post = Some(said));
+                    self.doc.awaits_backup = waits;
                 }
+                Err(error) => self.doc.notes.push(format!(
+                    "writers were not told that the set is kept: {error}"
+                )),
+            }
+            if is_told && kept && !waits {
                 let outcome = BackupComplete {
-                    set,
+                    set: self.doc.set.to_string(),
                     succeeded: true,
                     ..BackupComplete::default()
                 };
-                guest.backup_complete(outcome, self.limits.post).await
-            };
-            match told.await {
-                Ok(said) => {
-                    for report in said.writers {
-                        if let Some(failure) = &report.failure {
-                            self.doc.notes.push(format!(
-                                "writer {} failed after the snapshot: {}",
-                                report.name, failure.message
-                            ));
-                        }
-                        if let Some(record) = self.doc.writer(&report.instance_id) {
-                            record.post = Some(report);
-                        }
+                match guest.backup_complete(outcome, self.limits.post).await {
+                    Ok(said) => {
+                        record(self.doc, said, |record, said| record.complete = Some(said));
+                        self.doc.backup_succeeded = Some(true);
                     }
-                }
-                Err(error) => {
-                    let error: GuestError = error;
-                    self.doc.notes.push(format!(
-                        "writers were not told that the set is kept: {error}"
-                    ));
+                    Err(error) => self.doc.notes.push(format!(
+                        "writers were not told that the backup is complete: {error}"
+                    )),
                 }
             }
         }
@@ -227,5 +230,27 @@ fn snapshot_of_disk(copy: &Copy) -> SnapshotOfDisk {
     SnapshotOfDisk {
         serial: copy.serial.clone(),
         snapshot: copy.snapshot.to_string(),
+    }
+}
+
+/// Keeps what writers said after the snapshot; what failed is noted too.
+pub(crate) fn record(
+    document: &mut SetDocument,
+    said: WritersSaid,
+    mut keep: impl FnMut(&mut WriterRecord, WriterReport),
+) {
+    for report in said.writers {
+        if let Some(failure) = &report.failure {
+            let text = format!(
+                "writer {} failed after the snapshot: {}",
+                report.name, failure.message
+            );
+            if !document.notes.contains(&text) {
+                document.notes.push(text);
+            }
+        }
+        if let Some(record) = document.writer(&report.instance_id) {
+            keep(record, report);
+        }
     }
 }

@@ -91,12 +91,19 @@ impl Run<'_> {
             let writers = self.window.identified.iter().flat_map(|i| i.writers.iter());
             exclude_writers.extend(writers.map(|writer| writer.instance_id.clone()));
         }
+        let components = if level < Level::Application {
+            Vec::new()
+        } else {
+            request.components.clone()
+        };
         let prepare = Prepare {
             set: self.doc.set.to_string(),
             backup_type: request.backup_type,
             disks: self.plan.as_ref().map(Plan::serials).unwrap_or_default(),
             exclude_writers,
             limit_ms: u64::try_from(self.limits.prepare.as_millis()).unwrap_or(u64::MAX),
+            component_mode: !components.is_empty(),
+            components,
             ..Prepare::default()
         };
         let Some(guest) = &self.guest else {
@@ -119,6 +126,11 @@ impl Run<'_> {
         for report in &prepared.writers {
             if let Some(record) = self.doc.writer(&report.instance_id) {
                 record.in_scope = true;
+                record.prepare = Some(report.clone());
+            }
+        }
+        for report in &prepared.left_out {
+            if let Some(record) = self.doc.writer(&report.instance_id) {
                 record.prepare = Some(report.clone());
             }
         }

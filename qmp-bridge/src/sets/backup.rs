@@ -1,0 +1,257 @@
+//! What a requester does with a set after it is made: says that the backup is complete, or restores from it.
+//!
+//! Called by `daemon` and `cli`. The writers' part alone; copying and replacing files is the requester's own.
+
+use super::{Found, Sets};
+use crate::error::Error;
+use crate::guest::{GuestClient, GuestError};
+use crate::snapshot::document::{SetDocument, VmTarget, WriterRecord};
+use crate::snapshot::intent::VmLock;
+use crate::snapshot::{run, undo};
+use guest_agent_wire::components::{FilesRestored, RestoreComponent, SelectedComponent};
+use guest_agent_wire::host::{
+    BackupComplete, ErrorCode, Restore, WriterComponents, WriterOutcomes, WriterRestore,
+    WritersSaid,
+};
+use std::time::Duration;
+
+/// A restore that writers know of. Dropped without [`RestoreSession::end`] it is given up: the agent aborts it.
+#[derive(Debug)]
+pub struct RestoreSession {
+    guest: GuestClient,
+    restore: Restore,
+    limit: Duration,
+    _lock: VmLock,
+}
+
+impl Sets {
+    /// Tells the writers of a kept set whether the backup succeeded; `components` are those that fared otherwise.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] if no writer waits for it, or if the agent has been started anew since: writers have then
+    /// taken the backup for failed. [`Error::Guest`], [`Error::SetInProgress`].
+    pub async fn complete(
+        &self,
+        id: &str,
+        succeeded: bool,
+        components: Vec<WriterOutcomes>,
+    ) -> Result<SetDocument, Error> {
+        let set = match self.find(id)? {
+            Found::Set(document) => document.set,
+            Found::Snapshot(..) => {
+                let text = format!("{id} is a snapshot: a backup is of a set");
+                return Err(Error::Usage(text));
+            }
+        };
+        let vm = self.state.load(set)?.vm;
+        let lock = self.lock(&vm)?;
+        // Read again: somebody may have said so just now.
+        let mut document = self.state.load(set)?;
+        if !document.awaits_backup {
+            return Err(Error::InvalidState(format!(
+                "no writer of set {set} waits to hear of a backup"
+            )));
+        }
+        let guest = self.guest(&vm).await?;
+        let outcome = BackupComplete {
+            set: set.to_string(),
+            succeeded,
+            components,
+        };
+        match guest.backup_complete(outcome, self.limits.post).await {
+            Ok(said) => {
+                run::record(&mut document, said, |record, said| {
+                    record.complete = Some(said);
+                });
+                document.awaits_backup = false;
+                document.backup_succeeded = Some(succeeded);
+                self.state.store(&document)?;
+                drop(lock);
+                Ok(document)
+            }
+            Err(GuestError::Refused(error)) if error.code == ErrorCode::SetNotFound => {
+                let text =
+                    "the agent was started anew since: writers have taken the backup for failed";
+                document.awaits_backup = false;
+                document.backup_succeeded = Some(false);
+                document.notes.push(text.to_owned());
+                self.state.store(&document)?;
+                Err(Error::InvalidState(format!("set {set}: {text}")))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Tells the writers of a set that their files will be replaced by those of its copies; of these writers alone, if any
+    /// are named.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if the set has none of them; [`Error::Guest`] if one refuses; [`Error::SetInProgress`].
+    pub async fn restore(
+        &self,
+        id: &str,
+        writers: &[String],
+    ) -> Result<(RestoreSession, WritersSaid), Error> {
+        let document = self.find(id)?.document();
+        let restore = Restore {
+            set: format!("restore-{}", document.set),
+            writers: what_to_restore(&document, writers),
+            limit_ms: None,
+        };
+        if restore.writers.is_empty() {
+            return Err(Error::NotFound(format!(
+                "set {} has no such writer",
+                document.set
+            )));
+        }
+        let lock = self.lock(&document.vm)?;
+        let guest = self.guest(&document.vm).await?;
+        let said = guest
+            .pre_restore(restore.clone(), self.limits.restore)
+            .await?;
+        let session = RestoreSession {
+            guest,
+            restore,
+            limit: self.limits.restore,
+            _lock: lock,
+        };
+        Ok((session, said))
+    }
+
+    /// Tells writers that nothing will come of a backup, as far as they can be told.
+    pub(super) async fn give_up_backup(&self, document: &SetDocument) -> Result<(), Error> {
+        let Some(agent) = &document.vm.agent else {
+            return Ok(());
+        };
+        let _lock = self.lock(&document.vm)?;
+        let (set, limit) = (document.set, self.limits.hello_again);
+        if let Err(error) = undo::in_guest(agent, set, "the set was deleted", limit).await {
+            tracing::warn!("writers of set {set} were not told that it is deleted: {error}");
+        }
+        Ok(())
+    }
+
+    fn lock(&self, vm: &VmTarget) -> Result<VmLock, Error> {
+        self.state
+            .lock(&vm.qmp)?
+            .ok_or_else(|| Error::SetInProgress {
+                vm: vm.name.clone(),
+            })
+    }
+
+    async fn guest(&self, vm: &VmTarget) -> Result<GuestClient, Error> {
+        let Some(agent) = &vm.agent else {
+            let text = format!("no agent socket is known for {}", vm.name);
+            return Err(Error::Usage(text));
+        };
+        Ok(GuestClient::connect(agent, self.limits.hello).await?)
+    }
+}
+
+impl RestoreSession {
+    /// Tells the same writers how it went.
+    ///
+    /// # Errors
+    /// [`Error::Guest`].
+    pub async fn end(mut self, restored: FilesRestored) -> Result<WritersSaid, Error> {
+        let writers = self.restore.writers.iter_mut();
+        for component in writers.flat_map(|writer| &mut writer.components) {
+            component.restored = Some(restored);
+        }
+        Ok(self.guest.post_restore(self.restore, self.limit).await?)
+    }
+}
+
+/// Each writer of a set with its components, their stamps, and what it stored with them.
+fn what_to_restore(document: &SetDocument, only: &[String]) -> Vec<WriterRestore> {
+    let wanted = |record: &&WriterRecord| {
+        record.in_scope && (only.is_empty() || only.iter().any(|name| record.is_called(name)))
+    };
+    document
+        .writers
+        .iter()
+        .filter(wanted)
+        .map(|record| WriterRestore {
+            writer: record.instance_id.clone(),
+            components: names(document, record)
+                .into_iter()
+                .map(|(logical_path, name)| {
+                    let said = record
+                        .components()
+                        .iter()
+                        .find(|said| said.logical_path == logical_path && said.name == name);
+                    RestoreComponent {
+                        stamp: said.and_then(|said| said.stamp.clone()),
+                        metadata: said.map(|said| said.metadata.clone()).unwrap_or_default(),
+                        logical_path,
+                        name,
+                        ..RestoreComponent::default()
+                    }
+                })
+                .collect(),
+        })
+        .collect()
+}
+
+/// Logical paths and names of a writer's components in a set: those picked, or all.
+fn names(document: &SetDocument, record: &WriterRecord) -> Vec<(String, String)> {
+    let picked = document.request.components.iter();
+    let picked = picked.filter(|picked| record.is_called(&picked.writer));
+    let picked: Vec<(String, String)> = picked
+        .flat_map(|picked| &picked.components)
+        .map(|picked| (picked.logical_path.clone(), picked.name.clone()))
+        .collect();
+    if !picked.is_empty() {
+        return picked;
+    }
+    let metadata = record
+        .identify
+        .as_ref()
+        .and_then(|info| info.metadata.as_ref());
+    metadata
+        .into_iter()
+        .flat_map(|metadata| &metadata.components)
+        .map(|component| (component.logical_path.clone(), component.name.clone()))
+        .collect()
+}
+
+/// A component as text: `WRITER=NAME` or `WRITER=PATH/NAME`.
+///
+/// # Errors
+/// What is wrong, as a text.
+pub fn parse_component(text: &str) -> Result<WriterComponents, String> {
+    let (writer, component) = text
+        .split_once('=')
+        .ok_or("give WRITER=NAME or WRITER=PATH/NAME")?;
+    let (logical_path, name) = component.rsplit_once('/').unwrap_or(("", component));
+    if writer.is_empty() || name.is_empty() {
+        return Err("the writer or the name is missing".to_owned());
+    }
+    Ok(WriterComponents {
+        writer: writer.to_owned(),
+        components: vec![SelectedComponent {
+            logical_path: logical_path.to_owned(),
+            name: name.to_owned(),
+            previous_stamp: None,
+        }],
+    })
+}
+
+/// Gives each component the stamp that its writer gave it in an earlier set.
+pub fn build_on(components: &mut [WriterComponents], earlier: &SetDocument) {
+    for picked in components {
+        let records = earlier.writers.iter();
+        let said: Vec<_> = records
+            .filter(|record| record.is_called(&picked.writer))
+            .flat_map(WriterRecord::components)
+            .collect();
+        for component in &mut picked.components {
+            component.previous_stamp = said
+                .iter()
+                .find(|said| {
+                    (&said.logical_path, &said.name) == (&component.logical_path, &component.name)
+                })
+                .and_then(|said| said.stamp.clone());
+        }
+    }
+}
