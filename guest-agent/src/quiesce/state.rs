@@ -216,9 +216,15 @@ impl Machine {
     /// Something is, or may be, frozen.
     #[must_use]
     pub fn is_frozen(&self) -> bool {
-        match self.phase {
-            Phase::Unwinding => self.unwound_from.is_frozen(),
-            phase => phase.is_frozen(),
+        self.work().is_frozen()
+    }
+
+    /// The phase, or the one that is being unwound.
+    fn work(&self) -> Phase {
+        if self.phase == Phase::Unwinding {
+            self.unwound_from
+        } else {
+            self.phase
         }
     }
 
@@ -231,7 +237,7 @@ impl Machine {
     /// The open set and its owner.
     #[must_use]
     pub fn open(&self) -> Option<(Owner, &str)> {
-        match self.phase {
+        match self.work() {
             Phase::Idle | Phase::Identifying | Phase::Completing => None,
             Phase::Preparing
             | Phase::Prepared
