@@ -14,7 +14,8 @@ use crate::quiesce::actor::{Actor, Settings, sink};
 use crate::quiesce::service::{Service, Signal};
 use crate::transport::Endpoint;
 use crate::writer::registry::Registry;
-use crate::writer::{script, socket};
+use crate::writer::script::{self, Foreign, Sources as Scripts};
+use crate::writer::socket;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::mm::{MlockAllFlags, mlockall};
@@ -81,7 +82,14 @@ pub fn run(config: Agent) -> io::Result<()> {
     let paths = sources(&config);
     let holder = Holder::start(&config.state_dir, 0, sink(&service))?;
     let registry = Arc::new(Registry::new(
-        Some(config.writers_dir.clone()),
+        Scripts {
+            directory: Some(config.writers_dir.clone()),
+            foreign: Foreign {
+                hooks: config.foreign_hooks.clone(),
+                root: config.foreign_root.clone(),
+                fsfreeze_hook: config.fsfreeze_hook.clone(),
+            },
+        },
         config.state_dir.clone(),
     ));
     let alarm = Arc::new(Alarm::new()?);

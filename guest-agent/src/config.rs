@@ -4,6 +4,7 @@
 
 use crate::qga::policy::Names;
 use crate::transport::Endpoint;
+use crate::writer::script::Hooks;
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -35,9 +36,12 @@ pub enum Role {
     WriterScript {
         /// `cgroup.procs` of the group.
         #[arg(long)]
-        group: PathBuf,
+        group: Option<PathBuf>,
         /// The script.
-        script: PathBuf,
+        program: PathBuf,
+        /// Its arguments.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<OsString>,
     },
     /// Becomes a program that the host runs; started by the agent.
     #[command(hide = true)]
@@ -77,6 +81,15 @@ pub struct Agent {
     /// Directories of script writers.
     #[arg(long, default_value = "/etc/vmshadow/writers")]
     pub writers_dir: PathBuf,
+    /// Whose hooks are writers too, where they are there: separated by commas, or none.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_values = ["qemu", "vmware", "azure"])]
+    pub foreign_hooks: Vec<Hooks>,
+    /// QEMU's hook, if it is not in the place where packages put it (as `qemu-ga --fsfreeze-hook`).
+    #[arg(long, value_name = "PATH")]
+    pub fsfreeze_hook: Option<PathBuf>,
+    /// Directory that stands for `/` when the hooks of others are looked for (containers, tests).
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub foreign_root: PathBuf,
     /// Files that allow users other than root to be writers.
     #[arg(long, default_value = "/etc/vmshadow/writers.d")]
     pub allow_dir: PathBuf,

@@ -9,9 +9,11 @@ fn main() -> ExitCode {
     let config = Config::parse();
     let outcome = match config.role {
         Some(Role::HoldHelper { state_dir }) => hold::helper::run(&state_dir),
-        Some(Role::WriterScript { group, script }) => {
-            writer::script::become_script(&group, &script)
-        }
+        Some(Role::WriterScript {
+            group,
+            program,
+            words,
+        }) => writer::script::process::become_script(group.as_deref(), &program, &words),
         Some(Role::ExecChild {
             name,
             program,

@@ -122,7 +122,8 @@ impl Actor {
     /// Thaws writers: system, back-end, front-end. Every one hears it, whatever the others say.
     pub(super) fn thaw_writers(&mut self, generation: u64) {
         for level in LEVELS.into_iter().rev() {
-            let who = self.of_level(level);
+            let mut who = self.of_level(level);
+            who.reverse();
             // A failure stands in the writer's report.
             self.round(&who, &Step::Thaw { generation }, None, OnFailure::GoOn)
                 .unwrap_or(());
@@ -134,6 +135,7 @@ impl Actor {
     pub(super) fn abort_writers(&mut self, reason: &str) {
         for level in LEVELS.into_iter().rev() {
             let mut who = self.of_level(level);
+            who.reverse();
             who.retain(|index| {
                 let participant = self.set.participants.get(*index);
                 participant.is_some_and(|participant| participant.is_involved)

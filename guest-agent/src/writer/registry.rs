@@ -2,7 +2,7 @@
 //!
 //! `socket` registers and removes; `quiesce` asks for all at the start of a set. Holds no lock while a writer is called.
 
-use super::script::{self, Directory};
+use super::script::{Directory, Line, Script, Sources};
 use super::{Identity, Writer};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -38,7 +38,8 @@ pub struct RefusedDirectory {
 #[derive(Default)]
 pub struct Registry {
     connected: Mutex<BTreeMap<String, Arc<dyn Writer>>>,
-    directories: Option<PathBuf>,
+    scripts: Sources,
+    line: Arc<Line>,
     state_dir: PathBuf,
 }
 
@@ -47,18 +48,19 @@ impl std::fmt::Debug for Registry {
         let connected: Vec<String> = self.lock().keys().cloned().collect();
         out.debug_struct("Registry")
             .field("connected", &connected)
-            .field("directories", &self.directories)
+            .field("scripts", &self.scripts)
             .finish_non_exhaustive()
     }
 }
 
 impl Registry {
-    /// Writers by socket, and by script if `directories` is given.
+    /// Writers by socket, and scripts where `scripts` says.
     #[must_use]
-    pub fn new(directories: Option<PathBuf>, state_dir: PathBuf) -> Self {
+    pub fn new(scripts: Sources, state_dir: PathBuf) -> Self {
         Self {
             connected: Mutex::default(),
-            directories,
+            scripts,
+            line: Arc::default(),
             state_dir,
         }
     }
@@ -94,18 +96,20 @@ impl Registry {
     pub fn writers(&self) -> (Vec<Arc<dyn Writer>>, Vec<RefusedDirectory>) {
         let mut writers: Vec<Arc<dyn Writer>> = self.lock().values().cloned().collect();
         let mut refused = Vec::new();
-        for found in self.directories.iter().flat_map(|top| script::scan(top)) {
+        for found in self.scripts.scan() {
             match found {
-                Directory::Writer(path, identity) => {
-                    let state_dir = self.state_dir.clone();
-                    writers.push(Arc::new(script::Script::new(path, identity, state_dir)));
+                Directory::Writer(recipe, identity) => {
+                    let line = Arc::clone(&self.line);
+                    let script = Script::new(*recipe, identity, &self.state_dir, line);
+                    writers.push(Arc::new(script));
                 }
                 Directory::Refused(name, why) => refused.push(RefusedDirectory { name, why }),
             }
         }
         writers.sort_by(|a, b| {
             let (a, b) = (a.identity(), b.identity());
-            (a.level, &a.name, &a.instance_id).cmp(&(b.level, &b.name, &b.instance_id))
+            // Scripts take turns in this order; for them the instance is the name of the directory or file.
+            (a.level, &a.instance_id).cmp(&(b.level, &b.instance_id))
         });
         (writers, refused)
     }

@@ -1,141 +1,104 @@
-//! Script writers: a directory per writer, an executable per event.
+//! Script writers: an executable per event, from the agent's own directory or as other programs' hooks have it.
 //!
 //! `registry` scans, `quiesce` sends events, `agent` calls [`recover`] at start. Invariants: nothing is run that anybody but
 //! root could have changed; a script never outlives its limit, nor do its children; none is started while file systems are
-//! frozen (`is_resident` is false, and the sequence sees to it).
+//! frozen (`is_resident` is false, and the sequence sees to it); what a freeze began is undone, whatever came between.
 
-mod process;
+pub mod event;
+mod foreign;
+mod line;
+mod own;
+pub mod process;
+mod recipe;
 mod trust;
 
-pub use process::become_script;
+pub use foreign::{Foreign, Hooks};
+pub use line::Line;
+pub use recipe::Recipe;
 
 use super::{Answer, Identity, Writer, failure};
+use crate::clock::BootTime;
 use crate::hold::ledger::boot_id;
 use crate::journal;
-use guest_agent_wire::host::{Failure, WRITER_MS_MAX};
-use guest_agent_wire::types::{BackupType, Hold, Level, WriterFailure};
-use guest_agent_wire::writer::{EventKind, PREPARE_MS_MAX, Reply};
-use process::{Killer, Outcome, Script as Process};
-use serde::Deserialize;
-use serde_json::Value;
+use guest_agent_wire::components::ComponentReply;
+use guest_agent_wire::host::Failure;
+use guest_agent_wire::types::{BackupType, WriterFailure};
+use guest_agent_wire::writer::{Abort, EventKind, Reply};
+use process::Killer;
+use recipe::{OnFailure, Run, Step};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Largest `writer.json`, bytes.
-const SETTINGS_BYTES_MAX: u64 = 64 * 1024;
-/// Time for the abort of a writer that a killed agent left frozen.
-const RECOVERY_MS: u64 = 10_000;
+/// Time for the undoing of a writer that a killed agent left frozen.
+const RECOVERY: Duration = Duration::from_secs(10);
 const MARKER: &str = "script.";
-/// The executables that a writer may have.
-const EVENTS: [&str; 11] = [
-    "identify",
-    "prepare-backup",
-    "prepare",
-    "freeze",
-    "thaw",
-    "post-snapshot",
-    "backup-complete",
-    "backup-shutdown",
-    "abort",
-    "pre-restore",
-    "post-restore",
-];
 
-/// What a directory is.
+/// What was found where a writer may be.
 #[derive(Debug)]
 pub enum Directory {
     /// A writer.
-    Writer(PathBuf, Identity),
+    Writer(Box<Recipe>, Identity),
     /// Its name, and why it is not trusted or understood.
     Refused(String, String),
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct Settings {
-    class_id: Option<String>,
-    name: Option<String>,
-    level: Level,
-    freeze_timeout_ms: Option<u64>,
-    hold: Option<Hold>,
+/// Where script writers are looked for.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// The agent's own directory.
+    pub directory: Option<PathBuf>,
+    /// The hooks of other programs.
+    pub foreign: Foreign,
 }
 
-/// Finds the writers below a directory, in the order of their names. A directory that does not exist has none.
-#[must_use]
-pub fn scan(top: &Path) -> Vec<Directory> {
-    let Ok(entries) = fs::read_dir(top) else {
-        return Vec::new();
-    };
-    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    paths.sort();
-    paths
-        .into_iter()
-        .map(|path| {
-            let name = path
-                .file_name()
-                .map(|name| name.to_string_lossy().into_owned())
-                .unwrap_or_default();
-            match identify(top, &path, &name) {
-                Ok(identity) => Directory::Writer(path, identity),
-                Err(why) => {
-                    journal::note(format_args!("writer directory {name} is refused: {why}"));
-                    Directory::Refused(name, why)
-                }
+impl Sources {
+    /// All that are there now.
+    #[must_use]
+    pub fn scan(&self) -> Vec<Directory> {
+        let mut found: Vec<Directory> = self
+            .directory
+            .iter()
+            .flat_map(|top| own::scan(top))
+            .collect();
+        found.extend(self.foreign.scan());
+        let mut names = BTreeSet::new();
+        for found in &mut found {
+            if let Directory::Writer(_, identity) = found
+                && !names.insert(identity.instance_id.clone())
+            {
+                let why = "another script has this name".to_owned();
+                *found = Directory::Refused(identity.instance_id.clone(), why);
             }
-        })
-        .collect()
+        }
+        found
+    }
 }
 
-fn identify(top: &Path, path: &Path, name: &str) -> Result<Identity, String> {
-    trust::directory(top)?;
-    trust::directory(path)?;
-    let mut found = 0;
-    for event in EVENTS {
-        found += usize::from(trust::executable(&path.join(event))?);
-    }
-    if found == 0 {
-        return Err(format!("it has none of {}", EVENTS.join(", ")));
-    }
-    let settings = read_settings(&path.join("writer.json"))?;
-    let freeze_timeout_ms = settings.freeze_timeout_ms.unwrap_or(WRITER_MS_MAX);
-    if !(1..=WRITER_MS_MAX).contains(&freeze_timeout_ms) {
-        return Err(format!("freeze_timeout_ms must be 1 to {WRITER_MS_MAX}"));
-    }
-    Ok(Identity {
-        class_id: settings
-            .class_id
-            .unwrap_or_else(|| format!("script:{name}")),
-        instance_id: format!("script:{name}"),
-        name: settings.name.unwrap_or_else(|| name.to_owned()),
-        level: settings.level,
-        freeze_timeout_ms,
-        prepare_timeout_ms: PREPARE_MS_MAX,
-        // A script is not there while the hold lasts, so it can keep no lock by itself.
-        hold: settings.hold.unwrap_or(Hold::Filesystem),
-    })
+/// The executables of a directory by the events that they are for, or why it is not trusted or has none.
+pub fn executables(directory: &Path) -> Result<BTreeMap<&'static str, PathBuf>, String> {
+    trust::directory(directory)?;
+    own::executables(directory)
 }
 
-fn read_settings(path: &Path) -> Result<Settings, String> {
-    if !trust::file(path)? {
-        return Ok(Settings::default());
-    }
-    let length = fs::metadata(path).map_err(|error| error.to_string())?.len();
-    if length > SETTINGS_BYTES_MAX {
-        return Err("writer.json is too large".to_owned());
-    }
-    let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
-    serde_json::from_str(&text).map_err(|error| format!("writer.json: {error}"))
+/// Whether a file may be run.
+pub fn check_executable(file: &Path) -> Result<(), String> {
+    Step::executable(file, &[]).check()
 }
 
 /// A script writer in one set.
 #[derive(Debug)]
 pub struct Script {
-    directory: PathBuf,
+    recipe: Arc<Recipe>,
     identity: Identity,
-    state_dir: PathBuf,
+    marker: PathBuf,
+    line: Arc<Line>,
     shared: Arc<Shared>,
 }
 
@@ -144,31 +107,31 @@ pub struct Script {
 struct Shared {
     turn: Mutex<Turn>,
     killer: Killer,
+    /// What undoes is running.
+    is_undoing: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Turn {
     backup_type: BackupType,
     frozen: bool,
+    /// Its freeze failed, and the set goes on without it.
+    missed: Option<String>,
 }
 
 impl Script {
-    /// The writer of a directory that [`scan`] found.
+    /// A writer that [`Sources::scan`] found. `line` is that of all script writers.
     #[must_use]
-    pub fn new(directory: PathBuf, identity: Identity, state_dir: PathBuf) -> Self {
+    pub fn new(recipe: Recipe, identity: Identity, state_dir: &Path, line: Arc<Line>) -> Self {
+        let mut marker = OsString::from(MARKER);
+        marker.push(identity.instance_id.replace('/', "_"));
         Self {
-            directory,
+            recipe: Arc::new(recipe),
             identity,
-            state_dir,
+            marker: state_dir.join(marker),
+            line,
             shared: Arc::default(),
         }
-    }
-
-    fn marker(&self) -> PathBuf {
-        let name = self.directory.file_name().unwrap_or_default();
-        let mut file = std::ffi::OsString::from(MARKER);
-        file.push(name);
-        self.state_dir.join(file)
     }
 }
 
@@ -178,13 +141,42 @@ impl Writer for Script {
     }
 
     fn begin(&self, event: EventKind, deadline_ms: u64, answer: Answer) {
-        // Only an abort comes while a script runs; that script is of no more use.
-        self.shared.killer.kill();
-        let (directory, marker) = (self.directory.clone(), self.marker());
+        // A script that still runs is of no more use, but for one that undoes: only an abort does that again.
+        let is_abort = matches!(event, EventKind::Abort(_));
+        let time = if is_abort || !self.shared.is_undoing.load(Ordering::SeqCst) {
+            self.shared.killer.kill()
+        } else {
+            self.shared.killer.now()
+        };
+        let (recipe, marker) = (Arc::clone(&self.recipe), self.marker.clone());
         let shared = Arc::clone(&self.shared);
+        let place = Order::of(&event).map(|order| (order, self.line.join()));
+        let limit = Duration::from_millis(deadline_ms);
+        let until = BootTime::now().plus_ms(deadline_ms);
         let run = move || {
+            let is_undoing = matches!(place, Some((Order::Undo, _)));
+            let is_refused = place.as_ref().is_some_and(|(_, place)| place.wait());
+            if is_refused && !is_undoing {
+                return answer(Err(not_begun("a script before it has refused")));
+            }
             let mut turn = shared.turn.lock().unwrap_or_else(PoisonError::into_inner);
-            answer(turn.take(&directory, &marker, &event, deadline_ms, &shared.killer));
+            let run = Run {
+                event: &event,
+                backup_type: BackupType::default(),
+                // What undoes has all its time from its turn on, though the answer may come too late to count.
+                limit: if is_undoing { limit } else { until.remaining() },
+                killer: &shared.killer,
+                time: (!is_undoing).then_some(time),
+            };
+            shared.is_undoing.store(is_undoing, Ordering::SeqCst);
+            let said = turn.take(&recipe, &marker, run);
+            shared.is_undoing.store(false, Ordering::SeqCst);
+            drop(turn);
+            if let (Err(_), Some((Order::Freeze, place))) = (&said, &place) {
+                place.refuse();
+            }
+            answer(said);
+            drop(place);
         };
         let started = std::thread::Builder::new().name("script".into()).spawn(run);
         if let Err(error) = started {
@@ -198,61 +190,108 @@ impl Writer for Script {
     }
 }
 
-impl Turn {
-    fn take(
-        &mut self,
-        directory: &Path,
-        marker: &Path,
-        event: &EventKind,
-        deadline_ms: u64,
-        killer: &Killer,
-    ) -> Result<Reply, Failure> {
-        let (file, set) = match event {
-            EventKind::Identify {} => ("identify", ""),
-            EventKind::PrepareBackup(backup) => {
-                self.backup_type = backup.backup_type;
-                ("prepare-backup", backup.set.as_str())
-            }
-            EventKind::PrepareSnapshot(snapshot) => ("prepare", snapshot.set.as_str()),
-            EventKind::Freeze(freeze) => {
-                mark(marker, directory)?;
-                self.frozen = true;
-                ("freeze", freeze.set.as_str())
-            }
-            EventKind::Thaw(thaw) => ("thaw", thaw.set.as_str()),
-            EventKind::PostSnapshot(snapshot) => ("post-snapshot", snapshot.set.as_str()),
-            EventKind::BackupComplete(outcome) if !outcome.succeeded => {
-                // A script sees no outcome: one that runs may truncate logs.
-                ("backup-shutdown", outcome.set.as_str())
-            }
-            EventKind::BackupComplete(outcome) => ("backup-complete", outcome.set.as_str()),
-            EventKind::BackupShutdown(shutdown) => ("backup-shutdown", shutdown.set.as_str()),
-            EventKind::Abort(abort) => (undo(directory, self.frozen), abort.set.as_str()),
-            EventKind::PreRestore(restore) => ("pre-restore", restore.set.as_str()),
-            EventKind::PostRestore(restore) => ("post-restore", restore.set.as_str()),
-            EventKind::Welcome(_) => ("", ""),
-        };
-        let said = run(directory, file, set, self.backup_type, deadline_ms, killer)?;
-        let mut reply = Reply::agrees(0);
+/// Why a script waits for its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Freeze,
+    Undo,
+}
+
+impl Order {
+    fn of(event: &EventKind) -> Option<Self> {
         match event {
-            EventKind::Identify {} => reply.metadata = said,
-            EventKind::Thaw(_) => {
-                reply.held = Some(true);
-                reply.evidence = said;
-                self.thawed(marker);
-            }
-            EventKind::Abort(_) => self.thawed(marker),
-            EventKind::Freeze(_)
+            EventKind::Freeze(_) => Some(Self::Freeze),
+            EventKind::Thaw(_) | EventKind::Abort(_) => Some(Self::Undo),
+            EventKind::Welcome(_)
+            | EventKind::Identify {}
             | EventKind::PrepareBackup(_)
             | EventKind::PrepareSnapshot(_)
             | EventKind::PostSnapshot(_)
             | EventKind::BackupComplete(_)
             | EventKind::BackupShutdown(_)
             | EventKind::PreRestore(_)
+            | EventKind::PostRestore(_) => None,
+        }
+    }
+}
+
+impl Turn {
+    fn take(&mut self, recipe: &Recipe, marker: &Path, mut run: Run<'_>) -> Result<Reply, Failure> {
+        if let EventKind::PrepareBackup(backup) = run.event {
+            self.backup_type = backup.backup_type;
+        }
+        run.backup_type = self.backup_type;
+        let mut reply = Reply::agrees(0);
+        match run.event {
+            EventKind::Identify {} => {
+                reply.metadata = said(recipe, &run)?;
+                if reply.metadata.is_null() {
+                    reply.metadata = recipe.metadata.clone();
+                }
+            }
+            EventKind::Freeze(_) => reply.evidence = self.freeze(recipe, marker, &run)?,
+            EventKind::Thaw(_) => {
+                reply.evidence = said(recipe, &run)?;
+                self.thawed(marker);
+                if let Some(why) = self.missed.take() {
+                    return Err(failure(WriterFailure::Retryable, why));
+                }
+                reply.held = Some(true);
+            }
+            EventKind::Abort(_) => self.undo(recipe, marker, &run)?,
+            EventKind::PrepareBackup(_)
+            | EventKind::PrepareSnapshot(_)
+            | EventKind::PostSnapshot(_)
+            | EventKind::BackupComplete(_)
+            | EventKind::BackupShutdown(_)
+            | EventKind::PreRestore(_)
             | EventKind::PostRestore(_)
-            | EventKind::Welcome(_) => reply.evidence = said,
+            | EventKind::Welcome(_) => {
+                if self.frozen && matches!(run.event, EventKind::PostSnapshot(_)) {
+                    // Its thaw failed, and the copies are kept all the same: no abort will come.
+                    self.undo(recipe, marker, &run)?;
+                }
+                reply.evidence = said(recipe, &run)?;
+                reply.components = components(&reply.evidence)?;
+            }
         }
         Ok(reply)
+    }
+
+    fn freeze(&mut self, recipe: &Recipe, marker: &Path, run: &Run<'_>) -> Result<Value, Failure> {
+        if let Some(busy) = recipe.busy.as_ref().filter(|busy| busy.exists()) {
+            let why = format!(
+                "another program has frozen it ({} is there)",
+                busy.display()
+            );
+            return Err(failure(WriterFailure::Retryable, why));
+        }
+        let is_given_up = run.time.is_some_and(|time| !run.killer.is_at(time));
+        if is_given_up || run.limit.is_zero() {
+            return Err(not_begun("the scripts before it took all the time"));
+        }
+        if let Some((name, step)) = recipe.undo(true) {
+            mark(marker, name, step)?;
+        }
+        self.frozen = true;
+        let frozen = said(recipe, run);
+        match (frozen, recipe.on_failure) {
+            (Err(failed), OnFailure::NotHeld) => {
+                self.missed = Some(failed.message.clone());
+                Ok(json!({ "not_frozen": failed.message }))
+            }
+            (frozen, OnFailure::Veto | OnFailure::NotHeld) => frozen,
+        }
+    }
+
+    fn undo(&mut self, recipe: &Recipe, marker: &Path, run: &Run<'_>) -> Result<(), Failure> {
+        let undone = recipe
+            .undo(self.frozen)
+            .map(|(name, step)| step.run(name, run));
+        undone.transpose()?;
+        self.missed = None;
+        self.thawed(marker);
+        Ok(())
     }
 
     fn thawed(&mut self, marker: &Path) {
@@ -261,66 +300,31 @@ impl Turn {
     }
 }
 
-/// What undoes a freeze: `abort`, or `thaw` for writers that have only these two.
-fn undo(directory: &Path, frozen: bool) -> &'static str {
-    if directory.join("abort").exists() {
-        "abort"
-    } else if frozen {
-        "thaw"
-    } else {
-        ""
+/// It has not even begun, so there is nothing to undo.
+fn not_begun(why: &str) -> Failure {
+    failure(WriterFailure::NotResponding, why)
+}
+
+/// Runs the step of an event, if there is one.
+fn said(recipe: &Recipe, run: &Run<'_>) -> Result<Value, Failure> {
+    let step = event::name(run.event).and_then(|name| Some((name, recipe.steps.get(name)?)));
+    step.map_or(Ok(Value::Null), |(name, step)| step.run(name, run))
+}
+
+/// What a script said of single components: an object with the key `components`. Other output is for people.
+fn components(said: &Value) -> Result<Vec<ComponentReply>, Failure> {
+    match said.get("components") {
+        None => Ok(Vec::new()),
+        Some(components) => serde_json::from_value(components.clone()).map_err(|error| {
+            let why = format!("the components in its output: {error}");
+            failure(WriterFailure::Nonretryable, why)
+        }),
     }
 }
 
-/// Runs one executable if it is there; what it wrote to standard output comes back.
-fn run(
-    directory: &Path,
-    file: &str,
-    set: &str,
-    backup_type: BackupType,
-    deadline_ms: u64,
-    killer: &Killer,
-) -> Result<Value, Failure> {
-    let path = directory.join(file);
-    if file.is_empty() || !path.exists() {
-        return Ok(Value::Null);
-    }
-    // Checked again right before it is run.
-    for checked in [
-        trust::directory(directory),
-        trust::executable(&path).map(drop),
-    ] {
-        checked.map_err(|why| failure(WriterFailure::Nonretryable, why))?;
-    }
-    let backup_type = serde_json::to_value(backup_type).unwrap_or_default();
-    let process = Process {
-        path: &path,
-        environment: &[
-            ("VSS_EVENT", file),
-            ("VSS_SET", set),
-            ("VSS_TYPE", backup_type.as_str().unwrap_or_default()),
-            ("VSS_DEADLINE_MS", &deadline_ms.to_string()),
-        ],
-        limit: Duration::from_millis(deadline_ms),
-    };
-    match process.run(killer) {
-        Ok(Outcome::Succeeded { output }) => Ok(as_value(&output)),
-        Ok(Outcome::Failed { status, message }) => Err(failure(
-            WriterFailure::Retryable,
-            format!("{file}: {status}: {message}"),
-        )),
-        Ok(Outcome::Killed) => Err(failure(
-            WriterFailure::NotResponding,
-            format!("{file} was killed at its limit"),
-        )),
-        Err(error) => Err(failure(
-            WriterFailure::Nonretryable,
-            format!("{file} cannot be run: {error}"),
-        )),
-    }
-}
-
-fn as_value(output: &[u8]) -> Value {
+/// Output of a command: JSON, or else text.
+#[must_use]
+pub fn as_value(output: &[u8]) -> Value {
     let text = String::from_utf8_lossy(output);
     let text = text.trim();
     if text.is_empty() {
@@ -330,36 +334,49 @@ fn as_value(output: &[u8]) -> Value {
     }
 }
 
-/// Notes that this writer is being frozen, for an agent that starts after this one was killed.
-fn mark(marker: &Path, directory: &Path) -> Result<(), Failure> {
+/// Notes what undoes this writer's freeze, for an agent that starts after this one was killed.
+fn mark(marker: &Path, name: &str, step: &Step) -> Result<(), Failure> {
+    let step = serde_json::to_string(&(name, step)).map_err(io::Error::from);
     boot_id()
-        .and_then(|boot| fs::write(marker, format!("{boot}\n{}\n", directory.display())))
+        .and_then(|boot| fs::write(marker, format!("{boot}\n{}\n", step?)))
         .map_err(|error| failure(WriterFailure::Outofresources, error.to_string()))
 }
 
-/// Undoes the freeze of script writers that a killed agent of this boot left behind; returns how many there were.
+/// Undoes the freeze of script writers that a killed agent of this boot left behind, in descending order; returns how many
+/// there were.
 pub fn recover(state_dir: &Path) -> io::Result<usize> {
     let boot = boot_id()?;
+    let mut markers: Vec<PathBuf> = fs::read_dir(state_dir)?
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(MARKER))
+        .map(|entry| entry.path())
+        .collect();
+    markers.sort();
     let mut undone = 0;
-    for entry in fs::read_dir(state_dir)?.flatten() {
-        if !entry.file_name().to_string_lossy().starts_with(MARKER) {
-            continue;
-        }
-        let text = fs::read_to_string(entry.path()).unwrap_or_default();
+    for marker in markers.into_iter().rev() {
+        let text = fs::read_to_string(&marker).unwrap_or_default();
         let mut lines = text.lines();
         if lines.next() == Some(boot.as_str())
-            && let Some(directory) = lines.next().map(Path::new)
+            && let Some(step) = lines.next()
+            && let Ok((name, step)) = serde_json::from_str::<(String, Step)>(step)
         {
             undone += 1;
-            let file = undo(directory, true);
-            let killer = Killer::default();
-            let none = BackupType::default();
-            if let Err(failed) = run(directory, file, "", none, RECOVERY_MS, &killer) {
-                let directory = directory.display();
-                journal::note(format_args!("{directory}: {}", failed.message));
+            let event = EventKind::Abort(Abort {
+                set: String::new(),
+                reason: "the agent was killed".to_owned(),
+            });
+            let run = Run {
+                event: &event,
+                backup_type: BackupType::default(),
+                limit: RECOVERY,
+                killer: &Killer::default(),
+                time: None,
+            };
+            if let Err(failed) = step.run(&name, &run) {
+                journal::note(format_args!("{}: {}", step.file.display(), failed.message));
             }
         }
-        fs::remove_file(entry.path())?;
+        fs::remove_file(marker)?;
     }
     Ok(undone)
 }

@@ -80,7 +80,7 @@ impl Rig {
             .tempdir()
             .unwrap();
         fs::set_permissions(top.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        for name in ["mnt", "run", "writers", "allow"] {
+        for name in ["mnt", "run", "writers", "allow", "root"] {
             fs::create_dir(top.path().join(name)).unwrap();
         }
         // State on a tmpfs, as in a guest.
@@ -175,6 +175,8 @@ impl Rig {
             .arg(self.path("writers"))
             .arg("--allow-dir")
             .arg(self.path("allow"))
+            .arg("--foreign-root")
+            .arg(self.path("root"))
             .arg("--only-under")
             .arg(self.path("mnt"))
             .args(&self.options);

@@ -1,13 +1,18 @@
-//! Runs one script inside its limit and ends it with all its children.
+//! Runs one command inside its limit and ends it with all its children.
 //!
-//! Called by `script`. A script gets a process group of its own and, where cgroup v2 is there, a control group, from which
-//! no child escapes. Its output is kept up to a limit; what a child that outlives it still holds open is not waited for.
+//! Called by `script` and by the program `vmshadow-writer`. A command gets a process group of its own and, where cgroup v2 is
+//! there and may be used, a control group, from which no child escapes. Its output is kept up to a limit; what a child that
+//! outlives it still holds open is not waited for.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{OFlags, fcntl_setfl};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, memfd_create};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open,
+    set_parent_process_death_signal,
+};
+use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek as _, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -22,28 +27,55 @@ use crate::clock::BootTime;
 const OUTPUT_BYTES_MAX: usize = 64 * 1024;
 /// Error text that is shown to people, bytes.
 const MESSAGE_BYTES_MAX: usize = 1024;
-/// First argument of the process that becomes the script.
+/// How often the members of a control group are killed one by one.
+const KILL_ROUNDS: usize = 64;
+/// First argument of the process that becomes the command; the program must know it.
 const ARGUMENT: &str = "writer-script";
 
-/// A script and how it is run.
+/// A command and how it is run.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Script<'a> {
-    pub(super) path: &'a Path,
-    pub(super) environment: &'a [(&'a str, &'a str)],
-    pub(super) limit: Duration,
+pub struct Job<'a> {
+    /// The program's file.
+    pub program: &'a Path,
+    /// Its arguments.
+    pub arguments: &'a [OsString],
+    /// Added to the environment of this process.
+    pub environment: &'a [(&'static str, String)],
+    /// What it can read from standard input.
+    pub input: &'a [u8],
+    /// It is killed after this time.
+    pub limit: Duration,
 }
 
-/// How it ended.
+/// How a command ended.
 #[derive(Debug)]
-pub(super) enum Outcome {
-    Succeeded { output: Vec<u8> },
-    Failed { status: ExitStatus, message: String },
+pub enum Outcome {
+    /// With exit status 0, and this output.
+    Succeeded {
+        /// Its standard output, up to 64 KiB.
+        output: Vec<u8>,
+    },
+    /// With another status.
+    Failed {
+        /// The status.
+        status: ExitStatus,
+        /// Its standard error, up to 1024 characters.
+        message: String,
+    },
+    /// It was killed, by its limit or by [`Killer::kill`]; or it was never started because of that.
     Killed,
 }
 
-/// Ends the script that is running, from any thread.
+/// Ends the command that is running, from any thread.
 #[derive(Debug, Default)]
-pub(super) struct Killer(Mutex<Option<Running>>);
+pub struct Killer(Mutex<Slot>);
+
+#[derive(Debug, Default)]
+struct Slot {
+    /// Counts the kills: a command of an earlier time is not started any more.
+    kills: u64,
+    running: Option<Running>,
+}
 
 #[derive(Debug)]
 struct Running {
@@ -53,16 +85,31 @@ struct Running {
 }
 
 impl Killer {
-    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
+    fn lock(&self) -> MutexGuard<'_, Slot> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Kills it and its children, if one is running.
-    pub(super) fn kill(&self) {
-        if let Some(running) = self.lock().as_mut() {
+    /// The time now.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        self.lock().kills
+    }
+
+    /// Nothing has been killed since this time.
+    #[must_use]
+    pub fn is_at(&self, time: u64) -> bool {
+        self.now() == time
+    }
+
+    /// Kills the command and its children, if one is running; returns the time from now on, for [`Job::run_at`].
+    pub fn kill(&self) -> u64 {
+        let mut slot = self.lock();
+        slot.kills += 1;
+        if let Some(running) = slot.running.as_mut() {
             running.killed = true;
             running.kill();
         }
+        slot.kills
     }
 }
 
@@ -76,56 +123,73 @@ impl Running {
     }
 }
 
-impl Script<'_> {
+impl Job<'_> {
     /// Runs it to its end or its limit.
-    pub(super) fn run(self, killer: &Killer) -> io::Result<Outcome> {
-        self.run_in(ControlGroup::create(), killer)
+    pub fn run(self, killer: &Killer) -> io::Result<Outcome> {
+        self.run_in(ControlGroup::create(), killer, None, true)
     }
 
+    /// The same, unless the killer has killed since this time.
+    pub fn run_at(self, killer: &Killer, time: u64) -> io::Result<Outcome> {
+        self.run_in(ControlGroup::create(), killer, Some(time), true)
+    }
+
+    /// Without what only a program can do that knows [`become_script`]'s argument.
     #[cfg(test)]
-    pub(super) fn run_without_group(self, killer: &Killer) -> io::Result<Outcome> {
-        self.run_in(None, killer)
+    pub(super) fn run_plain(self, killer: &Killer, time: Option<u64>) -> io::Result<Outcome> {
+        self.run_in(None, killer, time, false)
     }
 
-    fn run_in(self, group: Option<ControlGroup>, killer: &Killer) -> io::Result<Outcome> {
-        let until = BootTime::from_us(
-            BootTime::now()
-                .as_us()
-                .saturating_add(u64::try_from(self.limit.as_micros()).unwrap_or(u64::MAX)),
-        );
-        let mut command = match &group {
-            Some(group) => {
-                let mut command = Command::new("/proc/self/exe");
-                command.arg(ARGUMENT).arg("--group").arg(group.procs());
-                command.arg(self.path);
-                command
+    fn run_in(
+        self,
+        group: Option<ControlGroup>,
+        killer: &Killer,
+        time: Option<u64>,
+        is_become: bool,
+    ) -> io::Result<Outcome> {
+        let limit_ms = u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX);
+        let until = BootTime::now().plus_ms(limit_ms);
+        let mut command = if is_become {
+            let mut command = Command::new("/proc/self/exe");
+            command.arg(ARGUMENT);
+            if let Some(group) = &group {
+                command.arg("--group").arg(group.procs());
             }
-            None => Command::new(self.path),
+            command.arg("--").arg(self.program);
+            command
+        } else {
+            Command::new(self.program)
         };
-        let mut child = command
-            .envs(self.environment.iter().copied())
+        command
+            .args(self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(readable(self.input)?)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .process_group(0)
-            .spawn()?;
+            .process_group(0);
+        // Under the lock, or a kill could come between the start and its entry here.
+        let mut slot = killer.lock();
+        if time.is_some_and(|time| time != slot.kills) {
+            return Ok(Outcome::Killed);
+        }
+        let mut child = command.spawn()?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         let pid = pid.ok_or_else(|| io::Error::other("process number"))?;
-        *killer.lock() = Some(Running {
+        slot.running = Some(Running {
             pid,
             group,
             killed: false,
         });
+        drop(slot);
         let mut output = Output::default();
         let ended = watch(&mut child, pid, until, &mut output);
-        let mut running = killer.lock();
+        let running = killer.lock().running.take();
         let killed = running.as_ref().is_some_and(|running| running.killed);
-        if let Some(running) = running.take() {
-            // Children that the script left behind end with it; so does a script that did not end in time.
+        if let Some(running) = &running {
+            // Children that it left behind end with it; so does a command that did not end in time.
             running.kill();
         }
-        drop(running);
         let status = child.wait()?;
         ended?;
         Ok(if killed || until.is_past() && !status.success() {
@@ -138,6 +202,17 @@ impl Script<'_> {
             Outcome::Failed { status, message }
         })
     }
+}
+
+/// A file in memory with this text: unlike a pipe it has room for all of it before anybody reads.
+fn readable(text: &[u8]) -> io::Result<Stdio> {
+    if text.is_empty() {
+        return Ok(Stdio::null());
+    }
+    let mut file = fs::File::from(memfd_create("event", MemfdFlags::CLOEXEC)?);
+    file.write_all(text)?;
+    file.rewind()?;
+    Ok(file.into())
 }
 
 #[derive(Default)]
@@ -224,9 +299,22 @@ impl ControlGroup {
         self.0.join("cgroup.procs")
     }
 
-    /// Kernels before 5.14 have no cgroup.kill; the process group must do there.
     fn kill(&self) {
-        fs::write(self.0.join("cgroup.kill"), "1").unwrap_or(());
+        if fs::write(self.0.join("cgroup.kill"), "1").is_ok() {
+            return;
+        }
+        // Before Linux 5.14: one by one, and again for what they started meanwhile.
+        for _ in 0..KILL_ROUNDS {
+            let members = fs::read_to_string(self.procs()).unwrap_or_default();
+            let mut members = members.lines().filter_map(|line| line.parse().ok());
+            let mut members = members.by_ref().filter_map(Pid::from_raw).peekable();
+            if members.peek().is_none() {
+                return;
+            }
+            for member in members {
+                kill_process(member, Signal::KILL).unwrap_or(());
+            }
+        }
     }
 }
 
@@ -237,8 +325,16 @@ impl Drop for ControlGroup {
     }
 }
 
-/// Moves this process into a control group and replaces it by the script. Returns only if that fails.
-pub fn become_script(procs: &Path, script: &Path) -> io::Result<()> {
-    fs::write(procs, "0")?;
-    Err(Command::new(script).exec())
+/// Moves this process into a control group and replaces it by the command, which dies with the thread that waits for it.
+/// Returns only if that fails.
+pub fn become_script(
+    group: Option<&Path>,
+    program: &Path,
+    arguments: &[OsString],
+) -> io::Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    if let Some(procs) = group {
+        fs::write(procs, "0")?;
+    }
+    Err(Command::new(program).args(arguments).exec())
 }

@@ -1,6 +1,8 @@
 //! What is refused, and what becomes of scripts that fail or hang. Run as root or any other user.
 
+use super::process::{Job, Outcome};
 use super::*;
+use guest_agent_wire::types::Level;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::time::Instant;
 
@@ -24,7 +26,7 @@ impl Top {
     }
 
     fn refusal(&self) -> String {
-        match scan(self.0.path()).remove(0) {
+        match own::scan(self.0.path()).remove(0) {
             Directory::Refused(_, why) => why,
             Directory::Writer(..) => panic!("it was trusted"),
         }
@@ -33,16 +35,14 @@ impl Top {
 
 /// In a unit test the binary is the test runner, which cannot become a script: run without a control group.
 fn run_here(top: &Top, event: &str, limit_ms: u64) -> Result<Value, Failure> {
-    let directory = top.0.path().join("w");
-    let path = directory.join(event);
-    trust::executable(&path).unwrap();
-    let killer = Killer::default();
-    let process = Process {
-        path: &path,
-        environment: &[("VSS_SET", "s")],
+    let job = Job {
+        program: &top.0.path().join("w").join(event),
+        arguments: &[],
+        environment: &[("VSS_SET", "s".to_owned())],
+        input: b"{}\n",
         limit: Duration::from_millis(limit_ms),
     };
-    match process.run_without_group(&killer).unwrap() {
+    match job.run_plain(&Killer::default(), None).unwrap() {
         Outcome::Succeeded { output } => Ok(as_value(&output)),
         Outcome::Failed { status, message } => Err(failure(
             WriterFailure::Retryable,
@@ -59,7 +59,7 @@ fn a_directory_is_a_writer_with_the_settings_of_its_json() {
     let json = top.0.path().join("db/writer.json");
     fs::write(&json, r#"{"level":"BACK_END","freeze_timeout_ms":500}"#).unwrap();
     fs::set_permissions(&json, fs::Permissions::from_mode(0o644)).unwrap();
-    let Directory::Writer(_, identity) = scan(top.0.path()).remove(0) else {
+    let Directory::Writer(_, identity) = own::scan(top.0.path()).remove(0) else {
         panic!("it was refused");
     };
     assert_eq!(identity.level, Level::BackEnd);
@@ -72,7 +72,7 @@ fn what_others_can_change_is_refused() {
     let top = Top::new();
     let script = top.script("w", "freeze", "true");
     assert!(matches!(
-        scan(top.0.path()).remove(0),
+        own::scan(top.0.path()).remove(0),
         Directory::Writer(..)
     ));
     for mode in [0o775, 0o757] {
@@ -83,6 +83,92 @@ fn what_others_can_change_is_refused() {
     let directory = top.0.path().join("w");
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
     assert!(top.refusal().contains("can be changed"));
+}
+
+#[test]
+fn a_directory_above_that_others_can_change_is_no_better() {
+    let top = Top::new();
+    let inner = top.0.path().join("inner");
+    fs::create_dir_all(inner.join("w")).unwrap();
+    fs::write(inner.join("w/freeze"), "#!/bin/sh\n").unwrap();
+    for path in [inner.join("w/freeze"), inner.join("w"), inner.clone()] {
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    assert!(matches!(own::scan(&inner).remove(0), Directory::Writer(..)));
+    fs::set_permissions(top.0.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let Directory::Refused(_, why) = own::scan(&inner).remove(0) else {
+        panic!("it was trusted");
+    };
+    assert!(why.contains("can be changed"), "{why}");
+}
+
+#[test]
+fn what_belongs_to_another_user_is_refused() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can give a file away");
+        return;
+    }
+    let top = Top::new();
+    let script = top.script("w", "freeze", "true");
+    std::os::unix::fs::chown(&script, Some(65_534), None).unwrap();
+    assert!(top.refusal().contains("does not belong to root"));
+}
+
+#[test]
+fn a_command_reads_the_event_and_one_that_does_not_read_is_not_held_up() {
+    let top = Top::new();
+    top.script("w", "freeze", "read line; echo \"$line\"");
+    assert_eq!(run_here(&top, "freeze", 5_000).unwrap(), json!({}));
+    let long = vec![b'x'; 900_000];
+    let job = Job {
+        program: "/bin/true".as_ref(),
+        arguments: &[],
+        environment: &[],
+        input: &long,
+        limit: Duration::from_secs(30),
+    };
+    let outcome = job.run_plain(&Killer::default(), None).unwrap();
+    assert!(matches!(outcome, Outcome::Succeeded { .. }));
+}
+
+#[test]
+fn a_command_that_was_given_up_before_its_start_is_not_started() {
+    let top = Top::new();
+    let ran = top.0.path().join("ran");
+    let script = top.script("w", "freeze", &format!("touch {}", ran.display()));
+    let killer = Killer::default();
+    let time = killer.kill();
+    let job = Job {
+        program: &script,
+        arguments: &[],
+        environment: &[],
+        input: &[],
+        limit: Duration::from_secs(30),
+    };
+    killer.kill();
+    assert!(matches!(
+        job.run_plain(&killer, Some(time)),
+        Ok(Outcome::Killed)
+    ));
+    assert!(!ran.exists());
+}
+
+#[test]
+fn places_in_the_line_are_taken_in_order_and_a_lost_one_holds_up_nobody() {
+    let line = Arc::new(Line::default());
+    let (first, lost, last) = (line.join(), line.join(), line.join());
+    let (sender, order) = std::sync::mpsc::channel();
+    let of_last = sender.clone();
+    let waits = std::thread::spawn(move || {
+        last.wait();
+        of_last.send("last").unwrap();
+    });
+    drop(lost);
+    first.wait();
+    sender.send("first").unwrap();
+    drop(first);
+    waits.join().unwrap();
+    assert_eq!(order.try_iter().collect::<Vec<_>>(), ["first", "last"]);
 }
 
 #[test]
