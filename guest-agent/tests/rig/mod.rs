@@ -207,6 +207,29 @@ impl Rig {
         }
     }
 
+    /// Starts `vmshadow-writer` with these arguments; returns when the agent knows its name.
+    pub fn writer(&self, name: &str, arguments: &[&str]) -> WriterProcess {
+        let child = Command::new(env!("CARGO_BIN_EXE_vmshadow-writer"))
+            .args(["--name", name, "--json", "--socket"])
+            .arg(self.path("run/writers.sock"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let writer = WriterProcess(child);
+        wait_until("the writer is registered", || self.has_writer(name));
+        writer
+    }
+
+    /// The agent knows a writer of this name.
+    pub fn has_writer(&self, name: &str) -> bool {
+        let mut bridge = Bridge::connect(&self.path("run/native"));
+        let status = bridge.status();
+        let writers = status["writers"].as_array().unwrap();
+        writers.iter().any(|writer| writer["name"] == name)
+    }
+
     pub fn log(&self) -> String {
         fs::read_to_string(self.path("run/log")).unwrap_or_default()
     }
@@ -259,6 +282,39 @@ impl Rig {
         let path = self.path(path);
         fs::write(&path, text).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    }
+}
+
+/// A running `vmshadow-writer`, killed when it is dropped.
+pub struct WriterProcess(Child);
+
+impl WriterProcess {
+    pub fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+
+    /// Ends it as systemd does.
+    pub fn terminate(&mut self) {
+        run("kill", &["-TERM", &self.0.id().to_string()]);
+        self.0.wait().unwrap();
+    }
+
+    /// Waits for its exit status.
+    pub fn exit_code(&mut self) -> Option<i32> {
+        let mut ended = None;
+        wait_until("the writer ends", || {
+            ended = self.0.try_wait().unwrap();
+            ended.is_some()
+        });
+        ended.unwrap().code()
+    }
+}
+
+impl Drop for WriterProcess {
+    fn drop(&mut self) {
+        self.0.kill().unwrap_or(());
+        self.0.wait().map(drop).unwrap_or(());
     }
 }
 
