@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -12,38 +13,196 @@ use vmshadow_tests::harness::libvirt::{DomainDisk, Libvirt, may_run};
 use vmshadow_tests::harness::site::{Site, SiteDisk};
 use vmshadow_tests::harness::{requires, wait};
 
-#[test]
-fn libvirt_freezes_and_thaws_a_domain_through_our_agent() -> Result<()> {
-    if !requires::machines() || !requires::programs(Libvirt::PROGRAMS) || !may_run() {
-        return Ok(());
-    }
-    let directory = tempfile::Builder::new()
-        .prefix("vmshadow-libvirt-disks-")
-        .tempdir()?;
-    let mut disks = Vec::new();
-    for name in ["a", "b"] {
-        disks.push(SiteDisk {
-            name: name.to_owned(),
-            file_system: FileSystem::Ext4,
-            base: disk::create(directory.path(), name, FileSystem::Ext4)?,
-        });
-    }
-    let daemon = VhostBlk::start(directory.path(), &disks)?;
-    let attached: Vec<_> = disks
-        .iter()
-        .map(|disk| DomainDisk {
-            socket: daemon.socket(&disk.name),
-            serial: disk.name.clone(),
-            point: format!("/mnt/{}", disk.name),
-        })
-        .collect();
-    let libvirt = Libvirt::start("guest", &attached)?;
-    let check = || -> Result<()> {
-        let name = libvirt.domain();
+/// A domain with two disks of ours, whose agent libvirt sees. Dropped in this order.
+struct Domain {
+    libvirt: Libvirt,
+    _daemon: VhostBlk,
+    _directory: tempfile::TempDir,
+    _turn: MutexGuard<'static, ()>,
+}
+
+/// Two libvirtd at a time would fight for one file of process numbers.
+static TURN: Mutex<()> = Mutex::new(());
+
+impl Domain {
+    fn start(name: &str) -> Result<Self> {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let directory = tempfile::Builder::new()
+            .prefix("vmshadow-libvirt-disks-")
+            .tempdir()?;
+        let mut disks = Vec::new();
+        for name in ["a", "b"] {
+            disks.push(SiteDisk {
+                name: name.to_owned(),
+                file_system: FileSystem::Ext4,
+                base: disk::create(directory.path(), name, FileSystem::Ext4)?,
+            });
+        }
+        let daemon = VhostBlk::start(directory.path(), &disks)?;
+        let attached: Vec<_> = disks
+            .iter()
+            .map(|disk| DomainDisk {
+                socket: daemon.socket(&disk.name),
+                serial: disk.name.clone(),
+                point: format!("/mnt/{}", disk.name),
+            })
+            .collect();
+        let libvirt = Libvirt::start(name, &attached)?;
         wait::until("libvirt to see the agent", wait::STEP, || {
             let ping = r#"{"execute":"guest-ping"}"#;
             Ok(libvirt.virsh(&["qemu-agent-command", name, ping]).ok())
-        })?;
+        })
+        .with_context(|| libvirt.log())?;
+        Ok(Self {
+            libvirt,
+            _daemon: daemon,
+            _directory: directory,
+            _turn: turn,
+        })
+    }
+}
+
+fn libvirt_runs() -> bool {
+    requires::machines() && requires::programs(Libvirt::PROGRAMS) && may_run()
+}
+
+/// What the programs that the agent starts need in the small guest.
+const ACCOUNTS_AND_PROGRAMS: &str = r#"set -e
+hostname tester
+ip link set lo up
+mkdir -p /home/ann
+echo 'ann:x:1000:1000:Ann:/home/ann:/bin/sh' >>/etc/passwd
+echo 'ann:*:19000:0:99999:7:::' >>/etc/shadow
+# Busybox here has none: the word itself takes the hash's place.
+printf '#!/bin/sh\nread -r line; user=${line%%%%:*}; grep -q "^$user:" /etc/passwd || exit 1\nsed -i "s|^$user:[^:]*:|$user:${line#*:}$1:|" /etc/shadow\n' >/sbin/chpasswd
+chmod 755 /sbin/chpasswd
+ln -sf /bin/busybox /sbin/hwclock
+printf '#!/bin/sh\necho "$@" >/dev/console\npoweroff -f\n' >/sbin/shutdown
+chmod 755 /sbin/shutdown
+"#;
+
+#[test]
+fn every_word_of_virsh_that_asks_an_agent_is_answered_by_ours() -> Result<()> {
+    if !libvirt_runs() {
+        return Ok(());
+    }
+    let domain = Domain::start("words")?;
+    let libvirt = &domain.libvirt;
+    let name = libvirt.domain();
+    // Each line: the words after the domain's name, and what virsh must say.
+    let say = |words: &[&str], expected: &[&str]| -> Result<String> {
+        let (first, rest) = words.split_first().context("no words")?;
+        let all: Vec<_> = [*first, name]
+            .into_iter()
+            .chain(rest.iter().copied())
+            .collect();
+        let said = libvirt.virsh(&all)?;
+        for text in expected {
+            ensure!(
+                said.contains(text),
+                "virsh {words:?}: no {text:?} in {said}"
+            );
+        }
+        Ok(said)
+    };
+    let check = || -> Result<()> {
+        let shell = libvirt.shell()?;
+        shell.shell(ACCOUNTS_AND_PROGRAMS)?;
+        say(&["domfsinfo"], &["/mnt/a", "/mnt/b", "ext4"])?;
+        say(&["domhostname", "--source", "agent"], &["tester"])?;
+        say(&["domifaddr", "--source", "agent"], &["lo", "127.0.0.1/8"])?;
+        say(
+            &["guestinfo"],
+            &[
+                "os.kernel-release",
+                "timezone.name",
+                "hostname",
+                "fs.count",
+                "disk.count",
+                "if.0.name",
+            ],
+        )?;
+        say(&["domfstrim"], &[])?;
+        say(&["domtime"], &["Time:"])?;
+        say(&["domtime", "--time", "1800000000"], &[])?;
+        let now: u64 = shell.shell("date +%s")?.trim().parse()?;
+        ensure!(
+            (1_800_000_000..1_800_000_600).contains(&now),
+            "the time is {now}"
+        );
+        say(&["domtime", "--sync"], &[])?;
+        say(&["domtime", "--now"], &[])?;
+        let now: u64 = shell.shell("date +%s")?.trim().parse()?;
+        ensure!(
+            now < 1_800_000_000 || now > 1_800_000_600,
+            "the time is still {now}"
+        );
+        say(&["guestvcpus"], &["vcpus", ": 0-1"])?;
+        say(&["guestvcpus", "--cpulist", "1", "--disable"], &[])?;
+        ensure!(shell.shell("cat /sys/devices/system/cpu/online")?.trim() == "0");
+        say(&["setvcpus", "2", "--guest"], &[])?;
+        ensure!(shell.shell("cat /sys/devices/system/cpu/online")?.trim() == "0-1");
+        let hash = || shell.shell("grep ^ann: /etc/shadow");
+        let before = hash()?;
+        say(&["set-user-password", "ann", "secret"], &["successfully"])?;
+        ensure!(hash()? != before, "the password is as it was");
+        say(
+            &["set-user-password", "ann", "$6$a$b", "--encrypted"],
+            &["successfully"],
+        )?;
+        ensure!(hash()?.contains("$6$a$b"), "{}", hash()?);
+        let keys = libvirt.file("keys");
+        std::fs::write(&keys, "ssh-rsa AAAA ann@host\n")?;
+        let keys = keys.to_str().context("path")?;
+        say(&["set-user-sshkeys", "ann", "--file", keys], &[])?;
+        say(&["get-user-sshkeys", "ann"], &["ssh-rsa AAAA ann@host"])?;
+        say(
+            &["set-user-sshkeys", "ann", "--file", keys, "--remove"],
+            &[],
+        )?;
+        ensure!(!say(&["get-user-sshkeys", "ann"], &[])?.contains("ssh-rsa"));
+        let run = r#"{"execute":"guest-exec","arguments":{"path":"/bin/echo"}}"#;
+        say(&["qemu-agent-command", run], &["pid"])?;
+
+        // A quiesced snapshot: frozen, snapshot, thawed; nothing is frozen afterwards.
+        let overlay = format!(
+            "{},snapshot=external,file={}",
+            Libvirt::OWN_DISK,
+            libvirt.file("overlay.qcow2").display()
+        );
+        let mut words = vec![
+            "snapshot-create-as",
+            "quiesced",
+            "--disk-only",
+            "--quiesce",
+            "--no-metadata",
+        ];
+        for disk in ["vda,snapshot=no", "vdb,snapshot=no", overlay.as_str()] {
+            words.extend(["--diskspec", disk]);
+        }
+        say(&words, &["created"])?;
+        let status = r#"{"execute":"guest-fsfreeze-status"}"#;
+        say(&["qemu-agent-command", status], &["thawed"])?;
+        shell.shell("echo written >/mnt/a/after && sync")?;
+
+        say(&["shutdown", "--mode", "agent"], &[])?;
+        wait::until("the domain to end", wait::STEP, || {
+            let running = libvirt.virsh(&["list", "--name"])?;
+            Ok((!running.contains(name)).then_some(()))
+        })
+    };
+    check().with_context(|| libvirt.log())
+}
+
+#[test]
+fn libvirt_freezes_and_thaws_a_domain_through_our_agent() -> Result<()> {
+    if !libvirt_runs() {
+        return Ok(());
+    }
+    let domain = Domain::start("guest")?;
+    let libvirt = &domain.libvirt;
+    let check = || -> Result<()> {
+        let name = libvirt.domain();
         let mounted = libvirt.virsh(&["domfsinfo", name])?;
         for point in ["/mnt/a", "/mnt/b"] {
             ensure!(mounted.contains(point), "domfsinfo: {mounted}");
@@ -126,6 +285,24 @@ fn proxmox_freezes_and_thaws_through_our_agent() -> Result<()> {
         proxmox(&mut port, id, command)
     };
     ensure!(ask("guest-ping")? == json!({"return": {}}));
+    // What its interface offers for a running machine, by the same way.
+    for command in [
+        "guest-get-time",
+        "guest-info",
+        "guest-fstrim",
+        "guest-network-get-interfaces",
+        "guest-get-vcpus",
+        "guest-get-fsinfo",
+        "guest-get-memory-blocks",
+        "guest-get-memory-block-info",
+        "guest-get-host-name",
+        "guest-get-osinfo",
+        "guest-get-users",
+        "guest-get-timezone",
+    ] {
+        let answer = ask(command)?;
+        ensure!(answer.get("return").is_some(), "{command}: {answer}");
+    }
     ensure!(ask("guest-fsfreeze-freeze")? == json!({"return": 1}));
     ensure!(ask("guest-fsfreeze-status")? == json!({"return": "frozen"}));
     let held = site.vm.guest()?.start("touch /mnt/a/held")?;
@@ -142,5 +319,55 @@ fn proxmox_freezes_and_thaws_through_our_agent() -> Result<()> {
         ask("guest-fsfreeze-thaw")? == json!({"return": 0}),
         "nothing was frozen"
     );
+    Ok(())
+}
+
+#[test]
+fn kubevirt_finds_every_command_that_it_asks_for() -> Result<()> {
+    if !requires::machines() {
+        return Ok(());
+    }
+    let site = Site::start("kubevirt", &[("a", FileSystem::Ext4)])?;
+    let mut port = UnixStream::connect(site.vm.port(QGA_PORT))?;
+    port.set_read_timeout(Some(wait::STEP))?;
+    let mut id = 0;
+    let mut ask = |command: &str| -> Result<Value> {
+        id += 1;
+        proxmox(&mut port, id, command)
+    };
+    let info = ask("guest-info")?;
+    let commands = info["return"]["supported_commands"].as_array();
+    let commands = commands.context("no commands")?;
+    // It calls an agent unsupported if one of these is missing or disabled.
+    for name in [
+        "guest-ping",
+        "guest-get-time",
+        "guest-info",
+        "guest-shutdown",
+        "guest-network-get-interfaces",
+        "guest-get-fsinfo",
+        "guest-get-host-name",
+        "guest-get-users",
+        "guest-get-timezone",
+        "guest-get-osinfo",
+        // For probes, passwords and keys.
+        "guest-exec",
+        "guest-exec-status",
+        "guest-file-open",
+        "guest-file-write",
+        "guest-file-close",
+        "guest-set-user-password",
+    ] {
+        let command = commands.iter().find(|command| command["name"] == name);
+        ensure!(
+            command.is_some_and(|command| command["enabled"] == true),
+            "{name}: {command:?}"
+        );
+    }
+    // Its freeze: a second one is refused with words that it reads as "already frozen"; it polls the status.
+    ensure!(ask("guest-fsfreeze-freeze")? == json!({"return": 1}));
+    ensure!(ask("guest-fsfreeze-status")? == json!({"return": "frozen"}));
+    ensure!(ask("guest-fsfreeze-freeze")?["error"]["class"] == "CommandNotFound");
+    ensure!(ask("guest-fsfreeze-thaw")? == json!({"return": 1}));
     Ok(())
 }

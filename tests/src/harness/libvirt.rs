@@ -59,7 +59,9 @@ pub struct Libvirt {
 
 impl Libvirt {
     /// Programs that it needs beside those of a machine.
-    pub const PROGRAMS: &[&str] = &["libvirtd", "virsh", "unshare", "nsenter"];
+    pub const PROGRAMS: &[&str] = &["libvirtd", "virsh", "unshare", "nsenter", "qemu-img"];
+    /// The domain's disk that libvirt itself can make snapshots of: it does none of vhost-user disks.
+    pub const OWN_DISK: &str = "vdz";
 
     /// Starts libvirtd, creates the domain by `virsh create` and waits until the guest is ready.
     pub fn start(domain: &str, disks: &[DomainDisk]) -> Result<Self> {
@@ -163,6 +165,15 @@ impl Libvirt {
                 disk.socket.display(),
             );
         }
+        let own = file("own.qcow2");
+        let mut make = Command::new("qemu-img");
+        make.args(["create", "-q", "-f", "qcow2", &own, "16M"]);
+        ensure!(make.status()?.success(), "qemu-img cannot make {own}");
+        xml += &format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{own}'/>\
+             <target dev='{}' bus='virtio'/></disk>",
+            Self::OWN_DISK
+        );
         xml += &format!(
             "<channel type='unix'><source mode='bind' path='{}'/><target type='virtio' name='{SHELL_PORT}'/></channel>\
              <channel type='unix'><source mode='bind'/><target type='virtio' name='{QGA_PORT}'/></channel>\
@@ -170,6 +181,12 @@ impl Libvirt {
             file("shell.sock"),
         );
         Ok(xml)
+    }
+
+    /// A path for a file of the domain's, gone with the value.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
     }
 
     /// Ends the domain and waits for its QEMU.
