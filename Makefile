@@ -11,13 +11,15 @@ PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
             qemu-system-x86 qemu-utils qemu-system-common
 # For the tests and measurements only: a person who runs the demo need not have them.
 test test-quick test-machines kernel-cuts kills nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients mmdebstrap lintian
+# The servers that the databases' writers are tested beside, outside of any machine.
+test test-quick nightly: PACKAGES += postgresql-15 mariadb-server-core mariadb-client-core redis-server redis-tools
 bench nightly: PACKAGES += fio qemu-system-common linux-perf
 TRIPLE := x86_64-unknown-linux-gnu
 PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images database-images demo test test-quick test-machines bench bench-figures window-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
+.PHONY: help deps images database-images demo test test-quick test-machines bench bench-figures window-figures database-proofs writer-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -76,6 +78,13 @@ bench-figures: ## keep the drawings of the last `make bench` where the documents
 	@mkdir -p tests/figures
 	cp target/bench/*.svg tests/figures/
 
+database-proofs: database-images ## 100 sets of each database under load, each copy started and checked in a second machine
+	VMSHADOW_DATABASE_SETS=$${VMSHADOW_DATABASE_SETS:-100} cargo test --locked -p vmshadow-tests --test databases_postgresql \
+	    --test databases_mariadb --test databases_redis --test databases_sqlite -- --test-threads=$(MACHINES) --nocapture
+
+writer-figures: database-images ## what a database's clients see of a set: with our writer, with none, with qemu-ga, without a set
+	@$(PROGRAMS)/writer-figures
+
 window-figures: images ## boot, freeze to thaw, hold and each step, over 50 sets under load
 	@$(PROGRAMS)/window-figures
 
@@ -94,7 +103,7 @@ kernel-cuts: deps ## power cuts of a disk under real file systems with the store
 fuzz: deps ## two minutes of libFuzzer on each part of the store's metadata, behind the checksums
 	vhost-blk/store/fuzz/run 120
 
-nightly: test crash-images kernel-cuts kills fuzz bench window-figures ## everything that takes long
+nightly: test crash-images kernel-cuts kills fuzz bench window-figures database-proofs writer-figures ## everything that takes long
 
 fmt: ## format the code
 	@cargo fmt

@@ -18,7 +18,7 @@ triple=x86_64-unknown-linux-gnu
 programs=$target/$triple/release
 guest_programs=(guest-agent sqlite-writer guest-shell guest-load guest-writers)
 # What the databases' guest has besides.
-database_programs=()
+database_programs=(postgresql-writer mariadb-writer redis-writer unit-writer guest-database-load)
 
 say() { echo "images: $*" >&2; }
 
@@ -29,7 +29,7 @@ build_programs() {
     # A build inside `cargo test` must not inherit what cargo told that run.
     env -u CARGO_ENCODED_RUSTFLAGS RUSTFLAGS="-C target-feature=+crt-static" \
         cargo build --quiet --locked --release --target "$triple" --bins \
-        -p vhost-blk -p vhost-blk-store -p guest-agent -p sqlite-writer -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
+        -p vhost-blk -p vhost-blk-store -p guest-agent -p sqlite-writer -p postgresql-writer -p mariadb-writer -p redis-writer -p unit-writer -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
 }
 
 # The words of a list without its comments.
@@ -172,7 +172,9 @@ build_databases() { # build_databases OUTPUT SMALL USR
     rm -rf "$work" && mkdir -p "$work/root/bin" "$work/root/etc/vmshadow/writers.d" "$work/out"
     cp "$databases/database" "$work/root/bin/"
     cp "$databases"/{passwd,group} "$work/root/etc/"
-    # PostgreSQL's writer is no root: the server asks who it is.
+    # These writers are no root: their servers ask who they are.
+    # Nobody else may write to them, whatever the checkout allows.
+    install -m 644 "$databases"/writers.d/*.conf "$work/root/etc/vmshadow/writers.d/"
     for program in "${database_programs[@]}"; do
         strip -o "$work/root/bin/$program" "$programs/$program"
     done
@@ -217,7 +219,7 @@ usr=$cache/usr-$(cat "$cache/usr.new" "$databases/packages" "$here/build.sh" | s
 if [ ! -d "$usr" ]; then
     build_usr "$usr" "$cache/usr.new"
 fi
-guest=$cache/databases-$({ echo "$image" "$usr"; cat "$databases"/{database,passwd,group} "${database_programs[@]/#/$programs/}"; } | sha256sum | head -c 16)
+guest=$cache/databases-$({ echo "$image" "$usr"; cat "$databases"/{database,passwd,group,writers.d/*} "${database_programs[@]/#/$programs/}"; } | sha256sum | head -c 16)
 if [ ! -d "$guest" ]; then
     say "packing $(basename "$guest")"
     build_databases "$guest" "$image" "$usr"

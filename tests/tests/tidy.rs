@@ -58,7 +58,12 @@ const CRATES: &[&str] = &[
     "vhost-blk/wire",
     "guest-agent",
     "guest-agent/wire",
+    "guest-agent/writers/database",
+    "guest-agent/writers/mariadb",
+    "guest-agent/writers/postgresql",
+    "guest-agent/writers/redis",
     "guest-agent/writers/sqlite",
+    "guest-agent/writers/unit",
     "qmp-bridge",
     "tests",
 ];
