@@ -7,10 +7,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 
 use super::disk::{self, FileSystem};
 use super::image;
+use super::oracle::Found;
 use super::vm::{Vm, VmBuilder};
 
 /// A server under emulation on a busy host may take this long to start, to stop, or to be checked.
@@ -24,6 +26,12 @@ const DISK_BYTES: u64 = 512 << 20;
 pub enum Kind {
     /// PostgreSQL 15.
     Postgresql,
+    /// MariaDB, with a binary log.
+    Mariadb,
+    /// Redis with an append-only file.
+    Redis,
+    /// Redis with dumps alone.
+    RedisDump,
 }
 
 impl Kind {
@@ -32,6 +40,19 @@ impl Kind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Postgresql => "postgresql",
+            Self::Mariadb => "mariadb",
+            Self::Redis => "redis",
+            Self::RedisDump => "redis-dump",
+        }
+    }
+
+    /// The name under which its writer registers.
+    #[must_use]
+    pub fn writer(self) -> &'static str {
+        match self {
+            Self::Postgresql => "PostgreSQL",
+            Self::Mariadb => "MariaDB",
+            Self::Redis | Self::RedisDump => "Redis",
         }
     }
 
@@ -60,10 +81,128 @@ impl Kind {
         Ok(made)
     }
 
-    /// What the server's own client prints for a statement without quotes.
-    pub fn ask(self, vm: &Vm, statement: &str) -> Result<String> {
-        let command = format!("database ask {} - \"{statement}\"", self.name());
+    /// What the server's own client prints for words without single quotes.
+    pub fn ask(self, vm: &Vm, words: &str) -> Result<String> {
+        let command = format!("database ask {} - \"{words}\"", self.name());
         Ok(vm.shell(&command)?.trim().to_owned())
+    }
+
+    /// What the load left, by client: each has the numbers from 1 on, and the last one in a place of its own that the same
+    /// transaction wrote.
+    pub fn found(self, vm: &Vm, clients: usize) -> Result<Vec<Found>> {
+        (0..clients)
+            .map(|client| self.found_of(vm, client))
+            .collect()
+    }
+
+    fn found_of(self, vm: &Vm, client: usize) -> Result<Found> {
+        let numbers = match self {
+            Self::Postgresql | Self::Mariadb => {
+                let table = format!(
+                    "SELECT (SELECT id FROM latest WHERE client = {client}), count(*), coalesce(max(id), 0) \
+                     FROM tx WHERE client = {client}"
+                );
+                self.ask(vm, &table)?
+            }
+            Self::Redis | Self::RedisDump => {
+                let words = [
+                    format!("GET latest:{client}"),
+                    format!("LLEN tx:{client}"),
+                    format!("LINDEX tx:{client} -1"),
+                ];
+                let mut all = String::new();
+                for words in words {
+                    all += &(self.ask(vm, &words)? + " ");
+                }
+                all
+            }
+        };
+        let split = numbers.split(|character: char| !character.is_ascii_digit());
+        let words: Vec<u64> = split
+            .filter(|word| !word.is_empty())
+            .map(str::parse)
+            .collect::<Result<_, _>>()?;
+        let [latest, count, last, ..] = words.as_slice() else {
+            bail!("client {client}: {numbers}");
+        };
+        let whole = if latest == last {
+            "ok"
+        } else {
+            "half a transaction"
+        };
+        Ok(Found {
+            last: *last,
+            count: *count,
+            integrity: whole.to_owned(),
+        })
+    }
+
+    /// The copy's log reaches the position that the writer recorded at the freeze. The server has recovered and runs.
+    fn reaches(self, vm: &Vm, evidence: &Value) -> Result<()> {
+        let text = |name: &str| {
+            let value = evidence[name].as_str();
+            value.with_context(|| format!("no {name} in {evidence}"))
+        };
+        match self {
+            Self::Postgresql => {
+                // A recovery ends with a checkpoint where the log it found ends.
+                let end = self.ask(vm, "SELECT redo_lsn FROM pg_control_checkpoint()")?;
+                let recorded = text("lsn")?;
+                ensure!(
+                    lsn(&end)? >= lsn(recorded)?,
+                    "recovered to {end}, recorded {recorded}"
+                );
+            }
+            Self::Mariadb => {
+                let end = self.ask(vm, "SELECT @@gtid_binlog_pos")?;
+                let recorded = text("gtid_binlog_pos")?;
+                ensure!(end == recorded, "recovered to {end}, recorded {recorded}");
+            }
+            Self::Redis => {
+                let recorded: u64 = text("aof_current_size")?.parse()?;
+                let info = self.ask(vm, "INFO persistence")?;
+                let size = info
+                    .lines()
+                    .find_map(|line| line.strip_prefix("aof_current_size:"));
+                let size: u64 = size.context("no aof_current_size")?.trim().parse()?;
+                ensure!(size == recorded, "{size} bytes, recorded {recorded}");
+            }
+            Self::RedisDump => {
+                let changes = text("rdb_changes_since_last_save")?;
+                ensure!(changes == "0", "{changes} changes were in no dump");
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the server on a copy that is mounted in `directory`, has its own checker look at it, and returns what the load
+    /// left there.
+    pub fn judge(
+        self,
+        vm: &Vm,
+        directory: &str,
+        evidence: &Value,
+        clients: usize,
+    ) -> Result<Vec<Found>> {
+        match self {
+            Self::Postgresql | Self::Mariadb => {
+                self.run(vm, "start", directory)?;
+                self.reaches(vm, evidence)?;
+                let found = self.found(vm, clients)?;
+                self.run(vm, "check", directory)?;
+                self.run(vm, "stop", directory)?;
+                Ok(found)
+            }
+            Self::Redis | Self::RedisDump => {
+                // A start could mend what the checker is to see.
+                self.run(vm, "check", directory)?;
+                self.run(vm, "start", directory)?;
+                self.reaches(vm, evidence)?;
+                let found = self.found(vm, clients)?;
+                self.run(vm, "stop", directory)?;
+                Ok(found)
+            }
+        }
     }
 
     /// `database WORD KIND DIRECTORY` in the machine; its standard output.
@@ -73,6 +212,15 @@ impl Kind {
         ensure!(answer.status == 0, "{command}: {answer:?}\n{}", vm.log());
         Ok(answer.stdout)
     }
+}
+
+/// A position in PostgreSQL's log: two hexadecimal numbers.
+fn lsn(text: &str) -> Result<(u32, u32)> {
+    let (high, low) = text.trim().split_once('/').context("not a position")?;
+    Ok((
+        u32::from_str_radix(high, 16)?,
+        u32::from_str_radix(low, 16)?,
+    ))
 }
 
 /// Copies a disk without filling its holes.

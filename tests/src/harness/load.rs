@@ -1,4 +1,4 @@
-//! SQLite transactions in a running guest, and what it acknowledged.
+//! Transactions in a running guest, and what it acknowledged.
 //!
 //! Called by scenarios, the demo and the measuring commands. A thread reads the acknowledgements
 //! as they come; the load in the guest never waits for it.
@@ -23,11 +23,26 @@ pub struct Load {
     acks: Arc<Mutex<Vec<Ack>>>,
     running: Running,
     port: UnixStream,
+    program: &'static str,
 }
 
 impl Load {
     /// Starts it on these databases (paths in the guest) and waits for the first acknowledgements.
     pub fn start(vm: &Vm, databases: &[&str]) -> Result<Self> {
+        let command = format!(
+            "exec guest-load /dev/virtio-ports/{LOAD_PORT} {}",
+            databases.join(" ")
+        );
+        Self::start_command(vm, "guest-load", &command)
+    }
+
+    /// Starts the load of a database server that runs; each of its clients takes the place of a database.
+    pub fn start_clients(vm: &Vm, kind: &str, clients: usize) -> Result<Self> {
+        let command = format!("database load {kind} - /dev/virtio-ports/{LOAD_PORT} {clients}");
+        Self::start_command(vm, "guest-database-load", &command)
+    }
+
+    fn start_command(vm: &Vm, program: &'static str, command: &str) -> Result<Self> {
         let port = UnixStream::connect(vm.port(LOAD_PORT))?;
         let acks = Arc::<Mutex<Vec<Ack>>>::default();
         let list = Arc::clone(&acks);
@@ -43,14 +58,11 @@ impl Load {
                 }
             }
         });
-        let command = format!(
-            "exec guest-load /dev/virtio-ports/{LOAD_PORT} {}",
-            databases.join(" ")
-        );
         let load = Self {
             acks,
-            running: vm.guest()?.start(&command)?,
+            running: vm.guest()?.start(command)?,
             port,
+            program,
         };
         load.wait_for_more(20).with_context(|| vm.log())?;
         Ok(load)
@@ -91,7 +103,8 @@ impl Load {
         let goal = length() + count;
         wait::until("transactions to be acknowledged", deadline, || {
             if !self.running.still_runs() {
-                bail!("the load has ended");
+                let answer = self.running.wait(wait::STEP);
+                bail!("the load has ended: {answer:?}");
             }
             Ok((length() >= goal).then_some(()))
         })
@@ -99,7 +112,7 @@ impl Load {
 
     /// Ends it and returns every acknowledgement.
     pub fn stop(self, vm: &Vm) -> Result<Vec<Ack>> {
-        vm.shell("killall -9 guest-load")?;
+        vm.shell(&format!("killall -9 {}", self.program))?;
         // Its own end is the proof that no acknowledgement follows.
         self.running.wait(wait::STEP)?;
         Ok(self.acks())

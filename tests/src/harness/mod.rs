@@ -17,6 +17,7 @@ pub mod libvirt;
 pub mod load;
 pub mod oracle;
 pub mod process;
+pub mod proof;
 pub mod qmp;
 pub mod requires;
 pub mod site;

@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use super::bridge::{Answer, Bridge};
 use super::daemon::VhostBlk;
+use super::database::{self, Kind};
 use super::disk::{self, FileSystem};
 use super::load::Load;
 use super::oracle::{self, Found, Restored, Window};
@@ -70,8 +71,29 @@ impl Site {
                 base,
             });
         }
+        Self::assemble(VmBuilder::new(name), directory, made)
+    }
+
+    /// A machine with database servers and one disk, which holds an empty data directory.
+    pub fn start_database(kind: Kind) -> Result<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix("vmshadow-site-")
+            .tempdir()?;
+        let disk = SiteDisk {
+            name: "a".to_owned(),
+            file_system: FileSystem::Ext4,
+            base: directory.path().join("a.raw"),
+        };
+        database::copy(&kind.empty_disk()?, &disk.base)?;
+        let machine = VmBuilder::new(kind.name()).with_databases();
+        let site = Self::assemble(machine, directory, vec![disk])?;
+        kind.run(&site.vm, "start", "/mnt/a")?;
+        Ok(site)
+    }
+
+    fn assemble(machine: VmBuilder, directory: TempDir, made: Vec<SiteDisk>) -> Result<Self> {
         let daemon = VhostBlk::start(directory.path(), &made)?;
-        let mut machine = VmBuilder::new(name).with_agent();
+        let mut machine = machine.with_agent();
         for disk in &made {
             machine = machine
                 .vhost_user(&disk.name, &daemon.socket(&disk.name))
@@ -132,10 +154,22 @@ impl Site {
                 .guest()?
                 .start(&format!("exec sqlite-writer {}", databases.join(" ")))?,
         );
-        wait::until("the SQLite writer to register", wait::STEP, || {
+        self.wait_for_writer("SQLite")
+    }
+
+    /// Starts a database's writer and waits until the agent knows it.
+    pub fn database_writer(&self, kind: Kind) -> Result<()> {
+        let command = format!("exec database writer {} -", kind.name());
+        drop(self.vm.guest()?.start(&command)?);
+        self.wait_for_writer(kind.writer())
+    }
+
+    fn wait_for_writer(&self, name: &str) -> Result<()> {
+        let what = format!("the writer for {name} to register");
+        wait::until(&what, wait::STEP, || {
             let writers = self.bridge.run(&["list", "writers"])?;
             // Right after the boot the agent may not be there yet.
-            let registered = writers.code == 0 && writers.document.to_string().contains("SQLite");
+            let registered = writers.code == 0 && writers.document.to_string().contains(name);
             Ok(registered.then_some(()))
         })
     }

@@ -1,0 +1,193 @@
+//! `make writer-figures`: what clients of a database see of a set: throughput and the longest stall, with our writer, without one,
+//! with the stock guest agent, and with no set at all.
+//!
+//! Started by make; writes `target/bench/writer-figures.json` and prints a table for each database. The four take turns of equal
+//! length in one machine under one load, so that what else the host does meets all of them. Times are the guest's.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use vmshadow_tests::guest_protocol::{Ack, QGA_PORT};
+use vmshadow_tests::harness::database::Kind;
+use vmshadow_tests::harness::figures::Figures;
+use vmshadow_tests::harness::image;
+use vmshadow_tests::harness::load::Load;
+use vmshadow_tests::harness::site::Site;
+use vmshadow_tests::harness::wait;
+
+const ROUNDS: usize = 10;
+const CLIENTS: usize = 3;
+/// Length of a turn; a set takes a part of it.
+const TURN: Duration = Duration::from_secs(4);
+const KINDS: [Kind; 4] = [
+    Kind::Postgresql,
+    Kind::Mariadb,
+    Kind::Redis,
+    Kind::RedisDump,
+];
+
+/// Who makes the set of a turn.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// Nobody.
+    NoSet,
+    /// `vmshadow create`: writers, file systems.
+    Writer,
+    /// `vmshadow create --level filesystem`: file systems alone.
+    NoWriter,
+    /// The stock agent freezes, `vmshadow create --level crash`, the stock agent thaws.
+    StockAgent,
+}
+
+impl Way {
+    const ALL: [Self; 4] = [Self::NoSet, Self::Writer, Self::NoWriter, Self::StockAgent];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::NoSet => "no set",
+            Self::Writer => "our writer",
+            Self::NoWriter => "no writer",
+            Self::StockAgent => "qemu-ga",
+        }
+    }
+}
+
+/// The stock agent of a machine, on its port.
+struct StockAgent {
+    port: UnixStream,
+    answers: BufReader<UnixStream>,
+}
+
+impl StockAgent {
+    /// Starts it instead of our agent's part for this port.
+    fn start(site: &Site) -> Result<Self> {
+        site.vm
+            .shell("echo '--qga-port none' >/etc/vmshadow/agent.args && killall guest-agent")?;
+        let command = format!(
+            "until /usr/sbin/qemu-ga -m virtio-serial -p /dev/virtio-ports/{QGA_PORT} -t /run; do usleep 100000; done"
+        );
+        drop(site.vm.guest()?.start(&command)?);
+        let port = UnixStream::connect(site.vm.port(QGA_PORT))?;
+        port.set_read_timeout(Some(wait::STEP))?;
+        let answers = BufReader::new(port.try_clone()?);
+        let mut agent = Self { port, answers };
+        agent.ask("guest-ping")?;
+        Ok(agent)
+    }
+
+    fn ask(&mut self, command: &str) -> Result<Value> {
+        let request = json!({ "execute": command }).to_string() + "\n";
+        self.port.write_all(request.as_bytes())?;
+        let mut line = String::new();
+        self.answers.read_line(&mut line)?;
+        let answer: Value = serde_json::from_str(&line).with_context(|| line.clone())?;
+        ensure!(answer.get("return").is_some(), "{command}: {line}");
+        Ok(answer)
+    }
+}
+
+fn set(site: &Site, agent: &mut StockAgent, way: Way) -> Result<()> {
+    match way {
+        Way::NoSet => {}
+        Way::Writer => drop(site.create(&[])?),
+        Way::NoWriter => drop(site.try_create(&["--level", "filesystem"])?.succeeded()?),
+        Way::StockAgent => {
+            agent.ask("guest-fsfreeze-freeze")?;
+            let made = site.try_create(&["--level", "crash"]);
+            agent.ask("guest-fsfreeze-thaw")?;
+            drop(made?.succeeded()?);
+        }
+    }
+    Ok(())
+}
+
+/// The longest time in which a client had no acknowledgement, milliseconds, from the last one before the turn on.
+fn longest_stall_ms(acks: &[Ack], from: usize) -> f64 {
+    let mut last: BTreeMap<usize, u64> = BTreeMap::new();
+    let mut longest = 0;
+    for (number, ack) in acks.iter().enumerate() {
+        let before = last.insert(ack.database, ack.acked_us);
+        if let Some(before) = before.filter(|_| number >= from) {
+            longest = longest.max(ack.acked_us.saturating_sub(before));
+        }
+    }
+    Duration::from_micros(longest).as_secs_f64() * 1e3
+}
+
+fn turn(site: &Site, agent: &mut StockAgent, load: &Load, way: Way) -> Result<(f64, f64)> {
+    let from = load.acks().len();
+    let begin = Instant::now();
+    set(site, agent, way)?;
+    // The turn is of one length whatever the set took; a set that took longer has its own.
+    wait::until("the end of the turn", wait::STEP, || {
+        Ok((begin.elapsed() >= TURN).then_some(()))
+    })?;
+    let acks = load.acks();
+    let took = begin.elapsed().as_secs_f64();
+    let count = u32::try_from(acks.len() - from)?;
+    if count == 0 {
+        bail!("no transaction in a turn");
+    }
+    Ok((f64::from(count) / took, longest_stall_ms(&acks, from)))
+}
+
+fn measure(kind: Kind) -> Result<Value> {
+    let site = Site::start_database(kind)?;
+    let mut agent = StockAgent::start(&site)?;
+    site.database_writer(kind)?;
+    let load = Load::start_clients(&site.vm, kind.name(), CLIENTS)?;
+    let (mut rates, mut stalls) = (Figures::default(), Figures::default());
+    for _ in 0..ROUNDS {
+        for way in Way::ALL {
+            let (rate, stall) = turn(&site, &mut agent, &load, way)?;
+            rates.add(way.name(), rate);
+            stalls.add(way.name(), stall);
+        }
+    }
+    println!(
+        "\n{}: transactions per second in a turn of {} s",
+        kind.name(),
+        TURN.as_secs()
+    );
+    let mut report = serde_json::Map::new();
+    println!(
+        "{:14}{:>14}{:>16}{:>16}",
+        "", "tx/s, p50", "stall p50, ms", "stall max, ms"
+    );
+    for ((name, rate), (_, stall)) in rates.summaries().into_iter().zip(stalls.summaries()) {
+        println!(
+            "{name:14}{:>14.1}{:>16.0}{:>16.0}",
+            rate.p50, stall.p50, stall.max
+        );
+        report.insert(
+            name,
+            json!({ "transactions-per-second": rate, "longest-stall-ms": stall }),
+        );
+    }
+    Ok(Value::Object(report))
+}
+
+fn main() -> Result<()> {
+    let mut report = serde_json::Map::new();
+    for kind in KINDS {
+        report.insert(kind.name().to_owned(), measure(kind)?);
+    }
+    let directory = image::target().join("bench");
+    fs::create_dir_all(&directory)?;
+    let path = directory.join("writer-figures.json");
+    let whole = json!({
+        "accelerator": image::accelerator()?.name(),
+        "rounds": ROUNDS,
+        "clients": CLIENTS,
+        "turn-s": TURN.as_secs(),
+        "databases": report,
+    });
+    fs::write(&path, serde_json::to_string_pretty(&whole)? + "\n")?;
+    println!("\n{}", path.display());
+    Ok(())
+}
