@@ -64,11 +64,20 @@ impl Workshop {
         let outcome = match job.work {
             _ if frozen => Err(refused_while_frozen(job.name)),
             Work::Function(function, mut arguments) => function(&mut arguments, self),
-            Work::Freeze(request) => match service.ask_and_wait(request) {
-                Some(outcome) => outcome.map_err(|error| Failed::generic(error.message)),
-                None => Err(Failed::generic("the agent is ending")),
-            },
+            Work::Freeze(request) => freeze(service, request),
         };
         (job.answer)(outcome);
     }
+}
+
+fn freeze(service: &Service, request: Request) -> Outcome {
+    let outcome = match service.ask_and_wait(request) {
+        Some(outcome) => outcome.map_err(|error| Failed::generic(error.message))?,
+        None => return Err(Failed::generic("the agent is ending")),
+    };
+    if outcome == 0 {
+        // Clients need not thaw what froze nothing, so nothing may stay held: writers are let go now.
+        service.ask_and_wait(Request::QgaThaw);
+    }
+    Ok(outcome)
 }
