@@ -259,7 +259,8 @@ fn apt_installs_it_in_place_of_the_stock_agent_and_takes_it_away_again() -> Resu
     ensure!(debian.state(NAME)? == "rc");
     ensure!(!debian.path("usr/sbin/guest-agent").exists() && default.exists());
     debian.run(&format!("apt-get -y purge {NAME}"))?;
-    ensure!(debian.state(NAME)? == "", "{}", debian.state(NAME)?);
+    let state = debian.state(NAME)?;
+    ensure!(state.is_empty(), "{state}");
     ensure!(!default.exists() && debian.path("etc/vmshadow/writers/mine").exists());
     let links = debian.run("find /etc/systemd /var/lib/systemd -name \"*vmshadow*\"")?;
     ensure!(links.is_empty(), "left behind: {links}");

@@ -95,7 +95,11 @@ fn by_name(list: &[Value]) -> BTreeMap<String, &Value> {
         let name = NAMES.iter().find_map(|key| value.get(key));
         let name = match name.unwrap_or(value) {
             Value::String(text) => text.clone(),
-            other => other.to_string(),
+            other @ (Value::Null
+            | Value::Bool(_)
+            | Value::Number(_)
+            | Value::Array(_)
+            | Value::Object(_)) => other.to_string(),
         };
         // Equal names are counted, so that two of one are not one.
         let mut unique = name.clone();
