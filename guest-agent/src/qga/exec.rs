@@ -303,7 +303,7 @@ pub fn become_program(name: &str, program: &Path, words: &[std::ffi::OsString]) 
 
 #[cfg(test)]
 mod tests {
-    //! Limits. That programs run is tested with the real agent (`tests/qga_commands.rs`), whose own file they need.
+    //! Limits. That programs run is tested in a machine, since they need the agent's own file.
     use super::*;
 
     #[test]
