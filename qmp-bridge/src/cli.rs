@@ -11,6 +11,7 @@ mod table;
 
 use crate::error::Error;
 use crate::sets::backup::build_on;
+use crate::shown;
 use crate::snapshot::document::{Outcome, SetDocument, StepTime};
 use args::{Arguments, Command, Listed};
 use backend::Backend;
@@ -90,7 +91,15 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         }
         source = cause.source();
     }
-    text
+    shown::lines(&text)
+}
+
+/// What a guest said of itself is shown without harm.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn assert_can_be_shown(identified: &guest_agent_wire::host::Identified) {
+    let text = show::writers(identified);
+    let is_safe = |c: char| c == '\n' || shown::plain(&c.to_string()) == c.to_string();
+    assert!(text.chars().all(is_safe), "{text:?}");
 }
 
 async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
@@ -257,7 +266,7 @@ fn print<T: Serialize>(json: bool, value: &T, text: impl Fn(&T) -> String) -> Re
             source: error.into(),
         })?;
         text.push('\n');
-        out(&text)
+        out(&shown::json(&text))
     } else {
         out(&text(value))
     }

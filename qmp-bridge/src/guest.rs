@@ -4,21 +4,25 @@
 //! set, because the agent thaws when its host side goes away; nothing is retried on a new connection except `abort`.
 
 mod address;
+mod lines;
 
 pub use address::{AgentAddress, BadAddress};
 
-use crate::link::{Decode, Incoming, Link, LinkError};
-use guest_agent_wire::MESSAGE_BYTES_MAX;
+use crate::link::{Link, LinkError};
 use guest_agent_wire::host::{
-    AgentError, BackupComplete, Command, Frozen, Hello, Identified, Outcome, PROTOCOL_VERSION,
-    PostSnapshot, Prepared, Request, Response, Restore, Thawed, WritersSaid,
+    AgentError, BackupComplete, Command, ErrorCode, Frozen, Hello, Identified, PROTOCOL_VERSIONS,
+    PostSnapshot, Prepared, Request, Restore, Thawed, WritersSaid,
 };
+use lines::{LineDecoder, NEW_CONVERSATION};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Byte that starts a new conversation: the agent forgets half a line that an earlier host may have left.
-const NEW_CONVERSATION: u8 = 0xff;
+/// Most writers, file systems and exempt extents that are believed: each is compared with others, and the exempt ones with every
+/// request of the disks while the guest is frozen.
+const WRITERS_MAX: usize = 1024;
+const FILESYSTEMS_MAX: usize = 4096;
+const EXEMPT_MAX: usize = 256;
 
 /// How often `hello` is sent again while the port is not yet open in the guest.
 const HELLO_AGAIN: Duration = Duration::from_secs(2);
@@ -40,6 +44,14 @@ pub enum GuestError {
         /// What is wrong.
         why: String,
     },
+    /// There is no version of the protocol that both speak.
+    #[error(
+        "VERSION_MISMATCH: this bridge speaks versions {PROTOCOL_VERSIONS:?} of the agent's protocol; {agent}"
+    )]
+    VersionMismatch {
+        /// What the agent says of itself.
+        agent: String,
+    },
 }
 
 /// An open conversation.
@@ -47,45 +59,6 @@ pub enum GuestError {
 pub struct GuestClient {
     link: Link,
     hello: Hello,
-}
-
-#[derive(Default)]
-struct LineDecoder {
-    pending: Vec<u8>,
-}
-
-impl Decode for LineDecoder {
-    fn decode(&mut self, bytes: &[u8]) -> Result<Vec<Incoming>, String> {
-        let mut messages = Vec::new();
-        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
-            if self.pending.len().saturating_add(piece.len()) > MESSAGE_BYTES_MAX {
-                return Err(format!("a line is longer than {MESSAGE_BYTES_MAX} bytes"));
-            }
-            self.pending.extend_from_slice(piece);
-            if piece.last() == Some(&b'\n') {
-                // What stands before the marker belongs to an earlier conversation.
-                let line = self.pending.rsplit(|byte| *byte == NEW_CONVERSATION).next();
-                if let Some(message) = parse(line.unwrap_or_default()) {
-                    messages.push(message);
-                }
-                self.pending.clear();
-            }
-        }
-        Ok(messages)
-    }
-}
-
-/// The message on a line; `None` for what is no answer (remains of an earlier conversation).
-fn parse(line: &[u8]) -> Option<Incoming> {
-    let response: Response = serde_json::from_slice(line).ok()?;
-    let result = match response.outcome {
-        Outcome::Return(value) => Ok(value),
-        Outcome::Error(error) => Err(serde_json::to_value(error).ok()?),
-    };
-    Some(Incoming::Answer {
-        id: response.id,
-        result,
-    })
 }
 
 impl GuestClient {
@@ -102,7 +75,7 @@ impl GuestClient {
         let (link, _unasked) = Link::new(stream, LineDecoder::default(), first_id);
         let saying = async {
             let command = Command::Hello {
-                versions: vec![PROTOCOL_VERSION],
+                versions: PROTOCOL_VERSIONS.to_vec(),
             };
             let mut calls = tokio::task::JoinSet::new();
             let link = std::sync::Arc::new(link);
@@ -116,8 +89,7 @@ impl GuestClient {
                     Err(_elapsed) => {}
                     Ok(Some(Ok(answer))) => {
                         calls.shutdown().await;
-                        let hello: Hello = decode("hello", answer?)?;
-                        break Ok((link, hello));
+                        break greeted(answer?).map(|hello| (link, hello));
                     }
                     Ok(Some(Err(_)) | None) => {
                         break Err(GuestError::Link(LinkError::Closed {
@@ -135,12 +107,6 @@ impl GuestClient {
                 }));
             }
         };
-        if hello.version != PROTOCOL_VERSION {
-            return Err(GuestError::BadAnswer {
-                command: "hello",
-                why: format!("version {}", hello.version),
-            });
-        }
         let link = std::sync::Arc::into_inner(link).ok_or(GuestError::BadAnswer {
             command: "hello",
             why: "still in use".to_owned(),
@@ -165,7 +131,17 @@ impl GuestClient {
     /// # Errors
     /// See [`GuestError`].
     pub async fn identify(&self, limit: Duration) -> Result<Identified, GuestError> {
-        self.call("identify", Command::Identify {}, limit).await
+        let identified: Identified = self.call("identify", Command::Identify {}, limit).await?;
+        bounded(
+            "identify",
+            "exempt extents",
+            identified.exempt.len(),
+            EXEMPT_MAX,
+        )?;
+        bounded("identify", "writers", identified.writers.len(), WRITERS_MAX)?;
+        let filesystems = identified.filesystems.len();
+        bounded("identify", "file systems", filesystems, FILESYSTEMS_MAX)?;
+        Ok(identified)
     }
 
     /// Prepares writers and flushes file systems.
@@ -189,7 +165,12 @@ impl GuestClient {
         freeze: guest_agent_wire::host::Freeze,
         limit: Duration,
     ) -> Result<Frozen, GuestError> {
-        self.call("freeze", Command::Freeze(freeze), limit).await
+        let frozen: Frozen = self.call("freeze", Command::Freeze(freeze), limit).await?;
+        bounded("freeze", "exempt extents", frozen.exempt.len(), EXEMPT_MAX)?;
+        bounded("freeze", "writers", frozen.writers.len(), WRITERS_MAX)?;
+        let filesystems = frozen.filesystems.len();
+        bounded("freeze", "file systems", filesystems, FILESYSTEMS_MAX)?;
+        Ok(frozen)
     }
 
     /// Thaws file systems, then writers.
@@ -285,6 +266,14 @@ impl GuestClient {
     }
 }
 
+fn bounded(command: &'static str, what: &str, count: usize, max: usize) -> Result<(), GuestError> {
+    if count <= max {
+        return Ok(());
+    }
+    let why = format!("{count} {what}, more than {max}");
+    Err(GuestError::BadAnswer { command, why })
+}
+
 fn encode(id: u64, command: Command, new_conversation: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     if new_conversation {
@@ -294,6 +283,22 @@ fn encode(id: u64, command: Command, new_conversation: bool) -> Vec<u8> {
     bytes.extend(serde_json::to_vec(&Request { id, command }).unwrap_or_default());
     bytes.push(b'\n');
     bytes
+}
+
+/// What the answer to `hello` comes to. An agent that is newer or older says so in its own way: by an error, or by a version
+/// that was not offered.
+fn greeted(answer: Result<Value, Value>) -> Result<Hello, GuestError> {
+    match decode::<Hello>("hello", answer) {
+        Ok(hello) if PROTOCOL_VERSIONS.contains(&hello.version) => Ok(hello),
+        Ok(hello) => Err(GuestError::VersionMismatch {
+            agent: format!("{} answers version {}", hello.agent, hello.version),
+        }),
+        Err(GuestError::Refused(refused)) if refused.code == ErrorCode::VersionMismatch => {
+            let agent = refused.message;
+            Err(GuestError::VersionMismatch { agent })
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn decode<T: DeserializeOwned>(
@@ -312,3 +317,23 @@ fn decode<T: DeserializeOwned>(
         }
     }
 }
+
+/// Everything that is done with bytes of a guest before they are believed, for whoever makes up bytes.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn hear_anything(chunks: &[&[u8]]) {
+    for answer in lines::answers(chunks) {
+        let name = "made up";
+        drop(greeted(answer.clone()));
+        drop(decode::<Prepared>(name, answer.clone()));
+        drop(decode::<Frozen>(name, answer.clone()));
+        drop(decode::<Thawed>(name, answer.clone()));
+        drop(decode::<PostSnapshot>(name, answer.clone()));
+        match decode::<Identified>(name, answer) {
+            Ok(identified) => crate::cli::assert_can_be_shown(&identified),
+            Err(error) => drop(error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -20,6 +20,7 @@ mod link;
 pub mod protocol;
 pub mod qmp;
 pub mod sets;
+mod shown;
 pub mod snapshot;
 pub mod storage;
 pub mod vm;

@@ -46,6 +46,9 @@ pub(crate) trait Decode: Send + 'static {
     /// # Errors
     /// The stream cannot be followed any further; the connection is closed with this text.
     fn decode(&mut self, bytes: &[u8]) -> Result<Vec<Incoming>, String>;
+
+    /// A call goes out: the peer has one more answer to give.
+    fn asked(&mut self) {}
 }
 
 /// Why a call has no answer.
@@ -226,6 +229,7 @@ async fn run(
             }
             message = queue.recv() => {
                 let Some(message) = message else { break "closed".to_owned() };
+                decoder.asked();
                 if let Err(error) = send(&stream, &message).await {
                     break error.to_string();
                 }

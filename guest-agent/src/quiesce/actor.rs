@@ -22,7 +22,8 @@ use crate::writer::registry::Registry;
 use guest_agent_wire::MESSAGE_BYTES_MAX;
 use guest_agent_wire::host::{
     AgentError, ErrorCode, Failure, Freeze, Frozen, HOLD_MS_MAX, Hello, Identified,
-    PROTOCOL_VERSION, Prepare, Prepared, Status, Thawed, WRITER_MS_MAX, WriterInfo,
+    PROTOCOL_VERSIONS, Prepare, Prepared, Status, Thawed, WRITER_MS_MAX, WriterInfo,
+    common_version,
 };
 use guest_agent_wire::types::BackupType;
 use guest_agent_wire::writer::{self, Reply};
@@ -765,15 +766,15 @@ impl Actor {
 }
 
 fn hello(versions: &[u32]) -> Result<Value, AgentError> {
-    if !versions.contains(&PROTOCOL_VERSION) {
+    let Some(version) = common_version(versions) else {
         return Err(error(
             ErrorCode::VersionMismatch,
-            format!("this agent speaks version {PROTOCOL_VERSION}"),
+            format!("this agent speaks versions {PROTOCOL_VERSIONS:?}, the bridge {versions:?}"),
             false,
         ));
-    }
+    };
     let hello = Hello {
-        version: PROTOCOL_VERSION,
+        version,
         agent: format!("guest-agent {}", env!("CARGO_PKG_VERSION")),
         boot_id: ledger::boot_id().map_err(|error| internal(&error.to_string()))?,
     };

@@ -28,6 +28,16 @@ pub const VSOCK_PORT: u32 = 867;
 /// Version of this protocol. A bridge and an agent talk the highest version that both have.
 pub const PROTOCOL_VERSION: u32 = 1;
 
+/// Versions that a program of this build speaks.
+pub const PROTOCOL_VERSIONS: &[u32] = &[PROTOCOL_VERSION];
+
+/// The highest version that both have.
+#[must_use]
+pub fn common_version(theirs: &[u32]) -> Option<u32> {
+    let common = PROTOCOL_VERSIONS.iter().filter(|v| theirs.contains(v));
+    common.max().copied()
+}
+
 /// Longest time that file systems stay frozen, milliseconds (VSS: flush-and-hold).
 pub const HOLD_MS_MAX: u64 = 10_000;
 

@@ -5,9 +5,11 @@
 use super::table::{Align, size, table, time};
 use crate::protocol::ListedVolume;
 use crate::sets::ListedSet;
+use crate::shown::plain;
 use crate::snapshot::document::{Outcome, SetDocument, StepTime};
 use crate::snapshot::witness::{Testimony, Word};
 use guest_agent_wire::host::{Identified, WritersSaid};
+use guest_agent_wire::types::DiskExtent;
 use vhost_blk_wire::types::Method;
 
 /// One line of progress.
@@ -64,7 +66,9 @@ pub(crate) fn sets(sets: &[ListedSet]) -> String {
 /// One set with all that matters.
 pub(crate) fn set(document: &SetDocument) -> String {
     let mut text = String::new();
-    let mut line = |name: &str, value: &str| text.push_str(&format!("{name:<10} {value}\n"));
+    let mut line = |name: &str, value: &str| {
+        text.push_str(&format!("{name:<10} {}\n", plain(value)));
+    };
     line("set", &document.set.to_string());
     line("vm", &document.vm.name);
     line("created", &time(document.started_unix_ms));
@@ -233,13 +237,13 @@ fn components(identified: &Identified) -> String {
 /// What writers said of a restore.
 pub(crate) fn restored(after: &WritersSaid) -> String {
     let lines = after.writers.iter().map(|writer| match &writer.failure {
-        None => format!("{}: {}\n", writer.name, word(&writer.state)),
+        None => format!("{}: {}\n", plain(&writer.name), word(&writer.state)),
         Some(failure) => format!(
             "{}: {}: {}: {}\n",
-            writer.name,
+            plain(&writer.name),
             word(&writer.state),
             word(&failure.code),
-            failure.message
+            plain(&failure.message)
         ),
     });
     lines.collect()
@@ -302,7 +306,7 @@ pub(crate) fn writers(identified: &Identified) -> String {
                 filesystem.fstype.clone(),
                 filesystem.device.clone(),
                 freezes,
-                size(filesystem.extents.iter().map(|e| e.length_bytes).sum()),
+                size(bytes_of(&filesystem.extents)),
             ]
         })
         .collect();
@@ -311,6 +315,12 @@ pub(crate) fn writers(identified: &Identified) -> String {
         text.push_str(&table(&columns, &rows));
     }
     text
+}
+
+/// A guest may say what it likes: the sum stays a number.
+fn bytes_of(extents: &[DiskExtent]) -> u64 {
+    let lengths = extents.iter().map(|extent| extent.length_bytes);
+    lengths.fold(0, u64::saturating_add)
 }
 
 /// The wire's own word for a value of an enum.

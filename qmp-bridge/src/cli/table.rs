@@ -2,6 +2,8 @@
 //!
 //! Called by `cli::show`. Widths count characters, not bytes.
 
+use crate::shown::plain;
+
 /// How a column is aligned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Align {
@@ -13,18 +15,22 @@ pub(crate) enum Align {
 
 /// Rows under headings, columns two blanks apart, no blanks at the end of a line.
 pub(crate) fn table(columns: &[(&str, Align)], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| plain(cell)).collect())
+        .collect();
     let mut widths: Vec<usize> = columns
         .iter()
         .map(|(name, _)| name.chars().count())
         .collect();
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
     let headings: Vec<String> = columns.iter().map(|(name, _)| (*name).to_owned()).collect();
     let mut text = String::new();
-    for row in std::iter::once(&headings).chain(rows) {
+    for row in std::iter::once(&headings).chain(&rows) {
         let mut line = String::new();
         for ((cell, width), (_, align)) in row.iter().zip(&widths).zip(columns) {
             if !line.is_empty() {

@@ -9,6 +9,7 @@ use crate::protocol::{
     COMMAND_NAMES, QueryVms, QueryVolumes, QueryWriters, SET_PROGRESS, SetComplete, SetCreate,
     SetDelete, SetList, SetRecover, SetRevert, SetShow,
 };
+use crate::shown::plain;
 use crate::snapshot::document::{SetDocument, StepTime, VmTarget};
 use crate::snapshot::level::Level;
 use serde::Serialize;
@@ -286,7 +287,7 @@ fn log(document: &SetDocument) {
             document.outcome.as_str(),
             reason.code.name(),
             reason.step,
-            reason.message
+            plain(&reason.message)
         ),
     }
 }

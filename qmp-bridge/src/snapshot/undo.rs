@@ -8,6 +8,7 @@ use super::intent::{StateDirectory, StateError};
 use super::run::Limits;
 use super::step::Step;
 use crate::guest::{AgentAddress, GuestClient};
+use crate::shown::plain;
 use crate::storage::{StorageClient, StorageError};
 use std::path::Path;
 use std::time::Duration;
@@ -152,6 +153,7 @@ pub async fn of_the_dead(
         }
     } else {
         for line in left {
+            let line = plain(&line);
             tracing::warn!("set {}: cannot be undone yet: {line}", document.set);
         }
         // The record stays open, and the next start tries again.

@@ -122,7 +122,9 @@ pub(super) fn guest_failure(error: &GuestError) -> Failure {
     let text = error.to_string();
     match error {
         GuestError::Link(_) => Failure::new(ReasonCode::AgentUnreachable, text).retryable(),
-        GuestError::BadAnswer { .. } => Failure::new(ReasonCode::AgentFailed, text),
+        GuestError::BadAnswer { .. } | GuestError::VersionMismatch { .. } => {
+            Failure::new(ReasonCode::AgentFailed, text)
+        }
         GuestError::Refused(refused) => {
             let code = match refused.code {
                 ErrorCode::SnapshotSetInProgress => ReasonCode::SnapshotSetInProgress,
