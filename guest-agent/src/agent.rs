@@ -19,6 +19,7 @@ use crate::writer::socket;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -76,6 +77,10 @@ pub fn run(config: Agent) -> io::Result<()> {
     let _lock = lock(&config.state_dir)?;
     undo_leftovers(&config)?;
     fs::write("/proc/self/oom_score_adj", "-900").unwrap_or(());
+    // A descriptor for each file system, and for each writer.
+    let mut files = getrlimit(Resource::Nofile);
+    files.current = files.maximum;
+    setrlimit(Resource::Nofile, files).unwrap_or(());
 
     let (sender, receiver) = channel();
     let service = Service::new(sender);

@@ -257,3 +257,50 @@ fn every_wire_crate_freezes_its_bytes() {
         assert!(files > 0, "{name} has no golden messages");
     }
 }
+
+/// Where the tests are that `FAILURES.md` names by their file alone.
+fn file_of_test(file: &str) -> PathBuf {
+    if file.ends_with(".rs") {
+        return project().join(file);
+    }
+    let room = if file == "sets" {
+        "qmp-bridge"
+    } else {
+        "guest-agent"
+    };
+    project()
+        .join(room)
+        .join("tests")
+        .join(file)
+        .with_extension("rs")
+}
+
+#[test]
+fn every_failure_names_tests_that_exist() {
+    let table = fs::read_to_string(project().join("guest-agent/FAILURES.md")).unwrap();
+    let (mut named, mut missing) = (0, Vec::new());
+    for (file, function) in table.split('`').filter_map(|word| word.split_once("::")) {
+        if file == "file" {
+            continue;
+        }
+        named += 1;
+        let text = fs::read_to_string(file_of_test(file)).unwrap_or_default();
+        let head = format!("fn {function}(");
+        let is_test = text
+            .split_once(&head)
+            .is_some_and(|(before, _)| before.trim_end_matches("async ").trim_end().ends_with(']'));
+        if !is_test {
+            missing.push(format!("{file}::{function}"));
+        }
+    }
+    assert!(named > 30, "the table names only {named} tests");
+    assert!(missing.is_empty(), "not a test: {missing:#?}");
+    // Each of the rows that were asked for is there, once.
+    for row in 1..=26 {
+        assert_eq!(
+            table.matches(&format!("\n| {row} |")).count(),
+            1,
+            "row {row}"
+        );
+    }
+}

@@ -9,6 +9,7 @@ use crate::filesystem::freeze;
 use crate::filesystem::plan::Filesystem;
 use crate::journal;
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_send_buffer_size_force;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags,
     SocketType, recvmsg, send, socketpair,
@@ -20,6 +21,10 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+
+/// Room for what each end may say while the other does not listen, so that with hundreds of file systems nothing is lost and
+/// nobody waits.
+const SOCKET_BYTES: usize = 8 << 20;
 
 /// What the helper told, or that it is gone.
 #[derive(Debug)]
@@ -52,6 +57,10 @@ impl Holder {
             SocketFlags::CLOEXEC,
             None,
         )?;
+        for end in [&ours, &theirs] {
+            // Refused to all but root; then the usual room must do.
+            set_socket_send_buffer_size_force(end, SOCKET_BYTES).unwrap_or(());
+        }
         let child = Command::new("/proc/self/exe")
             .arg(ARGUMENT)
             .arg("--state-dir")
@@ -187,7 +196,9 @@ impl Holder {
     }
 
     fn send(&self, bytes: &[u8]) -> Result<(), Errno> {
-        send(&*self.socket, bytes, SendFlags::NOSIGNAL).map(drop)
+        // A helper that is stopped must not stop the agent too.
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        send(&*self.socket, bytes, flags).map(drop)
     }
 }
 

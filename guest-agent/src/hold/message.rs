@@ -11,7 +11,7 @@ pub const HEAD_BYTES: usize = 48;
 /// Longest message, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 32 * 1024;
 /// Most file systems at a time.
-pub const SLOTS_MAX: usize = 256;
+pub const SLOTS_MAX: usize = 1024;
 
 /// What the agent asks. Paths follow `Open`, separated by NUL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

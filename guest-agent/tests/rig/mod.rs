@@ -157,6 +157,11 @@ impl Rig {
         mountpoint
     }
 
+    /// Knows a mount that was made elsewhere, to thaw and unmount it at the end.
+    pub fn adopt(&mut self, mountpoint: &Path) {
+        self.mounts.push(mountpoint.to_owned());
+    }
+
     /// Further options for the agent.
     pub fn option(&mut self, name: &str, value: &str) {
         self.options.extend([name.to_owned(), value.to_owned()]);
@@ -185,16 +190,27 @@ impl Rig {
 
     /// Starts the agent; returns when it listens.
     pub fn start(&mut self) {
+        self.start_by(&[], &self.path("run/log"));
+    }
+
+    /// The same by another program that becomes the agent, and with its log elsewhere.
+    pub fn start_by(&mut self, program: &[&str], log: &Path) {
         let log = fs::File::options()
             .create(true)
             .append(true)
-            .open(self.path("run/log"))
+            .open(log)
             .unwrap();
+        let agent = self.command();
+        let mut words = program.iter().map(std::ffi::OsStr::new).collect::<Vec<_>>();
+        words.push(agent.get_program());
+        words.extend(agent.get_args());
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
         for socket in ["native", "qga", "writers.sock"] {
             fs::remove_file(self.path("run").join(socket)).unwrap_or(());
         }
         self.agent = Some(
-            self.command()
+            command
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
                 .stderr(log)

@@ -130,6 +130,19 @@ fn fuse_on_a_disk_is_named_and_never_opened() {
 }
 
 #[test]
+fn what_has_data_on_disks_but_no_freeze_is_named_as_not_held() {
+    let sys = sys();
+    for (fstype, source) in [("zfs", "tank/data"), ("bcachefs", "/dev/vd1:/dev/vd2")] {
+        let mounts = parse(format!("1 1 0:40 / /data rw - {fstype} {source} rw\n").as_bytes());
+        let fs = order(&mounts, &BlockDevices::new(sys.path()), None).remove(0);
+        assert!(!fs.info().freezable);
+        assert!(fs.info().why_not.unwrap().contains(fstype));
+        // Nobody can say that it lies elsewhere.
+        assert!(fs.is_on(&["S1".into()]), "{fstype}");
+    }
+}
+
+#[test]
 fn what_only_another_name_space_sees_is_named_as_not_freezable() {
     let sys = sys();
     let proc = tempfile::tempdir().unwrap();
