@@ -94,14 +94,6 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     shown::lines(&text)
 }
 
-/// What a guest said of itself is shown without harm.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) fn assert_can_be_shown(identified: &guest_agent_wire::host::Identified) {
-    let text = show::writers(identified);
-    let is_safe = |c: char| c == '\n' || shown::plain(&c.to_string()) == c.to_string();
-    assert!(text.chars().all(is_safe), "{text:?}");
-}
-
 async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
     let json = arguments.global.json;
     let backend = Backend::open(&arguments.global).await?;

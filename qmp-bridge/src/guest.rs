@@ -319,8 +319,8 @@ fn decode<T: DeserializeOwned>(
 }
 
 /// Everything that is done with bytes of a guest before they are believed, for whoever makes up bytes.
-#[cfg(any(test, feature = "fuzzing"))]
-pub fn hear_anything(chunks: &[&[u8]]) {
+#[cfg(test)]
+fn hear_anything(chunks: &[&[u8]]) {
     for answer in lines::answers(chunks) {
         let name = "made up";
         drop(greeted(answer.clone()));
@@ -329,7 +329,7 @@ pub fn hear_anything(chunks: &[&[u8]]) {
         drop(decode::<Thawed>(name, answer.clone()));
         drop(decode::<PostSnapshot>(name, answer.clone()));
         match decode::<Identified>(name, answer) {
-            Ok(identified) => crate::cli::assert_can_be_shown(&identified),
+            Ok(identified) => drop(identified),
             Err(error) => drop(error.to_string()),
         }
     }
