@@ -2,7 +2,7 @@
 //!
 //! Called by `qga` with one object at a time. Replies are one compact line each, as Proxmox's client demands. Commands that
 //! touch neither a disk nor a process are done at once, frozen or not: these are the ones a client needs to get out of a
-//! freeze. All others are done by the [`workshop`](super::workshop) in the order they came, and are refused while anything is
+//! freeze. All others are done by the `workshop` in the order they came, and are refused while anything is
 //! frozen.
 #![deny(clippy::indexing_slicing)]
 

@@ -1,8 +1,8 @@
 //! Programs that the host runs in the guest: `guest-exec`, `guest-exec-status`.
 //!
 //! Called by `command`. Each child has a thread of its own, which feeds it, keeps its output up to a limit and waits for it.
-//! Invariants: at most [`RUNNING_MAX`] run; the results of [`ENDED_MAX`] are kept, the oldest go first; all output that is
-//! kept together is at most [`KEPT_BYTES_MAX`]. A child is born by way of this program's own file (`become_program`), which
+//! Invariants: at most `RUNNING_MAX` run; the results of `ENDED_MAX` are kept, the oldest go first; all output that is
+//! kept together is at most `KEPT_BYTES_MAX`. A child is born by way of this program's own file (`become_program`), which
 //! takes the agent's protection from the kernel's out-of-memory killer off it.
 
 use super::arguments::{Arguments, encode};
