@@ -21,6 +21,8 @@ use super::rounds::{Contestant, Measured, Turn, interleaved};
 const FIGURE: u8 = 1;
 const POLLING: &str = "--poll-max-us";
 const RAM: &str = "RAM";
+/// Name in the tables of an estimate: two processors, the client's time and what the kernel spent for fio.
+pub const PROCESSORS: &str = "what the processors allow";
 
 /// Measures the figure.
 pub fn run(bench: &mut Bench) -> Result<()> {
@@ -54,7 +56,6 @@ fn contest(
 /// least the client's time and what the kernel spent for fio's, in fio's name and in its own threads. One at a time takes fio's time and
 /// then the client's and the ring's own, which null-co shows, one behind the other.
 fn limit(bench: &mut Bench, workload: &str, job: &Job, measured: &[Measured]) -> Result<()> {
-    const PROCESSORS: &str = "what the processors allow";
     const CEILING: &str = "fio and client";
     let find = |name: &str| measured.iter().find(|one| one.name == name);
     let rates = |one: &Measured| one.values(|turn| turn.per_second);

@@ -124,6 +124,8 @@ impl Polling {
             return false;
         }
         if in_flight > IN_FLIGHT_MAX {
+            // Nobody looks here, so this is no measure of looking.
+            self.begin = None;
             self.stop_looking();
             return false;
         }
@@ -155,8 +157,9 @@ impl Polling {
         let started = LOOKING.fetch_add(1, Ordering::Relaxed) < *LOOKING_MAX;
         if !started {
             LOOKING.fetch_sub(1, Ordering::Relaxed);
-            // It sleeps although it would look: that is no measure of either.
+            // It sleeps although it would look: that is no measure of either, and others may look for long.
             self.begin = None;
+            self.current = Habit::Sleep;
         }
         started
     }

@@ -95,3 +95,12 @@ fn a_thread_with_nothing_to_do_ends_its_look_and_stays_asleep() {
     std::thread::sleep(LONGEST);
     assert!(!polling.look_again(0));
 }
+
+#[test]
+fn what_was_not_looked_for_is_no_measure_of_looking() {
+    let mut polling = Polling::new(LONGEST);
+    polling.worked(1);
+    assert!(polling.begin.is_some());
+    assert!(!polling.look_again(IN_FLIGHT_MAX + 1));
+    assert!(polling.begin.is_none());
+}
