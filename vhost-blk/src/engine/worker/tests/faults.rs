@@ -174,17 +174,20 @@ fn a_copy_that_fails_fails_its_write_alone_and_frees_its_blocks_for_others() {
         }
         queue.fill(2);
         other.fill(3);
-        // Not neighbours in the log: one copy fails, another does not.
+        // Not neighbours in the log, or they could go as one and fail as one: another queue's copy lies between.
         let spoilt = queue.start(Op::Write, 0, 8192);
         let waiting = other.start(Op::Write, 4096, 8192);
+        let between = other.start(Op::Write, 49152, 4096);
         let beside = queue.start(Op::Write, 32768, 4096);
         assert_eq!(queue.wait(spoilt), Outcome::Failed);
         assert_eq!(queue.wait(beside), Outcome::Done);
         // Woken by the failure, and by nothing else.
         assert_eq!(other.wait(waiting), Outcome::Done);
+        assert_eq!(other.wait(between), Outcome::Done);
         assert!(snapshot_bytes(&volume, 0, 65536) == [1; 65536]);
         let mut expected = vec![1; 65536];
         expected[4096..12288].fill(3);
+        expected[49152..53248].fill(3);
         expected[32768..36864].fill(2);
         assert!(head_bytes(&volume, 0, 65536) == expected);
         assert_eq!(volume.barrier.in_flight(), 0);
