@@ -19,7 +19,7 @@ PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images database-images demo test test-quick test-machines bench bench-figures window-figures database-proofs writer-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
+.PHONY: help deps images database-images demo test test-quick test-machines tools bench bench-figures window-figures database-proofs writer-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -62,7 +62,13 @@ test-quick: deps ## the tests that start no machine
 	cargo test --locked --workspace --exclude vmshadow-tests
 	cargo test --locked -p vmshadow-tests --lib --bins --test tidy
 
-test-machines: database-images ## the tests that start real machines
+tools: ## programs of others that those tests need
+	@[ -x target/tools/bin/vhost-device-vsock ] && exit 0
+	echo "tools: building vhost-device-vsock"
+	# Not optimised: that builds in 20 s.
+	CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --debug --locked --root target/tools --version 0.3.0 vhost-device-vsock
+
+test-machines: database-images tools ## the tests that start real machines
 	@echo "test: real machines"
 	tests=()
 	for file in tests/tests/*.rs; do

@@ -22,4 +22,5 @@ pub mod qmp;
 pub mod requires;
 pub mod site;
 pub mod vm;
+pub mod vsock;
 pub mod wait;

@@ -19,6 +19,7 @@ use super::disk::{self, FileSystem};
 use super::load::Load;
 use super::oracle::{self, Found, Restored, Window};
 use super::vm::{Vm, VmBuilder};
+use super::vsock::VhostDeviceVsock;
 use super::wait;
 use crate::guest_protocol::{AGENT_PORT, Ack, QGA_PORT};
 
@@ -44,6 +45,8 @@ pub struct Site {
     pub bridge: Bridge,
     /// The disks.
     pub disks: Vec<SiteDisk>,
+    /// Who serves its vsock device, if it has one.
+    pub vsock: Option<VhostDeviceVsock>,
     directory: TempDir,
 }
 
@@ -59,6 +62,24 @@ pub struct Taken {
 impl Site {
     /// Makes the disks, starts the daemon, boots the machine.
     pub fn start(name: &str, disks: &[(&str, FileSystem)]) -> Result<Self> {
+        Self::start_with(name, disks, false, Ok)
+    }
+
+    /// The same with a vsock device, over which `vmshadow` speaks to the agent. `more` is added to the machine.
+    pub fn start_on_vsock(
+        name: &str,
+        disks: &[(&str, FileSystem)],
+        more: impl FnOnce(VmBuilder) -> Result<VmBuilder>,
+    ) -> Result<Self> {
+        Self::start_with(name, disks, true, more)
+    }
+
+    fn start_with(
+        name: &str,
+        disks: &[(&str, FileSystem)],
+        on_vsock: bool,
+        more: impl FnOnce(VmBuilder) -> Result<VmBuilder>,
+    ) -> Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("vmshadow-site-")
             .tempdir()?;
@@ -71,7 +92,7 @@ impl Site {
                 base,
             });
         }
-        Self::assemble(VmBuilder::new(name), directory, made)
+        Self::assemble(VmBuilder::new(name), directory, made, on_vsock, more)
     }
 
     /// A machine with database servers and one disk, which holds an empty data directory.
@@ -86,12 +107,18 @@ impl Site {
         };
         database::copy(&kind.empty_disk()?, &disk.base)?;
         let machine = VmBuilder::new(kind.name()).with_databases();
-        let site = Self::assemble(machine, directory, vec![disk])?;
+        let site = Self::assemble(machine, directory, vec![disk], false, Ok)?;
         kind.run(&site.vm, "start", "/mnt/a")?;
         Ok(site)
     }
 
-    fn assemble(machine: VmBuilder, directory: TempDir, made: Vec<SiteDisk>) -> Result<Self> {
+    fn assemble(
+        machine: VmBuilder,
+        directory: TempDir,
+        made: Vec<SiteDisk>,
+        on_vsock: bool,
+        more: impl FnOnce(VmBuilder) -> Result<VmBuilder>,
+    ) -> Result<Self> {
         let daemon = VhostBlk::start(directory.path(), &made)?;
         let mut machine = machine.with_agent();
         for disk in &made {
@@ -99,10 +126,20 @@ impl Site {
                 .vhost_user(&disk.name, &daemon.socket(&disk.name))
                 .mounted(&format!("/mnt/{}", disk.name), disk.file_system);
         }
-        let vm = machine.boot().with_context(|| daemon.log())?;
+        let mut vsock = None;
+        if on_vsock {
+            let backend = VhostDeviceVsock::start(directory.path())?;
+            machine = machine.vsock(&backend.device());
+            vsock = Some(backend);
+        }
+        let vm = more(machine)?.boot().with_context(|| daemon.log())?;
+        let agent = vsock.as_ref().map_or_else(
+            || vm.port(AGENT_PORT),
+            |backend| format!("hybrid-vsock:{}", backend.hybrid().display()).into(),
+        );
         let bridge = Bridge::new(
             &vm.qmp_socket(),
-            &vm.port(AGENT_PORT),
+            &agent,
             daemon.control(),
             &directory.path().join("vmshadow"),
         )?;
@@ -111,6 +148,7 @@ impl Site {
             daemon,
             bridge,
             disks: made,
+            vsock,
             directory,
         })
     }

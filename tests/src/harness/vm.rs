@@ -49,6 +49,7 @@ pub struct VmBuilder {
     cpus: u32,
     agent: bool,
     databases: bool,
+    vsock: Option<PathBuf>,
     accelerator: Option<Accelerator>,
     boot_deadline: Duration,
 }
@@ -64,6 +65,7 @@ impl VmBuilder {
             cpus: 2,
             agent: false,
             databases: false,
+            vsock: None,
             accelerator: None,
             boot_deadline: wait::BOOT,
         }
@@ -106,6 +108,13 @@ impl VmBuilder {
     #[must_use]
     pub fn with_agent(mut self) -> Self {
         self.agent = true;
+        self
+    }
+
+    /// Gives it a vsock device, served over vhost-user on `socket`.
+    #[must_use]
+    pub fn vsock(mut self, socket: &Path) -> Self {
+        self.vsock = Some(socket.to_owned());
         self
     }
 
@@ -196,6 +205,11 @@ impl VmBuilder {
                 .arg("-device")
                 .arg(format!("virtserialport,chardev=port{number},name={name}"));
         }
+        if let Some(socket) = &self.vsock {
+            qemu.arg("-chardev")
+                .arg(format!("socket,id=vsock,path={}", socket.display()))
+                .args(["-device", "vhost-user-vsock-pci,chardev=vsock"]);
+        }
         for (number, disk) in self.disks.iter().enumerate() {
             disk_arguments(&mut qemu, number, disk);
         }
@@ -252,8 +266,9 @@ impl VmBuilder {
             .collect();
         let agent = if self.agent { "on" } else { "off" };
         let usr = if self.databases { "usr" } else { "" };
+        let vsock = if self.vsock.is_some() { "on" } else { "off" };
         format!(
-            "{KERNEL_ARGUMENTS} vmshadow.agent={agent} vmshadow.usr={usr} vmshadow.mount={}",
+            "{KERNEL_ARGUMENTS} vmshadow.agent={agent} vmshadow.usr={usr} vmshadow.vsock={vsock} vmshadow.mount={}",
             mounts.join(",")
         )
     }
