@@ -27,7 +27,7 @@ pub struct VmEntry {
     pub name: String,
     /// QEMU's QMP socket.
     pub qmp: PathBuf,
-    /// The agent: the host end of its virtio-serial port, or [vsock](AgentAddress).
+    /// The agent: the host end of its virtio-serial port, [vsock](AgentAddress), or `qga:SOCKET`.
     pub agent: Option<AgentAddress>,
     /// Control sockets of its vhost-blk daemons, at least one.
     pub vhost_blk: Vec<PathBuf>,

@@ -1,14 +1,17 @@
-//! Client of the guest agent's native protocol, over the host end of its virtio-serial port or over vsock.
+//! Clients of the guest's agent: of ours by its native protocol, over the host end of its virtio-serial port or over vsock;
+//! of QEMU's (`stock`) in guests that have none of ours.
 //!
 //! Called by `run` and `recover`. Invariants: a lost connection or a late answer ends the conversation, and with it the
 //! set, because the agent thaws when its host side goes away; nothing is retried on a new connection except `abort`.
 
 mod address;
 mod lines;
+mod stock;
 
 pub use address::{AgentAddress, BadAddress};
+pub use stock::{StockClient, StockFilesystem, StockGuest, StockSystem, VssWriter};
 
-use crate::link::{Link, LinkError};
+use crate::link::{Link, LinkError, Stream};
 use guest_agent_wire::host::{
     AgentError, BackupComplete, Command, ErrorCode, Frozen, Hello, Identified, PROTOCOL_VERSIONS,
     PostSnapshot, Prepared, Request, Restore, Thawed, WritersSaid,
@@ -54,7 +57,43 @@ pub enum GuestError {
     },
 }
 
-/// An open conversation.
+/// A conversation with whichever agent the guest has.
+#[derive(Debug)]
+pub enum Guest {
+    /// Ours.
+    Native(GuestClient),
+    /// QEMU's.
+    Stock(StockClient),
+}
+
+impl Guest {
+    /// Connects and waits until the agent answers, since a guest that boots opens its port late.
+    ///
+    /// # Errors
+    /// Nobody answers within `limit`, or he speaks no common version.
+    pub async fn connect(address: &AgentAddress, limit: Duration) -> Result<Self, GuestError> {
+        let stream = address.connect(limit).await?;
+        Ok(match address {
+            AgentAddress::Serial(_)
+            | AgentAddress::Vsock { .. }
+            | AgentAddress::HybridVsock { .. } => {
+                Self::Native(GuestClient::over(stream, limit).await?)
+            }
+            AgentAddress::Qga(_) => Self::Stock(StockClient::over(stream, limit).await?),
+        })
+    }
+
+    /// Why the conversation is over, if it is.
+    #[must_use]
+    pub fn closed(&self) -> Option<String> {
+        match self {
+            Self::Native(guest) => guest.closed(),
+            Self::Stock(guest) => guest.closed(),
+        }
+    }
+}
+
+/// An open conversation with our own agent.
 #[derive(Debug)]
 pub struct GuestClient {
     link: Link,
@@ -62,12 +101,11 @@ pub struct GuestClient {
 }
 
 impl GuestClient {
-    /// Connects and says hello. Says it again every two seconds, since a guest that boots opens its port late.
+    /// Says hello. Says it again every two seconds, since a guest that boots opens its port late.
     ///
     /// # Errors
     /// Nobody answers within `limit`, or he speaks no common version.
-    pub async fn connect(address: &AgentAddress, limit: Duration) -> Result<Self, GuestError> {
-        let stream = address.connect(limit).await?;
+    async fn over(stream: Stream, limit: Duration) -> Result<Self, GuestError> {
         // Answers to an earlier bridge may still be in the pipe: its numbers must not be ours.
         let first_id = SystemTime::now()
             .duration_since(UNIX_EPOCH)

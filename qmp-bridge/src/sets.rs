@@ -5,7 +5,7 @@
 pub mod backup;
 
 use crate::error::Error;
-use crate::guest::GuestClient;
+use crate::guest::Guest;
 use crate::protocol::ListedVolume;
 use crate::snapshot::document::{Copy, CreateRequest, Outcome, SetDocument, StepTime, VmTarget};
 use crate::snapshot::intent::StateDirectory;
@@ -395,8 +395,13 @@ impl Sets {
                 vm: vm.name.clone(),
             });
         };
-        let guest = GuestClient::connect(agent, self.limits.hello).await?;
-        Ok(guest.identify(self.limits.identify).await?)
+        match Guest::connect(agent, self.limits.hello).await? {
+            Guest::Native(guest) => Ok(guest.identify(self.limits.identify).await?),
+            Guest::Stock(_) => Err(Error::Usage(format!(
+                "{} is asked through QEMU's own agent, which lists no writers; `vssadmin list writers` in a Windows guest does",
+                vm.name
+            ))),
+        }
     }
 
     /// Volumes of a VM's daemons.

@@ -99,7 +99,8 @@ pub(crate) struct Vm {
     /// QEMU's QMP socket.
     #[arg(long, value_name = "SOCKET")]
     pub(crate) qmp: Option<PathBuf>,
-    /// The agent: the socket behind its virtio-serial port, `vsock:CID[:PORT]` or `hybrid-vsock:SOCKET[:PORT]`.
+    /// The agent: the socket behind its virtio-serial port, `vsock:CID[:PORT]`, `hybrid-vsock:SOCKET[:PORT]`,
+    /// or, for a guest that has QEMU's agent alone, `qga:SOCKET`.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) agent: Option<AgentAddress>,
     /// Control socket of a vhost-blk daemon; may be repeated.

@@ -24,7 +24,7 @@ const AGAIN: Duration = Duration::from_millis(200);
 /// `OK` and a port number.
 const ANSWER_BYTES_MAX: usize = 32;
 
-/// Where an agent is reached. As text: a path, `vsock:CID[:PORT]`, `hybrid-vsock:PATH[:PORT]`.
+/// Where an agent is reached. As text: a path, `vsock:CID[:PORT]`, `hybrid-vsock:PATH[:PORT]`, `qga:PATH`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum AgentAddress {
@@ -44,6 +44,9 @@ pub enum AgentAddress {
         /// The agent's port.
         port: u32,
     },
+    /// The Unix socket behind the port `org.qemu.guest_agent.0`, where QEMU's own guest agent is asked (a guest without
+    /// an agent of ours, Linux or Windows).
+    Qga(PathBuf),
 }
 
 /// Text that is no address.
@@ -84,9 +87,16 @@ impl FromStr for AgentAddress {
             let socket = path.into();
             return Ok(Self::HybridVsock { socket, port });
         }
+        if let Some(rest) = text.strip_prefix("qga:") {
+            let path = rest.strip_prefix("unix:").unwrap_or(rest);
+            if path.is_empty() {
+                return Err(bad("qga:PATH"));
+            }
+            return Ok(Self::Qga(path.into()));
+        }
         let path = text.strip_prefix("unix:").unwrap_or(text);
         if path.is_empty() {
-            return Err(bad("a path, vsock:.. or hybrid-vsock:.."));
+            return Err(bad("a path, vsock:.., hybrid-vsock:.. or qga:.."));
         }
         Ok(Self::Serial(path.into()))
     }
@@ -97,7 +107,7 @@ impl fmt::Display for AgentAddress {
         match self {
             // A path that would be read as something else.
             Self::Serial(path)
-                if ["vsock:", "hybrid-vsock:", "unix:"]
+                if ["vsock:", "hybrid-vsock:", "unix:", "qga:"]
                     .iter()
                     .any(|p| path.to_string_lossy().starts_with(p)) =>
             {
@@ -108,6 +118,7 @@ impl fmt::Display for AgentAddress {
             Self::HybridVsock { socket, port } => {
                 write!(f, "hybrid-vsock:{}:{port}", socket.display())
             }
+            Self::Qga(path) => write!(f, "qga:{}", path.display()),
         }
     }
 }
@@ -139,20 +150,21 @@ impl AgentAddress {
                 socket: std::path::absolute(socket)?,
                 port,
             },
+            Self::Qga(path) => Self::Qga(std::path::absolute(path)?),
         })
     }
 
     /// Opens a stream to the agent. Over vsock it tries until `limit`, since a guest that boots listens late; the socket of a
     /// serial port is there as long as the VM, whoever listens in it.
     pub(super) async fn connect(&self, limit: Duration) -> Result<Stream, LinkError> {
-        if let Self::Serial(path) = self {
+        if let Self::Serial(path) | Self::Qga(path) = self {
             return link::connect(path, limit).await;
         }
         let mut last = None;
         let trying = async {
             loop {
                 let tried = match self {
-                    Self::Serial(path) => link::connect(path, limit).await,
+                    Self::Serial(path) | Self::Qga(path) => link::connect(path, limit).await,
                     Self::Vsock { cid, port } => dial(*cid, *port).await.map_err(closed),
                     Self::HybridVsock { socket, port } => {
                         match link::connect(socket, limit).await {

@@ -4,7 +4,7 @@
 
 use super::{Found, Sets};
 use crate::error::Error;
-use crate::guest::{GuestClient, GuestError};
+use crate::guest::{Guest, GuestClient, GuestError};
 use crate::snapshot::document::{SetDocument, VmTarget, WriterRecord};
 use crate::snapshot::intent::VmLock;
 use crate::snapshot::{run, undo};
@@ -144,7 +144,12 @@ impl Sets {
             let text = format!("no agent socket is known for {}", vm.name);
             return Err(Error::Usage(text));
         };
-        Ok(GuestClient::connect(agent, self.limits.hello).await?)
+        match Guest::connect(agent, self.limits.hello).await? {
+            Guest::Native(guest) => Ok(guest),
+            Guest::Stock(_) => Err(Error::Usage(
+                "QEMU's own agent has no words for backups and restores".to_owned(),
+            )),
+        }
     }
 }
 

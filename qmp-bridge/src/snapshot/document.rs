@@ -7,7 +7,7 @@
 use super::level::Level;
 use super::step::Step;
 use super::witness::Witnesses;
-use crate::guest::AgentAddress;
+use crate::guest::{AgentAddress, StockGuest};
 use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::host::{
     FilesystemInfo, FilesystemReport, WriterComponents, WriterInfo, WriterReport,
@@ -434,6 +434,9 @@ pub struct SetDocument {
     pub writers: Vec<WriterRecord>,
     /// File systems.
     pub filesystems: Vec<FilesystemRecord>,
+    /// What QEMU's own agent said, in a VM that is asked through it: then `writers` and `filesystems` are empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu_guest_agent: Option<StockGuest>,
     /// Areas of the disks that the host's witness did not watch (swap).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exempt: Vec<DiskExtent>,
@@ -471,6 +474,7 @@ impl SetDocument {
             copies: Vec::new(),
             writers: Vec::new(),
             filesystems: Vec::new(),
+            qemu_guest_agent: None,
             exempt: Vec::new(),
             uncovered_disks: Vec::new(),
             notes: Vec::new(),

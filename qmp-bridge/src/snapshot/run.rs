@@ -7,6 +7,7 @@
 mod daemons;
 mod ending;
 mod failure;
+mod stock;
 mod undoing;
 mod watch;
 mod window;
@@ -16,7 +17,7 @@ use super::intent::StateDirectory;
 use super::level::Level;
 use super::plan::{DaemonVolumes, Plan, PlanError, plan};
 use super::step::{FaultPoint, Step};
-use crate::guest::GuestClient;
+use crate::guest::Guest;
 use crate::storage::{StorageClient, StorageError};
 use crate::vm::{Vm, VmError};
 use daemons::Daemon;
@@ -152,7 +153,7 @@ struct Run<'a> {
     plan: Option<Plan>,
     vm: Option<Vm>,
     daemons: Vec<Daemon>,
-    guest: Option<GuestClient>,
+    guest: Option<Arc<Guest>>,
     guest_touched: bool,
     storage_touched: bool,
     storage_prepared: bool,

@@ -7,11 +7,14 @@ use super::document::{Outcome, Reason, ReasonCode, SetDocument};
 use super::intent::{StateDirectory, StateError};
 use super::run::Limits;
 use super::step::Step;
-use crate::guest::{AgentAddress, GuestClient};
+use crate::guest::{AgentAddress, Guest, GuestError, StockClient};
 use crate::shown::plain;
 use crate::storage::{StorageClient, StorageError};
+use guest_agent_wire::host::ErrorCode;
+use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Duration;
+use tokio::net::UnixStream;
 use tokio::time::Instant;
 use uuid::Uuid;
 use vhost_blk_wire::command::{SnapshotSetAbort, SnapshotSetDelete};
@@ -75,25 +78,66 @@ pub async fn at_daemon(
     }
 }
 
-/// Thaws and aborts in the guest on a connection of its own. The agent has done so already when it lost its host; this
-/// makes sure, and says so.
-///
-/// # Errors
-/// The agent's failure, as a text: nothing depends on it, since the guest's dead-man thaws anyway.
-pub async fn in_guest(
-    agent: &AgentAddress,
-    set: Uuid,
-    reason: &str,
-    limit: Duration,
-) -> Result<(), String> {
-    // `hello` alone already ends a set that an earlier conversation left open.
-    let guest = GuestClient::connect(agent, limit)
-        .await
-        .map_err(|e| e.to_string())?;
-    guest
-        .abort(set.to_string(), reason.to_owned(), limit)
-        .await
-        .map_err(|e| e.to_string())
+/// What became of an undoing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Undone {
+    /// For the record.
+    pub line: String,
+    /// Nothing has to be tried again.
+    pub sure: bool,
+}
+
+impl Undone {
+    pub(super) fn sure(line: impl Into<String>) -> Self {
+        Self {
+            line: line.into(),
+            sure: true,
+        }
+    }
+}
+
+/// Thaws and aborts in the guest on a connection of its own. Our agent has done so already when it lost its host, and its
+/// dead-man thaws anyway: this makes sure, and says so. QEMU's agent has no dead-man: until it has answered, it has to be asked
+/// again, unless the VM is gone and its freeze with it.
+pub async fn in_guest(agent: &AgentAddress, set: Uuid, reason: &str, limit: Duration) -> Undone {
+    if let AgentAddress::Qga(socket) = agent {
+        let thawed = match UnixStream::connect(socket).await {
+            Ok(stream) => StockClient::thaw_whatever(stream, limit).await,
+            Err(error) => {
+                return Undone {
+                    line: format!("guest: its port cannot be opened ({error})"),
+                    sure: matches!(
+                        error.kind(),
+                        ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                    ),
+                };
+            }
+        };
+        return match thawed {
+            Ok(count) => Undone::sure(format!("guest: thawed {count} on a new connection")),
+            Err(GuestError::Refused(error)) if error.code == ErrorCode::HoldBroken => {
+                Undone::sure(format!("guest: had thawed itself ({error})"))
+            }
+            Err(error) => Undone {
+                line: format!("guest: not known to be thawed ({error})"),
+                sure: false,
+            },
+        };
+    }
+    let aborting = async {
+        // `hello` alone already ends a set that an earlier conversation left open.
+        match Guest::connect(agent, limit).await? {
+            Guest::Native(guest) => guest.abort(set.to_string(), reason.to_owned(), limit).await,
+            Guest::Stock(guest) => guest.thaw(limit).await.map(drop),
+        }
+    };
+    let result: Result<(), GuestError> = aborting.await;
+    match result {
+        Ok(()) => Undone::sure("guest: aborted on a new connection"),
+        Err(error) => Undone::sure(format!(
+            "guest: not reached ({error}); its dead-man thaws it"
+        )),
+    }
 }
 
 /// Ends the record of a dead bridge: undoes an open set, completes a kept one. The caller holds the VM's lock.
@@ -128,11 +172,11 @@ pub async fn of_the_dead(
         }
     }
     if let Some(agent) = document.vm.agent.clone() {
-        let line = match in_guest(&agent, document.set, reason, limits.hello_again).await {
-            Ok(()) => "guest: aborted".to_owned(),
-            Err(error) => format!("guest: not reached ({error}); its dead-man has thawed it"),
-        };
-        document.undone.push(line);
+        let undone = in_guest(&agent, document.set, reason, limits.hello_again).await;
+        if !undone.sure {
+            left.push(undone.line.clone());
+        }
+        document.undone.push(undone.line);
     }
     if left.is_empty() {
         document.outcome = Outcome::Undone;

@@ -5,7 +5,10 @@
 //! Invariants: a witness that was not heard never agrees; what nobody said is not assumed; `application` needs all four,
 //! at least one writer in scope, and every writable disk of the VM in the set or left out by the requester's own word.
 
+mod stock;
+
 use super::level::Level;
+use crate::guest::StockGuest;
 use guest_agent_wire::host::{
     FilesystemReport, FilesystemResult, Frozen, Identified, Prepared, Thawed, WriterReport,
 };
@@ -132,11 +135,18 @@ pub struct Observations<'a> {
     pub disturbances: &'a [String],
     /// The commits.
     pub commits: &'a [DaemonCommit],
+    /// What QEMU's agent said, if it froze the guest and not ours.
+    pub stock: Option<&'a StockGuest>,
+    /// Mount points that the requester left out.
+    pub left_out: &'a [String],
 }
 
 /// Hears the witnesses.
 #[must_use]
 pub fn hear(said: &Observations<'_>) -> Witnesses {
+    if let Some(stock) = said.stock {
+        return stock::hear(said, stock);
+    }
     let Some(frozen) = said.frozen else {
         return Witnesses::none_heard("the guest was not frozen");
     };
@@ -363,27 +373,19 @@ fn differing_evidence(at_freeze: &Value, at_thaw: &Value) -> Option<String> {
     }
 }
 
-fn hear_time(said: &Observations<'_>) -> Testimony {
+/// The host's side of the third witness: what disturbed the VM and what took too long, and what was in time.
+fn check_host_times(said: &Observations<'_>) -> (Vec<String>, Vec<String>) {
     let mut objections: Vec<String> = said.disturbances.to_vec();
     let mut supports = Vec::new();
     let Some(clock) = said.clock else {
         objections.push("the host's clock was not read".to_owned());
-        return Testimony::from_objections(objections, supports);
+        return (objections, supports);
     };
-    let mut check = |what: &str, value_ms: f64, limit_ms: u64| {
-        // Limits are at most 60,000: exact in an f64.
-        #[allow(
-            clippy::cast_precision_loss,
-            reason = "limits are far below 2^52 milliseconds"
-        )]
-        let inside = value_ms <= limit_ms as f64;
-        let line = format!("{what} {value_ms:.1} ms of {limit_ms} ms");
-        if inside {
-            supports.push(line);
-        } else {
-            objections.push(format!("{line}: too long"));
-        }
-    };
+    let mut check =
+        |what: &str, value_ms: f64, limit_ms: u64| match in_time(what, value_ms, limit_ms) {
+            Ok(line) => supports.push(line),
+            Err(line) => objections.push(line),
+        };
     check("host: hold", clock.hold_ms, clock.hold_limit_ms);
     check("host: writers", clock.writers_ms, clock.writer_limit_ms);
     for commit in said.commits {
@@ -398,13 +400,41 @@ fn hear_time(said: &Observations<'_>) -> Testimony {
             clock.hold_limit_ms,
         );
     }
+    (objections, supports)
+}
+
+/// A line that says so, or the objection.
+fn in_time(what: &str, value_ms: f64, limit_ms: u64) -> Result<String, String> {
+    // Limits are at most 60,000: exact in an f64.
+    #[allow(
+        clippy::cast_precision_loss,
+        reason = "limits are far below 2^52 milliseconds"
+    )]
+    let inside = value_ms <= limit_ms as f64;
+    let line = format!("{what} {value_ms:.1} ms of {limit_ms} ms");
+    if inside {
+        Ok(line)
+    } else {
+        Err(format!("{line}: too long"))
+    }
+}
+
+fn hear_time(said: &Observations<'_>) -> Testimony {
+    let (mut objections, mut supports) = check_host_times(said);
+    let Some(clock) = said.clock else {
+        return Testimony::from_objections(objections, supports);
+    };
     match said.thawed {
         Some(thawed) => {
             #[allow(
                 clippy::cast_precision_loss,
                 reason = "a number for people, and limits are far below 2^52"
             )]
-            check("guest: hold", thawed.hold_ms as f64, clock.hold_limit_ms);
+            let hold_ms = thawed.hold_ms as f64;
+            match in_time("guest: hold", hold_ms, clock.hold_limit_ms) {
+                Ok(line) => supports.push(line),
+                Err(line) => objections.push(line),
+            }
             if !thawed.held {
                 objections.push(format!("guest: not held: {}", thawed.why_not));
             }
@@ -417,7 +447,8 @@ fn hear_time(said: &Observations<'_>) -> Testimony {
     Testimony::from_objections(objections, supports)
 }
 
-fn hear_host(said: &Observations<'_>, frozen: &Frozen) -> Testimony {
+/// What the stores counted.
+fn hear_counts(said: &Observations<'_>) -> (Vec<String>, Vec<String>) {
     let mut objections = Vec::new();
     let mut supports = Vec::new();
     if said.commits.is_empty() {
@@ -451,6 +482,11 @@ fn hear_host(said: &Observations<'_>, frozen: &Frozen) -> Testimony {
             }
         }
     }
+    (objections, supports)
+}
+
+fn hear_host(said: &Observations<'_>, frozen: &Frozen) -> Testimony {
+    let (mut objections, mut supports) = hear_counts(said);
     // The guest names the areas that are not watched. It may not so blind the host to what it says it froze.
     for extent in &frozen.exempt {
         let blinded = frozen

@@ -6,10 +6,12 @@
 
 pub(crate) mod agent;
 pub(crate) mod qemu;
+pub(crate) mod qga;
 pub(crate) mod storage;
 
 use agent::FakeAgent;
 use qemu::FakeQemu;
+use qga::FakeQga;
 use qmp_bridge::guest::AgentAddress;
 use qmp_bridge::sets::Sets;
 use qmp_bridge::snapshot::document::{CreateRequest, SetDocument, VmTarget};
@@ -88,6 +90,8 @@ pub(crate) struct World {
     pub(crate) log: Arc<Mutex<Vec<String>>>,
     pub(crate) qemu: FakeQemu,
     pub(crate) agent: FakeAgent,
+    /// QEMU's agent, if the VM is asked through it.
+    pub(crate) qga: Option<FakeQga>,
     pub(crate) storages: Vec<FakeStorage>,
 }
 
@@ -122,7 +126,27 @@ impl World {
             log,
             qemu,
             agent,
+            qga: None,
             storages,
+        }
+    }
+
+    /// The same VM without an agent of ours.
+    pub(crate) fn with_qga(guest: qga::Guest) -> Self {
+        let mut world = Self::new();
+        let peer = Peer::new("qga", &world.log);
+        world.qga = Some(FakeQga::start(&world.dir.path().join("qga"), guest, peer));
+        world
+    }
+
+    pub(crate) fn qga(&self) -> &FakeQga {
+        self.qga.as_ref().unwrap()
+    }
+
+    fn agent_address(&self) -> AgentAddress {
+        match &self.qga {
+            None => AgentAddress::Serial(self.dir.path().join("agent")),
+            Some(_) => AgentAddress::Qga(self.dir.path().join("qga")),
         }
     }
 
@@ -130,7 +154,7 @@ impl World {
         VmTarget {
             name: "vm1".to_owned(),
             qmp: self.dir.path().join("qmp"),
-            agent: Some(AgentAddress::Serial(self.dir.path().join("agent"))),
+            agent: Some(self.agent_address()),
             vhost_blk: self.storages.iter().map(|s| s.control.clone()).collect(),
         }
     }
@@ -173,6 +197,8 @@ impl World {
     /// Nothing is frozen, held or half kept.
     pub(crate) fn assert_nothing_left(&self) {
         assert!(!self.agent.is_frozen(), "the guest is frozen");
+        let qga = self.qga.as_ref();
+        assert!(!qga.is_some_and(FakeQga::is_frozen), "the guest is frozen");
         assert!(!self.agent.has_set(), "a set is open in the guest");
         for storage in &self.storages {
             assert_eq!(storage.snapshots(), Vec::<String>::new());
@@ -187,7 +213,7 @@ impl World {
             "--qmp".to_owned(),
             path("qmp"),
             "--agent".to_owned(),
-            path("agent"),
+            self.agent_address().to_string(),
         ];
         for storage in &self.storages {
             options.push("--vhost-blk".to_owned());

@@ -14,6 +14,9 @@ fn each_way_to_an_agent_has_its_words() {
     assert_eq!(address("/run/a.sock"), serial);
     assert_eq!(address("unix:/run/a.sock"), serial);
     let (cid, port) = (42, VSOCK_PORT);
+    let qemu = AgentAddress::Qga("/run/q.sock".into());
+    assert_eq!(address("qga:/run/q.sock"), qemu);
+    assert_eq!(address("qga:unix:/run/q.sock"), qemu);
     assert_eq!(address("vsock:42"), AgentAddress::Vsock { cid, port });
     assert_eq!(address("vsock:42:9"), AgentAddress::Vsock { cid, port: 9 });
     let hybrid = |socket: &str, port| AgentAddress::HybridVsock {
@@ -27,7 +30,14 @@ fn each_way_to_an_agent_has_its_words() {
 
 #[test]
 fn an_address_is_written_as_it_is_read() {
-    for text in ["/run/a", "vsock:3:867", "hybrid-vsock:/v:9", "unix:vsock:3"] {
+    for text in [
+        "/run/a",
+        "vsock:3:867",
+        "hybrid-vsock:/v:9",
+        "unix:vsock:3",
+        "qga:/run/q",
+        "unix:qga:q",
+    ] {
         assert_eq!(address(text).to_string(), text);
     }
 }
@@ -43,6 +53,8 @@ fn what_is_no_address_is_refused_with_what_would_be_one() {
         "vsock:-1",
         "hybrid-vsock:",
         "hybrid-vsock::9",
+        "qga:",
+        "qga:unix:",
     ] {
         assert!(text.parse::<AgentAddress>().is_err(), "{text}");
     }

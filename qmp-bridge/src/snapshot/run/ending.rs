@@ -11,6 +11,7 @@ use super::daemons::{all, copies};
 use super::failure::{Failure, chain, internal};
 use super::watch::cancelled;
 use super::{Run, milliseconds};
+use crate::guest::{Guest, StockSystem};
 use guest_agent_wire::host::{BackupComplete, PostSnapshot, WriterReport, WritersSaid};
 use guest_agent_wire::types::BackupType;
 use guest_agent_wire::writer::SnapshotOfDisk;
@@ -20,7 +21,7 @@ use vhost_blk_wire::command::SnapshotSetKeep;
 impl Run<'_> {
     /// Hears the witnesses.
     pub(super) async fn verdict(&mut self) -> Result<(), Failure> {
-        if self.window.frozen.is_some()
+        if self.window.was_frozen()
             && let Some(vm) = &self.vm
         {
             // The answers stand behind every event that came before them.
@@ -54,8 +55,19 @@ impl Run<'_> {
             clock,
             disturbances: &self.watch.disturbances,
             commits: &window.commits,
+            stock: self
+                .doc
+                .qemu_guest_agent
+                .as_ref()
+                .filter(|_| window.stock_frozen),
+            left_out: &self.doc.request.exclude_filesystems,
         });
-        let writers = window.prepared.as_ref().map_or(0, |p| p.writers.len());
+        // VSS's writers are those that its list shows.
+        let of_vss = self.doc.qemu_guest_agent.as_ref();
+        let of_vss = of_vss.filter(|_| window.stock_frozen);
+        let of_vss = of_vss.and_then(|said| said.vss_writers.as_ref());
+        let writers =
+            window.prepared.as_ref().map_or(0, |p| p.writers.len()) + of_vss.map_or(0, Vec::len);
         let every_disk = self.plan.as_ref().is_some_and(Plan::every_disk);
         let reached = witness::level_reached(&witnesses, writers, every_disk);
         self.doc.witnesses = witnesses;
@@ -92,7 +104,8 @@ impl Run<'_> {
             // Three witnesses object for this one cause.
             let asked = self.doc.level_asked;
             let text = format!("reached {reached}, asked {asked}: thaw: {why}");
-            return Failure::new(ReasonCode::HoldBroken, text).retryable();
+            let code = self.window.thaw_code.unwrap_or(ReasonCode::HoldBroken);
+            return Failure::new(code, text).retryable();
         }
         for (name, testimony) in [
             ("filesystems", &witnesses.filesystems),
@@ -113,7 +126,14 @@ impl Run<'_> {
                 }
             }
         }
-        let code = if broken {
+        // By VSS's list a writer failed; that everything else agrees says that writes were held without it.
+        let others = [&witnesses.filesystems, &witnesses.time, &witnesses.host];
+        let vetoed = self.window.stock_frozen
+            && others.iter().all(|other| other.value == Word::Agrees)
+            && witnesses.writers.value == Word::Disagrees;
+        let code = if vetoed {
+            ReasonCode::WriterVeto
+        } else if broken {
             ReasonCode::HoldBroken
         } else {
             ReasonCode::LevelNotReached
@@ -143,6 +163,16 @@ impl Run<'_> {
                 "only the components that were picked are in it; their writers alone were asked to hold"
                     .to_owned(),
             );
+        }
+        if let Some(said) = self.doc.qemu_guest_agent.as_ref()
+            && self.window.stock_frozen
+        {
+            notes.push(match said.system {
+                StockSystem::Unix => "frozen by QEMU's own agent: no writers, no word of single file systems, no clock and no dead-man in the guest"
+                    .to_owned(),
+                StockSystem::Windows => "frozen by QEMU's own agent through VSS: VSS's writers say by their state after the thaw that they took part, not what they held; they heard of the backup's end at the thaw, before this verdict"
+                    .to_owned(),
+            });
         }
         for mountpoint in &self.doc.request.exclude_filesystems {
             notes.push(format!(
@@ -174,7 +204,8 @@ impl Run<'_> {
     /// Tells the writers. The set is kept whatever they answer.
     pub(super) async fn finish(&mut self) {
         if self.window.frozen.is_some()
-            && let Some(guest) = &self.guest
+            && let Some(guest) = self.guest.clone()
+            && let Guest::Native(guest) = guest.as_ref()
         {
             // Only an application-consistent copy may let a writer believe that it was backed up (and truncate logs).
             let kept = self.doc.level_reached == Some(Level::Application);

@@ -57,6 +57,8 @@ pub(super) fn can_go_lower(code: ReasonCode) -> bool {
         | ReasonCode::WriterNotResponding
         | ReasonCode::FlushWritesTimeout
         | ReasonCode::FreezeFailed
+        // Said before the commit only by an agent that can never reach the level.
+        | ReasonCode::LevelNotReached
         | ReasonCode::HoldBroken => true,
         ReasonCode::SnapshotSetInProgress
         | ReasonCode::BadRequest
@@ -65,7 +67,6 @@ pub(super) fn can_go_lower(code: ReasonCode) -> bool {
         | ReasonCode::VmDisturbed
         | ReasonCode::DiskNotCovered
         | ReasonCode::HoldWritesTimeout
-        | ReasonCode::LevelNotReached
         | ReasonCode::ProviderUnreachable
         | ReasonCode::ProviderVeto
         | ReasonCode::InsufficientStorage
@@ -76,7 +77,9 @@ pub(super) fn can_go_lower(code: ReasonCode) -> bool {
 }
 
 pub(super) fn failure_is_of_writers(code: ReasonCode) -> bool {
-    code == ReasonCode::WriterVeto || code == ReasonCode::WriterNotResponding
+    code == ReasonCode::WriterVeto
+        || code == ReasonCode::WriterNotResponding
+        || code == ReasonCode::LevelNotReached
 }
 
 pub(super) fn storage_failure(error: &StorageError) -> Failure {

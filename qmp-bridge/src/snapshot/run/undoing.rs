@@ -4,10 +4,10 @@
 
 use super::super::document::Outcome;
 use super::super::step::Step;
-use super::super::undo;
+use super::super::undo::{self, Undone};
 use super::Run;
 use super::failure::{Failure, chain};
-use crate::guest::GuestError;
+use crate::guest::{Guest, GuestError};
 use guest_agent_wire::host::{AgentError, ErrorCode};
 use std::time::Duration;
 use vhost_blk_wire::command::SnapshotSetAbort;
@@ -54,8 +54,8 @@ impl Run<'_> {
 
     /// Before an attempt at a lower level: the guest must be as if there had been none.
     pub(super) async fn leave_guest(&mut self, why: &str) {
-        if let Some(line) = self.undo_guest(why).await {
-            self.doc.undone.push(line);
+        if let Some(undone) = self.undo_guest(why).await {
+            self.doc.undone.push(undone.line);
         }
         self.watch.events = None;
         self.watch.disturbances.clear();
@@ -63,31 +63,35 @@ impl Run<'_> {
         self.guest_touched = false;
     }
 
-    pub(super) async fn undo_guest(&mut self, why: &str) -> Option<String> {
+    pub(super) async fn undo_guest(&mut self, why: &str) -> Option<Undone> {
         if !self.guest_touched {
             return None;
         }
         let set = self.doc.set;
-        if let Some(guest) = &self.guest
+        let guest = self.guest.clone();
+        if let Some(Guest::Stock(guest)) = guest.as_deref()
+            && guest.closed().is_none()
+            && let Some(undone) = Self::undo_stock(guest, self.limits.abort).await
+        {
+            return Some(undone);
+        }
+        if let Some(Guest::Native(guest)) = guest.as_deref()
             && guest.closed().is_none()
         {
             let aborting = guest.abort(set.to_string(), why.to_owned(), self.limits.abort);
             match aborting.await {
-                Ok(()) => return Some("guest: aborted".to_owned()),
+                Ok(()) => return Some(Undone::sure("guest: aborted")),
                 Err(GuestError::Refused(error)) if error.code == ErrorCode::SetNotFound => {
-                    return Some("guest: had aborted".to_owned());
+                    return Some(Undone::sure("guest: had aborted"));
                 }
                 Err(_) => {}
             }
         }
+        // The port takes one host at a time.
+        drop(guest);
         self.guest = None;
         let agent = self.doc.vm.agent.clone()?;
-        Some(
-            match undo::in_guest(&agent, set, why, self.limits.hello_again).await {
-                Ok(()) => "guest: aborted on a new connection".to_owned(),
-                Err(error) => format!("guest: not reached ({error}); its dead-man thaws it"),
-            },
-        )
+        Some(undo::in_guest(&agent, set, why, self.limits.hello_again).await)
     }
 
     /// Undoes in reverse and ends the record.
@@ -119,12 +123,13 @@ impl Run<'_> {
                 }
             }
         }
-        if let Some(line) = self.undo_guest(&why).await {
-            self.doc.undone.push(line);
+        let mut open = false;
+        if let Some(undone) = self.undo_guest(&why).await {
+            open = !undone.sure;
+            self.doc.undone.push(undone.line);
         }
         // Closing the connections makes every daemon undo what it still has; then each is asked.
         self.daemons.clear();
-        let mut open = false;
         for control in unsure {
             match undo::at_daemon(&control, self.doc.set, &why, self.limits.abort).await {
                 Ok(()) => self

@@ -11,10 +11,11 @@ use super::super::witness::DaemonCommit;
 use super::Run;
 use super::daemons::{all, exempt_of};
 use super::failure::{Failure, guest_failure, internal, vm_failure};
-use crate::guest::GuestClient;
+use crate::guest::Guest;
 use guest_agent_wire::host::{
     Freeze, Frozen, Identified, Prepare, Prepared, Thawed, WRITER_MS_MAX,
 };
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 use vhost_blk_wire::command::{
@@ -30,6 +31,10 @@ pub(super) struct Window {
     pub(super) frozen: Option<Frozen>,
     pub(super) thawed: Option<Thawed>,
     pub(super) thaw_failure: Option<String>,
+    /// What the failure of the thaw means; a broken hold if nothing else is known.
+    pub(super) thaw_code: Option<ReasonCode>,
+    /// QEMU's own agent froze the guest.
+    pub(super) stock_frozen: bool,
     pub(super) freeze_sent: Option<Instant>,
     pub(super) hold_start: Option<Instant>,
     /// What was left of the hold when the mark was sent.
@@ -37,6 +42,13 @@ pub(super) struct Window {
     pub(super) thaw_sent: Option<Instant>,
     pub(super) thaw_answered: Option<Instant>,
     pub(super) commits: Vec<DaemonCommit>,
+}
+
+impl Window {
+    /// The guest was frozen by its agent's word.
+    pub(super) fn was_frozen(&self) -> bool {
+        self.frozen.is_some() || self.stock_frozen
+    }
 }
 
 impl Run<'_> {
@@ -56,13 +68,18 @@ impl Run<'_> {
         if self.guest.is_none() {
             let guest = self
                 .watch
-                .race(GuestClient::connect(&agent, limits.hello))
+                .race(Guest::connect(&agent, limits.hello))
                 .await?
                 .map_err(|e| guest_failure(&e))?;
-            self.guest = Some(guest);
+            self.guest = Some(Arc::new(guest));
         }
-        let Some(guest) = &self.guest else {
-            return Err(internal("no agent"));
+        let guest = match self.guest.clone() {
+            Some(guest) => guest,
+            None => return Err(internal("no agent")),
+        };
+        let guest = match guest.as_ref() {
+            Guest::Native(guest) => guest,
+            Guest::Stock(guest) => return self.identify_stock(guest).await,
         };
         let identified = self
             .watch
@@ -106,8 +123,12 @@ impl Run<'_> {
             components,
             ..Prepare::default()
         };
-        let Some(guest) = &self.guest else {
+        let Some(guest) = self.guest.clone() else {
             return Err(internal("no agent"));
+        };
+        let guest = match guest.as_ref() {
+            Guest::Native(guest) => guest,
+            Guest::Stock(_) => return self.prepare_stock(level),
         };
         self.guest_touched = true;
         // The agent ends it at the limit; the margin lets its answer arrive and tell which writer it was.
@@ -156,7 +177,7 @@ impl Run<'_> {
     }
 
     pub(super) async fn freeze(&mut self) -> Result<(), Failure> {
-        let (Some(guest), Some(vm)) = (&self.guest, &self.vm) else {
+        let (Some(guest), Some(vm)) = (self.guest.clone(), &self.vm) else {
             return Err(internal("no agent"));
         };
         let freeze = Freeze {
@@ -176,6 +197,10 @@ impl Run<'_> {
             })
             .await?
             .map_err(|e| vm_failure(&e))?;
+        let guest = match guest.as_ref() {
+            Guest::Native(guest) => guest,
+            Guest::Stock(guest) => return self.freeze_stock(guest).await,
+        };
         let sent = Instant::now();
         self.window.freeze_sent = Some(sent);
         // The agent gives up at the limit by its own clock; the margin lets its answer arrive and tell who was late.
@@ -285,11 +310,9 @@ impl Run<'_> {
 
     /// Thaws. Never interrupted, and no failure: what the agent says, or that it says nothing, goes to the verdict.
     pub(super) async fn thaw(&mut self) {
-        let (Some(guest), Some(frozen)) = (&self.guest, &self.window.frozen) else {
+        let Some(guest) = self.guest.clone() else {
             return;
         };
-        let sent = Instant::now();
-        self.window.thaw_sent = Some(sent);
         let limit = Duration::from_millis(self.limits.writer_ms);
         let used = self
             .window
@@ -297,7 +320,15 @@ impl Run<'_> {
             .map_or(Duration::ZERO, |start| start.elapsed());
         // A late answer refuses the set all the same, but it tells more than silence.
         let limit = limit.saturating_sub(used) + self.limits.query;
+        let guest = match guest.as_ref() {
+            Guest::Native(guest) => guest,
+            Guest::Stock(guest) => return self.thaw_stock(guest, limit).await,
+        };
+        let Some(frozen) = &self.window.frozen else {
+            return;
+        };
         let set = self.doc.set.to_string();
+        self.window.thaw_sent = Some(Instant::now());
         let result = guest.thaw(set, frozen.generation, limit).await;
         self.window.thaw_answered = Some(Instant::now());
         match result {

@@ -147,6 +147,8 @@ fn judge(said: &Said) -> Witnesses {
         clock: Some(said.clock),
         disturbances: &said.disturbances,
         commits: &said.commits,
+        stock: None,
+        left_out: &[],
     })
 }
 
