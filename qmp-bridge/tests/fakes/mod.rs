@@ -93,6 +93,8 @@ pub(crate) struct World {
     /// QEMU's agent, if the VM is asked through it.
     pub(crate) qga: Option<FakeQga>,
     pub(crate) storages: Vec<FakeStorage>,
+    /// Where the bridge finds the guest's agent.
+    pub(crate) address: AgentAddress,
 }
 
 impl World {
@@ -121,6 +123,7 @@ impl World {
             .map(|v| format!("ser-{v}"))
             .collect();
         let agent = FakeAgent::start(&dir.path().join("agent"), serials, Peer::new("agent", &log));
+        let agent_path = dir.path().join("agent");
         Self {
             dir,
             log,
@@ -128,6 +131,7 @@ impl World {
             agent,
             qga: None,
             storages,
+            address: AgentAddress::Serial(agent_path),
         }
     }
 
@@ -135,7 +139,9 @@ impl World {
     pub(crate) fn with_qga(guest: qga::Guest) -> Self {
         let mut world = Self::new();
         let peer = Peer::new("qga", &world.log);
-        world.qga = Some(FakeQga::start(&world.dir.path().join("qga"), guest, peer));
+        let path = world.dir.path().join("qga");
+        world.qga = Some(FakeQga::start(&path, guest, peer));
+        world.address = AgentAddress::Qga(path);
         world
     }
 
@@ -143,18 +149,11 @@ impl World {
         self.qga.as_ref().unwrap()
     }
 
-    fn agent_address(&self) -> AgentAddress {
-        match &self.qga {
-            None => AgentAddress::Serial(self.dir.path().join("agent")),
-            Some(_) => AgentAddress::Qga(self.dir.path().join("qga")),
-        }
-    }
-
     pub(crate) fn target(&self) -> VmTarget {
         VmTarget {
             name: "vm1".to_owned(),
             qmp: self.dir.path().join("qmp"),
-            agent: Some(self.agent_address()),
+            agent: Some(self.address.clone()),
             vhost_blk: self.storages.iter().map(|s| s.control.clone()).collect(),
         }
     }
@@ -213,7 +212,7 @@ impl World {
             "--qmp".to_owned(),
             path("qmp"),
             "--agent".to_owned(),
-            self.agent_address().to_string(),
+            self.address.to_string(),
         ];
         for storage in &self.storages {
             options.push("--vhost-blk".to_owned());
