@@ -120,14 +120,19 @@ impl Sets {
 
     /// Tells writers that nothing will come of a backup, as far as they can be told.
     pub(super) async fn give_up_backup(&self, document: &SetDocument) -> Result<(), Error> {
-        let Some(agent) = &document.vm.agent else {
+        // QEMU's agent has no writers that wait, and would thaw what others froze.
+        let Some(agent) = document
+            .vm
+            .agent
+            .as_ref()
+            .filter(|_| document.qemu_guest_agent.is_none())
+        else {
             return Ok(());
         };
         let _lock = self.lock(&document.vm)?;
         let (set, limit) = (document.set, self.limits.hello_again);
-        if let Err(error) = undo::in_guest(agent, set, "the set was deleted", limit).await {
-            tracing::warn!("writers of set {set} were not told that it is deleted: {error}");
-        }
+        let told = undo::in_guest(agent, set, "the set was deleted", limit).await;
+        tracing::info!("set {set} is deleted: {}", told.line);
         Ok(())
     }
 
