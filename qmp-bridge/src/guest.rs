@@ -11,7 +11,7 @@ mod stock;
 pub use address::{AgentAddress, BadAddress};
 pub use stock::{StockClient, StockFilesystem, StockGuest, StockSystem, VssWriter};
 
-use crate::link::{Link, LinkError, Stream};
+use crate::link::{Link, LinkError};
 use guest_agent_wire::host::{
     AgentError, BackupComplete, Command, ErrorCode, Frozen, Hello, Identified, PROTOCOL_VERSIONS,
     PostSnapshot, Prepared, Request, Restore, Thawed, WritersSaid,
@@ -72,14 +72,16 @@ impl Guest {
     /// # Errors
     /// Nobody answers within `limit`, or he speaks no common version.
     pub async fn connect(address: &AgentAddress, limit: Duration) -> Result<Self, GuestError> {
-        let stream = address.connect(limit).await?;
         Ok(match address {
             AgentAddress::Serial(_)
             | AgentAddress::Vsock { .. }
             | AgentAddress::HybridVsock { .. } => {
-                Self::Native(GuestClient::over(stream, limit).await?)
+                Self::Native(GuestClient::connect(address, limit).await?)
             }
-            AgentAddress::Qga(_) => Self::Stock(StockClient::over(stream, limit).await?),
+            AgentAddress::Qga(_) => {
+                let stream = address.connect(limit).await?;
+                Self::Stock(StockClient::over(stream, limit).await?)
+            }
         })
     }
 
@@ -101,11 +103,12 @@ pub struct GuestClient {
 }
 
 impl GuestClient {
-    /// Says hello. Says it again every two seconds, since a guest that boots opens its port late.
+    /// Connects and says hello. Says it again every two seconds, since a guest that boots opens its port late.
     ///
     /// # Errors
     /// Nobody answers within `limit`, or he speaks no common version.
-    async fn over(stream: Stream, limit: Duration) -> Result<Self, GuestError> {
+    pub async fn connect(address: &AgentAddress, limit: Duration) -> Result<Self, GuestError> {
+        let stream = address.connect(limit).await?;
         // Answers to an earlier bridge may still be in the pipe: its numbers must not be ours.
         let first_id = SystemTime::now()
             .duration_since(UNIX_EPOCH)

@@ -132,7 +132,7 @@ impl Sets {
         let _lock = self.lock(&document.vm)?;
         let (set, limit) = (document.set, self.limits.hello_again);
         let told = undo::in_guest(agent, set, "the set was deleted", limit).await;
-        tracing::info!("set {set} is deleted: {}", told.line);
+        tracing::info!("set {set} is deleted: {}", crate::shown::plain(&told.line));
         Ok(())
     }
 

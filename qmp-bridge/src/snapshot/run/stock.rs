@@ -110,7 +110,11 @@ impl Run<'_> {
                 Ok(true) => Some(Undone::sure(format!("guest: thawed ({error})"))),
                 Ok(false) | Err(_) => None,
             },
-            Err(GuestError::Link(_) | GuestError::BadAnswer { .. }) => None,
+            Err(
+                GuestError::Link(_)
+                | GuestError::BadAnswer { .. }
+                | GuestError::VersionMismatch { .. },
+            ) => None,
         }
     }
 }

@@ -7,7 +7,9 @@ fn code(desc: &str) -> (ErrorCode, bool) {
     let error = json!({"class": "GenericError", "desc": desc});
     match refused("guest-fsfreeze-thaw", &error) {
         GuestError::Refused(error) => (error.code, error.retryable),
-        GuestError::Link(_) | GuestError::BadAnswer { .. } => panic!("not a refusal"),
+        GuestError::Link(_) | GuestError::BadAnswer { .. } | GuestError::VersionMismatch { .. } => {
+            panic!("not a refusal")
+        }
     }
 }
 
