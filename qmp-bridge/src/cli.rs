@@ -156,8 +156,14 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
             print(json, &answer, |_| format!("reverted to {id}\n"))?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Complete { id, failed } => {
-            print(json, &backend.complete(id, !failed).await?, show::set)?;
+        Command::Complete {
+            id,
+            failed,
+            failed_components,
+        } => {
+            let components = failed_components.clone();
+            let document = backend.complete(id, !failed, components).await?;
+            print(json, &document, show::set)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Restore {
@@ -212,7 +218,7 @@ async fn restore(
     let Some((program, arguments)) = command.split_first() else {
         return Err(Error::Usage("no command".to_owned()));
     };
-    let (session, before) = backend.restore(id, writers).await?;
+    let (restoring, before) = backend.pre_restore(id, writers).await?;
     let status = tokio::process::Command::new(program)
         .args(arguments)
         .env("VMSHADOW_SET", id)
@@ -225,7 +231,7 @@ async fn restore(
         // It was not even started.
         Err(_) => FilesRestored::None,
     };
-    let after = session.end(restored).await?;
+    let after = backend.post_restore(restoring, restored).await?;
     status.map_err(|source| Error::Io {
         what: program.to_string_lossy().into_owned(),
         source,

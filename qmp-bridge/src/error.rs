@@ -26,8 +26,10 @@ pub enum Error {
     /// No such set, snapshot or VM.
     #[error("{0}")]
     NotFound(String),
-    /// A set of this VM is being made: one at a time (VSS: SNAPSHOT_SET_IN_PROGRESS).
-    #[error("SNAPSHOT_SET_IN_PROGRESS: a set of {vm} is being made or undone")]
+    /// Somebody works on this VM: one at a time (VSS: SNAPSHOT_SET_IN_PROGRESS).
+    #[error(
+        "SNAPSHOT_SET_IN_PROGRESS: a set of {vm} is being made or undone, or a restore is open"
+    )]
     SetInProgress {
         /// The VM.
         vm: String,

@@ -3,11 +3,12 @@
 //! Spoken by `daemon` (server) and `cli` (client). The envelopes are those of `vhost_blk_wire::qmp`.
 //!
 //! Events: `SET_PROGRESS {"vm","step","at-ms","took-ms"}` to the connection whose `set-create` is under way. A connection that
-//! closes cancels its `set-create`.
+//! closes cancels its `set-create`, and gives up the restore that it has open.
 
 use crate::sets::ListedSet;
 use crate::snapshot::document::{CreateRequest, SetDocument, VmTarget};
-use guest_agent_wire::host::{Identified, WriterOutcomes};
+use guest_agent_wire::components::FilesRestored;
+use guest_agent_wire::host::{Identified, WriterOutcomes, WritersSaid};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use vhost_blk_wire::command::{Command, Empty, QmpCapabilities, QueryCommands, QueryVersion};
@@ -27,6 +28,8 @@ pub const COMMAND_NAMES: &[&str] = &[
     SetDelete::NAME,
     SetRevert::NAME,
     SetComplete::NAME,
+    SetPreRestore::NAME,
+    SetPostRestore::NAME,
     SetRecover::NAME,
 ];
 
@@ -136,6 +139,26 @@ pub struct SetComplete {
     pub components: Vec<WriterOutcomes>,
 }
 command!("set-complete", SetComplete, SetDocument);
+
+/// Tells writers that their files will be replaced by those of a set. The restore is open until `set-post-restore` on the same
+/// connection, or the connection's end; nothing else goes on meanwhile on this VM but `set-revert`. Answers with what writers said.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SetPreRestore {
+    /// Set, or the unambiguous beginning of its id.
+    pub id: String,
+    /// Only these, by instance id, class id or name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub writers: Vec<String>,
+}
+command!("set-pre-restore", SetPreRestore, WritersSaid);
+
+/// Tells the same writers how it went. Answers with what they said.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SetPostRestore {
+    /// How it went.
+    pub restored: FilesRestored,
+}
+command!("set-post-restore", SetPostRestore, WritersSaid);
 
 /// Undoes what dead bridges left. Answers with the documents of the sets that were ended.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

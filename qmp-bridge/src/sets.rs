@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::protocol::ListedVolume;
 use crate::snapshot::document::{Copy, CreateRequest, Outcome, SetDocument, StepTime, VmTarget};
-use crate::snapshot::intent::StateDirectory;
+use crate::snapshot::intent::{Purpose, StateDirectory, VmLock};
 use crate::snapshot::run::{self, Limits, Surroundings};
 use crate::snapshot::step::FaultPoint;
 use crate::snapshot::undo;
@@ -99,7 +99,7 @@ impl Sets {
                 continue;
             }
             // The lock says whether its maker lives.
-            if let Some(_lock) = self.state.lock(&document.vm.qmp)? {
+            if let Some(_lock) = self.state.lock(&document.vm.qmp, Purpose::Sets)? {
                 ended.extend(self.end_record(document.set).await?);
             }
         }
@@ -127,9 +127,7 @@ impl Sets {
         progress: mpsc::UnboundedSender<StepTime>,
         cancel: watch::Receiver<bool>,
     ) -> Result<SetDocument, Error> {
-        let Some(_lock) = self.state.lock(&vm.qmp)? else {
-            return Err(Error::SetInProgress { vm: vm.name });
-        };
+        let _lock = self.lock(&vm, Purpose::Sets)?;
         for document in self.documents()? {
             if is_unfinished(&document) && document.vm.qmp == vm.qmp {
                 self.end_record(document.set).await?;
@@ -231,16 +229,23 @@ impl Sets {
     /// have of the set stays there, and no record tells of it.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] while it is being made; [`Error::Storage`].
+    /// [`Error::InvalidState`] while it is being made; [`Error::SetInProgress`] while another is, or a restore is open;
+    /// [`Error::Storage`].
     pub async fn delete(&self, id: &str, forget: bool) -> Result<(), Error> {
+        let found = self.find(id)?.document();
+        // A kept one that is not finished, too: its maker still has to store its record, and would bring it back.
+        if !forget && is_unfinished(&found) {
+            let text = format!(
+                "set {} is being made, or waits for `vmshadow recover`; --forget gives it up",
+                found.set
+            );
+            return Err(Error::InvalidState(text));
+        }
+        let _lock = self.lock(&found.vm, Purpose::Sets)?;
+        // Read again: somebody may have changed it just now.
         let found = self.find(id)?;
         if forget {
             let document = found.document();
-            let Some(_lock) = self.state.lock(&document.vm.qmp)? else {
-                return Err(Error::SetInProgress {
-                    vm: document.vm.name,
-                });
-            };
             for control in &document.vm.vhost_blk {
                 let reason = "the set is forgotten";
                 let undone =
@@ -254,16 +259,8 @@ impl Sets {
         let copies = found.copies();
         let whole = matches!(found, Found::Set(_));
         let mut document = found.document();
-        // A kept one that is not finished, too: its maker still has to store its record, and would bring it back.
-        if is_unfinished(&document) {
-            let text = format!(
-                "set {} is being made, or waits for `vmshadow recover`; --forget gives it up",
-                document.set
-            );
-            return Err(Error::InvalidState(text));
-        }
         if whole && document.awaits_backup {
-            self.give_up_backup(&document).await?;
+            self.give_up_backup(&document).await;
         }
         if whole {
             let controls: BTreeSet<PathBuf> = copies.into_iter().map(|c| c.control).collect();
@@ -302,7 +299,7 @@ impl Sets {
     /// touches one. Newer copies of these disks are gone afterwards, and their records say so.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] while a front end is connected; [`Error::Storage`].
+    /// [`Error::InvalidState`] while a front end is connected; [`Error::SetInProgress`]; [`Error::Storage`].
     pub async fn revert(&self, id: &str) -> Result<(), Error> {
         let found = self.find(id)?;
         let copies = found.copies();
@@ -310,9 +307,7 @@ impl Sets {
         if copies.is_empty() {
             return Err(Error::InvalidState(format!("{id} has no copies")));
         }
-        let Some(_lock) = self.state.lock(&vm.qmp)? else {
-            return Err(Error::SetInProgress { vm: vm.name });
-        };
+        let _lock = self.lock(&vm, Purpose::Revert)?;
         let mut clients = Vec::new();
         for copy in &copies {
             let client = StorageClient::connect(&copy.control, self.limits.query).await?;
@@ -390,11 +385,7 @@ impl Sets {
             )));
         };
         // A second conversation would end the set of the first.
-        let Some(_lock) = self.state.lock(&vm.qmp)? else {
-            return Err(Error::SetInProgress {
-                vm: vm.name.clone(),
-            });
-        };
+        let _lock = self.lock(vm, Purpose::Sets)?;
         match Guest::connect(agent, self.limits.hello).await? {
             Guest::Native(guest) => Ok(guest.identify(self.limits.identify).await?),
             Guest::Stock(_) => Err(Error::Usage(format!(
@@ -402,6 +393,14 @@ impl Sets {
                 vm.name
             ))),
         }
+    }
+
+    fn lock(&self, vm: &VmTarget, purpose: Purpose) -> Result<VmLock, Error> {
+        self.state
+            .lock(&vm.qmp, purpose)?
+            .ok_or_else(|| Error::SetInProgress {
+                vm: vm.name.clone(),
+            })
     }
 
     /// Volumes of a VM's daemons.

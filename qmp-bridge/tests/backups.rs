@@ -5,6 +5,9 @@ mod fakes;
 
 use fakes::World;
 use guest_agent_wire::components::FilesRestored;
+use guest_agent_wire::metadata::{
+    Component, Metadata, RestoreMethod, Restoring, WriterRestoreEvents,
+};
 use guest_agent_wire::types::BackupType;
 use qmp_bridge::error::Error;
 use qmp_bridge::sets::backup::{build_on, parse_component};
@@ -97,9 +100,16 @@ async fn a_restore_gives_each_writer_back_what_it_had_stored_and_tells_how_it_we
     let none = sets.restore(&id, &["nobody".to_owned()]).await;
     assert!(matches!(none, Err(Error::NotFound(_))));
     let (session, _) = sets.restore(&id, &["db".to_owned()]).await.unwrap();
-    // The VM is taken: another set would end the conversation that the restore lives on.
+    // The VM is taken: another conversation would end that on which the restore lives.
     let busy = sets.restore(&id, &[]).await;
     assert!(matches!(busy, Err(Error::SetInProgress { .. })));
+    let busy = sets.complete(&id, true, Vec::new()).await;
+    assert!(matches!(busy, Err(Error::SetInProgress { .. })));
+    let busy = sets.delete(&id, false).await;
+    assert!(matches!(busy, Err(Error::SetInProgress { .. })));
+    // But for what a restore may be made of.
+    world.storages[0].set_connected(false);
+    sets.revert(&id).await.unwrap();
     session.end(FilesRestored::All).await.unwrap();
     let restores = world.agent.guest.lock().unwrap().restores.clone();
     let component = &restores[0].writers[0].components[0];
@@ -109,6 +119,47 @@ async fn a_restore_gives_each_writer_back_what_it_had_stored_and_tells_how_it_we
     assert_eq!(component.restored, None);
     let component = &restores[1].writers[0].components[0];
     assert_eq!(component.restored, Some(FilesRestored::All));
+}
+
+#[tokio::test]
+async fn a_writer_that_wants_no_restore_events_gets_them_only_if_it_is_named() {
+    let world = World::new();
+    let mut restoring = Restoring::by(RestoreMethod::RestoreIfCanReplace);
+    restoring.writer_restore = WriterRestoreEvents::Never;
+    let document = Metadata {
+        restore_method: Some(restoring),
+        ..Metadata::default()
+    };
+    world
+        .agent
+        .change(|guest| guest.metadata = Some(Box::new(document)));
+    let document = world.create(CreateRequest::default()).await;
+    let id = document.set.to_string();
+    let sets = world.sets();
+    for (named, heard) in [(Vec::new(), 0), (vec!["db".to_owned()], 1)] {
+        let (session, _) = sets.restore(&id, &named).await.unwrap();
+        session.end(FilesRestored::All).await.unwrap();
+        let restores = world.agent.guest.lock().unwrap().restores.clone();
+        assert_eq!(restores[0].writers.len(), heard);
+    }
+}
+
+#[tokio::test]
+async fn a_component_that_asks_to_be_recovered_in_the_copy_is_noted() {
+    let world = World::new();
+    let mut component = Component::database("main", "orders");
+    component.backup_recovery = true;
+    let document = Metadata {
+        components: vec![component],
+        ..Metadata::default()
+    };
+    world
+        .agent
+        .change(|guest| guest.metadata = Some(Box::new(document)));
+    let document = world.create(CreateRequest::default()).await;
+    assert_eq!(document.outcome, Outcome::Kept);
+    let noted = |note: &String| note.contains("orders") && note.contains("recover");
+    assert!(document.notes.iter().any(noted), "{:#?}", document.notes);
 }
 
 #[tokio::test]
@@ -130,9 +181,17 @@ async fn the_command_completes_and_restores() {
         let component = &said["writers"][0]["components"][0];
         assert_eq!(component["restored"], restored);
     }
-    let done = world.vmshadow(&["complete", id]).output().await.unwrap();
+    let other = ["complete", id, "--failed-component", "db=main/customers"];
+    let refused = world.vmshadow(&other).output().await.unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(told(&world, "complete"), 0);
+    let orders = ["complete", id, "--failed-component", "db=main/orders"];
+    let done = world.vmshadow(&orders).output().await.unwrap();
     assert!(done.status.success());
     assert_eq!(told(&world, "complete"), 1);
+    let outcomes = world.agent.guest.lock().unwrap().outcomes.clone();
+    assert_eq!(outcomes[0].components[0].name, "orders");
+    assert!(!outcomes[0].components[0].succeeded);
 }
 
 #[test]

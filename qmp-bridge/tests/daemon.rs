@@ -65,6 +65,20 @@ impl Daemon {
             .unwrap()
     }
 
+    /// The same, again while somebody else still works on the VM; it must succeed in the end.
+    async fn vmshadow_when_free(&self, arguments: &[&str]) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            let output = self.vmshadow(arguments).await;
+            let is_busy =
+                String::from_utf8_lossy(&output.stderr).contains("SNAPSHOT_SET_IN_PROGRESS");
+            if !is_busy || std::time::Instant::now() > deadline {
+                assert_eq!(output.status.code(), Some(0), "{output:?}");
+                return;
+            }
+        }
+    }
+
     async fn connect(&self) -> Raw {
         Raw {
             stream: UnixStream::connect(&self.socket).await.unwrap(),
@@ -225,6 +239,59 @@ async fn a_requester_that_hangs_up_cancels_its_set() {
         "{}",
         String::from_utf8_lossy(&next.stderr)
     );
+}
+
+#[tokio::test]
+async fn a_restore_goes_through_it_and_ends_with_its_requester() {
+    let world = World::new();
+    let daemon = Daemon::start(&world).await;
+    let created = daemon
+        .vmshadow(&["create", "--type", "full", "--json"])
+        .await;
+    let document: Value = serde_json::from_slice(&created.stdout).unwrap();
+    let set = document["set"].as_str().unwrap();
+    let restored = daemon
+        .vmshadow(&["restore", set, "--json", "--", "true"])
+        .await;
+    assert_eq!(restored.status.code(), Some(0), "{restored:?}");
+    let said: Value = serde_json::from_slice(&restored.stdout).unwrap();
+    assert_eq!(said["restored"], "ALL");
+    assert_eq!(world.agent.guest.lock().unwrap().restores.len(), 2);
+
+    let mut raw = daemon.connect().await;
+    raw.next().await;
+    raw.send(json!({"execute": "qmp_capabilities"})).await;
+    raw.next().await;
+    let post = json!({"execute": "set-post-restore", "arguments": {"restored": "ALL"}});
+    raw.send(post).await;
+    assert_eq!(raw.next().await["error"]["class"], "InvalidState");
+    raw.send(json!({"execute": "set-pre-restore", "arguments": {"id": set}}))
+        .await;
+    assert_eq!(raw.next().await["return"]["writers"][0]["name"], "db");
+    // Whether through the daemon or beside it.
+    let busy = daemon.vmshadow(&["create"]).await;
+    assert!(String::from_utf8_lossy(&busy.stderr).contains("SNAPSHOT_SET_IN_PROGRESS"));
+    let beside = world.vmshadow_create(&[]).output().await.unwrap();
+    assert!(String::from_utf8_lossy(&beside.stderr).contains("SNAPSHOT_SET_IN_PROGRESS"));
+    drop(raw);
+    until("the restore is given up", || !world.agent.has_set()).await;
+    daemon.vmshadow_when_free(&["complete", set]).await;
+
+    // One that hangs up while writers still hear of it.
+    world.agent.peer.on("pre_restore", Fault::Hang);
+    let mut raw = daemon.connect().await;
+    raw.send(json!({"execute": "qmp_capabilities"})).await;
+    raw.send(json!({"execute": "set-pre-restore", "arguments": {"id": set}}))
+        .await;
+    until("writers hear of it", || {
+        let log = world.log();
+        let told = log.iter().filter(|line| *line == "agent pre_restore");
+        told.count() == 3
+    })
+    .await;
+    drop(raw);
+    world.agent.peer.heal();
+    daemon.vmshadow_when_free(&["create"]).await;
 }
 
 #[tokio::test]

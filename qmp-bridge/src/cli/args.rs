@@ -3,10 +3,12 @@
 //! Called by `cli`. Words follow vssadmin, diskshadow and virsh where they have one.
 
 use crate::guest::AgentAddress;
+use crate::sets::backup::parse_component;
 use crate::snapshot::document::CreateRequest;
 use crate::snapshot::level::Level;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use guest_agent_wire::host::WriterComponents;
+use guest_agent_wire::components::ComponentOutcome;
+use guest_agent_wire::host::{WriterComponents, WriterOutcomes};
 use guest_agent_wire::types::BackupType;
 use std::path::PathBuf;
 use vhost_blk_wire::types::Method;
@@ -72,6 +74,9 @@ pub(crate) enum Command {
         /// It failed: writers keep their logs.
         #[arg(long)]
         failed: bool,
+        /// This component alone is not in it, as WRITER=NAME or WRITER=PATH/NAME; may be repeated.
+        #[arg(long = "failed-component", value_parser = failed_component, conflicts_with = "failed")]
+        failed_components: Vec<WriterOutcomes>,
     },
     /// Run a command that restores from a set, between the writers' pre-restore and post-restore.
     Restore {
@@ -88,6 +93,21 @@ pub(crate) enum Command {
     Read(Read),
     /// Undo what a bridge that died has left. Every command does so first; this one says what it did.
     Recover,
+}
+
+fn failed_component(text: &str) -> Result<WriterOutcomes, String> {
+    let picked = parse_component(text)?;
+    let components = picked.components.into_iter();
+    Ok(WriterOutcomes {
+        writer: picked.writer,
+        components: components
+            .map(|component| ComponentOutcome {
+                logical_path: component.logical_path,
+                name: component.name,
+                succeeded: false,
+            })
+            .collect(),
+    })
 }
 
 /// Which VM.
@@ -134,7 +154,7 @@ pub(crate) struct Create {
     #[arg(long = "exclude-writer", value_delimiter = ',')]
     pub(crate) exclude_writers: Vec<String>,
     /// Back up only this component, as WRITER=NAME or WRITER=PATH/NAME; may be repeated. Other writers are not asked to hold.
-    #[arg(long = "component", value_parser = crate::sets::backup::parse_component)]
+    #[arg(long = "component", value_parser = parse_component)]
     pub(crate) components: Vec<WriterComponents>,
     /// The set that an incremental or differential one builds on: writers get the stamps of its components.
     #[arg(long, value_name = "SET", requires = "components")]

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::guest::AgentAddress;
 use crate::protocol::{
     ListedVolume, QueryVolumes, QueryWriters, SET_PROGRESS, SetComplete, SetCreate, SetDelete,
-    SetList, SetRecover, SetRevert, SetShow,
+    SetList, SetPostRestore, SetPreRestore, SetRecover, SetRevert, SetShow,
 };
 use crate::qmp::{CallError, QmpClient};
 use crate::sets::backup::RestoreSession;
@@ -17,7 +17,8 @@ use crate::snapshot::document::{Copy, CreateRequest, SetDocument, StepTime, VmTa
 use crate::snapshot::intent::DEFAULT_STATE_DIRECTORY;
 use crate::snapshot::run::Limits;
 use crate::snapshot::step::FaultPoint;
-use guest_agent_wire::host::{Identified, WritersSaid};
+use guest_agent_wire::components::FilesRestored;
+use guest_agent_wire::host::{Identified, WriterOutcomes, WritersSaid};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -52,6 +53,15 @@ pub(crate) enum Target {
     Described(VmTarget),
     /// Its name, or the only one.
     Named(Option<String>),
+}
+
+/// An open restore. The end of this process gives it up.
+#[derive(Debug)]
+pub(crate) enum Restoring {
+    /// Its conversation with the guest.
+    Alone(Box<RestoreSession>),
+    /// The daemon has it, for as long as the connection to it lasts.
+    Daemon,
 }
 
 impl Backend {
@@ -213,32 +223,56 @@ impl Backend {
         }
     }
 
-    /// Says whether the backup of a set succeeded.
-    pub(crate) async fn complete(&self, id: &str, succeeded: bool) -> Result<SetDocument, Error> {
+    /// Says whether the backup of a set succeeded, and which components fared otherwise.
+    pub(crate) async fn complete(
+        &self,
+        id: &str,
+        succeeded: bool,
+        components: Vec<WriterOutcomes>,
+    ) -> Result<SetDocument, Error> {
         match self {
-            Self::Alone { sets, .. } => sets.complete(id, succeeded, Vec::new()).await,
+            Self::Alone { sets, .. } => sets.complete(id, succeeded, components).await,
             Self::Daemon { .. } => {
                 let command = SetComplete {
                     id: id.to_owned(),
                     succeeded,
-                    components: Vec::new(),
+                    components,
                 };
                 self.ask(&command).await
             }
         }
     }
 
-    /// Tells writers that files will be replaced. A daemon would have to keep the conversation for a requester that may go.
-    pub(crate) async fn restore(
+    /// Tells writers that files will be replaced.
+    pub(crate) async fn pre_restore(
         &self,
         id: &str,
         writers: &[String],
-    ) -> Result<(RestoreSession, WritersSaid), Error> {
+    ) -> Result<(Restoring, WritersSaid), Error> {
         match self {
-            Self::Alone { sets, .. } => sets.restore(id, writers).await,
-            Self::Daemon { .. } => Err(Error::Usage(
-                "restore works without --bridge: give --state-dir of the daemon".to_owned(),
-            )),
+            Self::Alone { sets, .. } => {
+                let (session, said) = sets.restore(id, writers).await?;
+                Ok((Restoring::Alone(Box::new(session)), said))
+            }
+            Self::Daemon { .. } => {
+                let command = SetPreRestore {
+                    id: id.to_owned(),
+                    writers: writers.to_vec(),
+                };
+                Ok((Restoring::Daemon, self.ask(&command).await?))
+            }
+        }
+    }
+
+    /// Tells them how it went.
+    pub(crate) async fn post_restore(
+        &self,
+        restoring: Restoring,
+        restored: FilesRestored,
+    ) -> Result<WritersSaid, Error> {
+        match restoring {
+            Restoring::Alone(session) => session.end(restored).await,
+            Restoring::Daemon => self.ask(&SetPostRestore { restored }).await,
         }
     }
 

@@ -7,11 +7,14 @@ use super::Shared;
 use crate::error::Error;
 use crate::protocol::{
     COMMAND_NAMES, QueryVms, QueryVolumes, QueryWriters, SET_PROGRESS, SetComplete, SetCreate,
-    SetDelete, SetList, SetRecover, SetRevert, SetShow,
+    SetDelete, SetList, SetPostRestore, SetPreRestore, SetRecover, SetRevert, SetShow,
 };
+use crate::sets::backup::RestoreSession;
 use crate::shown::plain;
 use crate::snapshot::document::{SetDocument, StepTime, VmTarget};
 use crate::snapshot::level::Level;
+use guest_agent_wire::components::FilesRestored;
+use guest_agent_wire::host::WritersSaid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -23,7 +26,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use vhost_blk_wire::command::{
     Command, CommandInfo, Empty, QmpCapabilities, QueryCommands, QueryVersion,
 };
@@ -52,6 +55,7 @@ pub(super) async fn serve(stream: UnixStream, shared: Arc<Shared>) {
     }
     let (cancel, cancelled) = watch::channel(false);
     let (progress, mut steps) = mpsc::unbounded_channel::<StepTime>();
+    let restore = Arc::<Mutex<Option<RestoreSession>>>::default();
     let mut ending = shared.ending.clone();
     let mut frames = JsonStream::new();
     let mut queue: VecDeque<Value> = VecDeque::new();
@@ -66,6 +70,7 @@ pub(super) async fn serve(stream: UnixStream, shared: Arc<Shared>) {
                 shared: Arc::clone(&shared),
                 progress: progress.clone(),
                 cancel: cancelled.clone(),
+                restore: Arc::clone(&restore),
             };
             running = Some(Box::pin(answer(value, negotiated, context)));
         }
@@ -171,6 +176,8 @@ struct Context {
     shared: Arc<Shared>,
     progress: mpsc::UnboundedSender<StepTime>,
     cancel: watch::Receiver<bool>,
+    /// The restore that this connection has open; the connection's end gives it up.
+    restore: Arc<Mutex<Option<RestoreSession>>>,
 }
 
 async fn answer(value: Value, negotiated: bool, context: Context) -> ServerMessage {
@@ -264,6 +271,14 @@ async fn execute(request: Request, negotiated: bool, context: Context) -> Result
             } = command;
             reply::<SetComplete>(sets.complete(&id, succeeded, components).await)
         }
+        SetPreRestore::NAME => {
+            let command: SetPreRestore = decode(arguments)?;
+            reply::<SetPreRestore>(pre_restore(&context, &command).await)
+        }
+        SetPostRestore::NAME => {
+            let command: SetPostRestore = decode(arguments)?;
+            reply::<SetPostRestore>(post_restore(&context, command.restored).await)
+        }
         SetRecover::NAME => reply::<SetRecover>(sets.recover().await),
         // Listed above, so this is a defect of ours and not of the client.
         _ => Err(QmpError::new(
@@ -271,6 +286,26 @@ async fn execute(request: Request, negotiated: bool, context: Context) -> Result
             format!("{name} is listed but not served"),
         )),
     }
+}
+
+async fn pre_restore(context: &Context, command: &SetPreRestore) -> Result<WritersSaid, Error> {
+    let mut cancel = context.cancel.clone();
+    let sets = &context.shared.sets;
+    let (session, said) = tokio::select! {
+        begun = sets.restore(&command.id, &command.writers) => begun?,
+        // Writers have half an hour. The conversation with the guest ends here, and with it the restore.
+        _ = cancel.changed() => return Err(Error::InvalidState("cancelled".to_owned())),
+    };
+    *context.restore.lock().await = Some(session);
+    Ok(said)
+}
+
+async fn post_restore(context: &Context, restored: FilesRestored) -> Result<WritersSaid, Error> {
+    let Some(session) = context.restore.lock().await.take() else {
+        let text = "no restore is open on this connection";
+        return Err(Error::InvalidState(text.to_owned()));
+    };
+    session.end(restored).await
 }
 
 /// Where an administrator looks: every set, and who is to blame for one that was refused.

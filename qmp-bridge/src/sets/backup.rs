@@ -6,7 +6,7 @@ use super::{Found, Sets};
 use crate::error::Error;
 use crate::guest::{Guest, GuestClient, GuestError};
 use crate::snapshot::document::{SetDocument, VmTarget, WriterRecord};
-use crate::snapshot::intent::VmLock;
+use crate::snapshot::intent::{Purpose, VmLock};
 use crate::snapshot::{run, undo};
 use guest_agent_wire::components::{FilesRestored, RestoreComponent, SelectedComponent};
 use guest_agent_wire::host::{
@@ -29,7 +29,8 @@ impl Sets {
     ///
     /// # Errors
     /// [`Error::InvalidState`] if no writer waits for it, or if the agent has been started anew since: writers have then
-    /// taken the backup for failed. [`Error::Guest`], [`Error::SetInProgress`].
+    /// taken the backup for failed. [`Error::NotFound`] for a component that the set was not made of. [`Error::Guest`],
+    /// [`Error::SetInProgress`].
     pub async fn complete(
         &self,
         id: &str,
@@ -44,7 +45,7 @@ impl Sets {
             }
         };
         let vm = self.state.load(set)?.vm;
-        let lock = self.lock(&vm)?;
+        let _lock = self.lock(&vm, Purpose::Sets)?;
         // Read again: somebody may have said so just now.
         let mut document = self.state.load(set)?;
         if !document.awaits_backup {
@@ -52,6 +53,7 @@ impl Sets {
                 "no writer of set {set} waits to hear of a backup"
             )));
         }
+        check_picked(&document, &components)?;
         let guest = self.guest(&vm).await?;
         let outcome = BackupComplete {
             set: set.to_string(),
@@ -66,7 +68,6 @@ impl Sets {
                 document.awaits_backup = false;
                 document.backup_succeeded = Some(succeeded);
                 self.state.store(&document)?;
-                drop(lock);
                 Ok(document)
             }
             Err(GuestError::Refused(error)) if error.code == ErrorCode::SetNotFound => {
@@ -83,7 +84,7 @@ impl Sets {
     }
 
     /// Tells the writers of a set that their files will be replaced by those of its copies; of these writers alone, if any
-    /// are named.
+    /// are named. A set may have no writer that wants to know; the VM is kept free of sets all the same.
     ///
     /// # Errors
     /// [`Error::NotFound`] if the set has none of them; [`Error::Guest`] if one refuses; [`Error::SetInProgress`].
@@ -98,13 +99,13 @@ impl Sets {
             writers: what_to_restore(&document, writers),
             limit_ms: None,
         };
-        if restore.writers.is_empty() {
+        if restore.writers.is_empty() && !writers.is_empty() {
             return Err(Error::NotFound(format!(
                 "set {} has no such writer",
                 document.set
             )));
         }
-        let lock = self.lock(&document.vm)?;
+        let lock = self.lock(&document.vm, Purpose::Restore)?;
         let guest = self.guest(&document.vm).await?;
         let said = guest
             .pre_restore(restore.clone(), self.limits.restore)
@@ -118,8 +119,8 @@ impl Sets {
         Ok((session, said))
     }
 
-    /// Tells writers that nothing will come of a backup, as far as they can be told.
-    pub(super) async fn give_up_backup(&self, document: &SetDocument) -> Result<(), Error> {
+    /// Tells writers that nothing will come of a backup, as far as they can be told. The caller holds the lock.
+    pub(super) async fn give_up_backup(&self, document: &SetDocument) {
         // QEMU's agent has no writers that wait, and would thaw what others froze.
         let Some(agent) = document
             .vm
@@ -127,21 +128,11 @@ impl Sets {
             .as_ref()
             .filter(|_| document.qemu_guest_agent.is_none())
         else {
-            return Ok(());
+            return;
         };
-        let _lock = self.lock(&document.vm)?;
         let (set, limit) = (document.set, self.limits.hello_again);
         let told = undo::in_guest(agent, set, "the set was deleted", limit).await;
         tracing::info!("set {set} is deleted: {}", crate::shown::plain(&told.line));
-        Ok(())
-    }
-
-    fn lock(&self, vm: &VmTarget) -> Result<VmLock, Error> {
-        self.state
-            .lock(&vm.qmp)?
-            .ok_or_else(|| Error::SetInProgress {
-                vm: vm.name.clone(),
-            })
     }
 
     async fn guest(&self, vm: &VmTarget) -> Result<GuestClient, Error> {
@@ -172,10 +163,16 @@ impl RestoreSession {
     }
 }
 
-/// Each writer of a set with its components, their stamps, and what it stored with them.
+/// Each writer of a set with its components, their stamps, and what it stored with them. One that wants no restore events gets none,
+/// unless it is named.
 fn what_to_restore(document: &SetDocument, only: &[String]) -> Vec<WriterRestore> {
     let wanted = |record: &&WriterRecord| {
-        record.in_scope && (only.is_empty() || only.iter().any(|name| record.is_called(name)))
+        let is_meant = if only.is_empty() {
+            record.wants_restore_events()
+        } else {
+            only.iter().any(|name| record.is_called(name))
+        };
+        record.in_scope && is_meant
     };
     document
         .writers
@@ -214,15 +211,37 @@ fn names(document: &SetDocument, record: &WriterRecord) -> Vec<(String, String)>
     if !picked.is_empty() {
         return picked;
     }
-    let metadata = record
-        .identify
-        .as_ref()
-        .and_then(|info| info.metadata.as_ref());
-    metadata
+    record
+        .metadata()
         .into_iter()
         .flat_map(|metadata| &metadata.components)
         .map(|component| (component.logical_path.clone(), component.name.clone()))
         .collect()
+}
+
+/// A component that was not picked would be passed over, and its writer believe that it is backed up.
+fn check_picked(document: &SetDocument, outcomes: &[WriterOutcomes]) -> Result<(), Error> {
+    for outcome in outcomes {
+        for component in &outcome.components {
+            let (path, name) = (&component.logical_path, &component.name);
+            let is_picked = document.request.components.iter().any(|picked| {
+                let records = document.writers.iter();
+                let mut both = records.filter(|record| record.is_called(&picked.writer));
+                let is_here = picked
+                    .components
+                    .iter()
+                    .any(|picked| (&picked.logical_path, &picked.name) == (path, name));
+                is_here && both.any(|record| record.is_called(&outcome.writer))
+            });
+            if !is_picked {
+                return Err(Error::NotFound(format!(
+                    "set {} was not made of component {path}/{name} of writer {}",
+                    document.set, outcome.writer
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A component as text: `WRITER=NAME` or `WRITER=PATH/NAME`.

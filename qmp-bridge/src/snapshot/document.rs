@@ -12,6 +12,7 @@ use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::host::{
     FilesystemInfo, FilesystemReport, WriterComponents, WriterInfo, WriterReport,
 };
+use guest_agent_wire::metadata::{Metadata, WriterRestoreEvents};
 use guest_agent_wire::types::{BackupType, DiskExtent};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -322,6 +323,19 @@ impl WriterRecord {
             .map(|report| report.components.as_slice())
             .find(|components| !components.is_empty())
             .unwrap_or_default()
+    }
+
+    /// Its metadata document.
+    #[must_use]
+    pub fn metadata(&self) -> Option<&Metadata> {
+        self.identify.as_ref()?.metadata.as_deref()
+    }
+
+    /// It is to hear of a restore of its files.
+    #[must_use]
+    pub fn wants_restore_events(&self) -> bool {
+        let restoring = self.metadata().and_then(|m| m.restore_method.as_ref());
+        restoring.is_none_or(|restoring| restoring.writer_restore != WriterRestoreEvents::Never)
     }
 
     /// A requester calls it so.

@@ -2,7 +2,8 @@
 //!
 //! Called by `run`, `undo` and `sets`. A record is a [`SetDocument`]; its outcome `open` is the intent. Invariants: a record
 //! is replaced whole (temporary file, fsync, rename, fsync of the directory); who makes or undoes a set of a VM holds
-//! that VM's lock, which the kernel drops when he dies; so an open record whose lock is free belongs to a dead bridge.
+//! that VM's lock, which the kernel drops when he dies; so an open record whose lock is free belongs to a dead bridge. A
+//! restore lets reverts beside it, since they are what it may be for, and nothing else.
 
 use super::document::SetDocument;
 use rustix::fs::{FlockOperation, flock, fsync};
@@ -53,10 +54,32 @@ pub struct StateDirectory {
     locks: PathBuf,
 }
 
-/// The right to make or undo sets of one VM.
+/// What the right to a VM is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To make, undo, complete or delete sets, or to speak to the guest: alone.
+    Sets,
+    /// To restore: no other restore, and nothing else but reverts.
+    Restore,
+    /// To revert disks: no other revert, and nothing else but a restore.
+    Revert,
+}
+
+/// A right to one VM.
 #[derive(Debug)]
 pub struct VmLock {
-    _file: File,
+    files: Vec<File>,
+}
+
+impl Drop for VmLock {
+    /// By hand: a program that another thread is starting just now shares the open files until it is executed, and closing them
+    /// here would leave them locked until then.
+    fn drop(&mut self) {
+        for file in &self.files {
+            // What cannot be unlocked is unlocked by its closing.
+            flock(file, FlockOperation::NonBlockingUnlock).unwrap_or(());
+        }
+    }
 }
 
 impl StateDirectory {
@@ -79,24 +102,41 @@ impl StateDirectory {
         Ok(directory)
     }
 
-    /// Takes the lock of the VM behind this monitor; `None` if somebody has it.
+    /// Takes the lock of the VM behind this monitor; `None` if somebody has it for what goes not with this.
     ///
     /// # Errors
     /// [`StateError::Io`].
-    pub fn lock(&self, qmp: &Path) -> Result<Option<VmLock>, StateError> {
-        let path = self.locks.join(file_name(&canonical(qmp)));
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(io_error("open", &path))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Some(VmLock { _file: file })),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(errno) => Err(io_error("lock", &path)(errno.into())),
+    pub fn lock(&self, qmp: &Path, purpose: Purpose) -> Result<Option<VmLock>, StateError> {
+        let vm = file_name(&canonical(qmp));
+        // No path is written with a `+`.
+        let own = match purpose {
+            Purpose::Sets => None,
+            Purpose::Restore => Some(format!("{vm}+restore")),
+            Purpose::Revert => Some(format!("{vm}+revert")),
+        };
+        let mut lock = VmLock { files: Vec::new() };
+        let of_vm = if own.is_some() {
+            FlockOperation::NonBlockingLockShared
+        } else {
+            FlockOperation::NonBlockingLockExclusive
+        };
+        let own = own.map(|own| (own, FlockOperation::NonBlockingLockExclusive));
+        for (name, operation) in [Some((vm, of_vm)), own].into_iter().flatten() {
+            let path = self.locks.join(name);
+            let file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(0o600)
+                .open(&path)
+                .map_err(io_error("open", &path))?;
+            match flock(&file, operation) {
+                Ok(()) => lock.files.push(file),
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(errno) => return Err(io_error("lock", &path)(errno.into())),
+            }
         }
+        Ok(Some(lock))
     }
 
     /// Writes a record. Durable when it returns.

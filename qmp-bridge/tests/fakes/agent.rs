@@ -5,8 +5,9 @@ use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::host::{
     AgentError, Command, ErrorCode, FilesystemInfo, FilesystemReport, FilesystemResult, Frozen,
     Hello, Identified, Outcome, Prepared, Request, Response, Restore, Thawed, WriterComponents,
-    WriterInfo, WriterReport, WritersSaid,
+    WriterInfo, WriterOutcomes, WriterReport, WritersSaid,
 };
+use guest_agent_wire::metadata::Metadata;
 use guest_agent_wire::types::{DiskExtent, Hold, Level, WriterState};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -19,6 +20,8 @@ use tokio::net::{UnixListener, UnixStream};
 pub(crate) struct Guest {
     /// Names of writers.
     pub(crate) writers: Vec<String>,
+    /// The document of each.
+    pub(crate) metadata: Option<Box<Metadata>>,
     /// Mount points, one on each disk of the same place.
     pub(crate) mountpoints: Vec<String>,
     pub(crate) serials: Vec<String>,
@@ -39,6 +42,8 @@ pub(crate) struct Guest {
     pub(crate) picked: Vec<WriterComponents>,
     /// Sets that wait for `backup_complete`.
     pub(crate) incomplete: Vec<String>,
+    /// Components of the last backup that fared otherwise.
+    pub(crate) outcomes: Vec<WriterOutcomes>,
     /// What was said before and after the last restore.
     pub(crate) restores: Vec<Restore>,
     set: Option<String>,
@@ -59,6 +64,7 @@ impl FakeAgent {
             peer,
             guest: Arc::new(Mutex::new(Guest {
                 writers: vec!["db".to_owned()],
+                metadata: None,
                 mountpoints: serials
                     .iter()
                     .enumerate()
@@ -74,6 +80,7 @@ impl FakeAgent {
                 evidence_at_thaw: 1,
                 picked: Vec::new(),
                 incomplete: Vec::new(),
+                outcomes: Vec::new(),
                 restores: Vec::new(),
                 set: None,
                 frozen: false,
@@ -262,6 +269,7 @@ impl FakeAgent {
                     "told failed"
                 };
                 self.peer.note(told);
+                guest.outcomes = outcome.components;
                 to_value(&WritersSaid {
                     writers: guest.reports(WriterState::Stable, None, 0),
                 })
@@ -307,7 +315,7 @@ impl Guest {
                     hold: Hold::App,
                     state: WriterState::Stable,
                     last_failure: None,
-                    metadata: None,
+                    metadata: self.metadata.clone(),
                 })
                 .collect(),
             filesystems: self

@@ -66,12 +66,13 @@ fn one_vm_has_one_lock_under_all_its_names() {
     fs::write(&socket, "").unwrap();
     let link = dir.path().join("link");
     std::os::unix::fs::symlink(&socket, &link).unwrap();
-    let lock = state.lock(&socket).unwrap();
+    let lock = state.lock(&socket, Purpose::Sets).unwrap();
     assert!(lock.is_some());
-    assert!(state.lock(&link).unwrap().is_none());
-    assert!(state.lock(&dir.path().join("other")).unwrap().is_some());
+    assert!(state.lock(&link, Purpose::Sets).unwrap().is_none());
+    let other = dir.path().join("other");
+    assert!(state.lock(&other, Purpose::Sets).unwrap().is_some());
     drop(lock);
-    assert!(state.lock(&link).unwrap().is_some());
+    assert!(state.lock(&link, Purpose::Sets).unwrap().is_some());
 }
 
 #[test]
@@ -83,12 +84,48 @@ fn a_vm_that_has_ended_has_the_same_lock() {
     std::os::unix::fs::symlink("run", dir.path().join("var-run")).unwrap();
     let socket = dir.path().join("var-run/qmp");
     fs::write(&socket, "").unwrap();
-    let lock = state.lock(&socket).unwrap();
+    let lock = state.lock(&socket, Purpose::Sets).unwrap();
     assert!(lock.is_some());
     fs::remove_file(&socket).unwrap();
-    assert!(state.lock(&socket).unwrap().is_none());
+    assert!(state.lock(&socket, Purpose::Sets).unwrap().is_none());
     drop(lock);
-    assert!(state.lock(&socket).unwrap().is_some());
+    assert!(state.lock(&socket, Purpose::Sets).unwrap().is_some());
+}
+
+#[test]
+fn a_restore_lets_a_revert_beside_it_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDirectory::open(dir.path()).unwrap();
+    let socket = dir.path().join("qmp");
+    let take = |purpose| state.lock(&socket, purpose).unwrap();
+    let restore = take(Purpose::Restore).unwrap();
+    assert!(take(Purpose::Sets).is_none());
+    assert!(take(Purpose::Restore).is_none());
+    let revert = take(Purpose::Revert).unwrap();
+    assert!(take(Purpose::Revert).is_none());
+    drop(restore);
+    assert!(take(Purpose::Sets).is_none());
+    drop(revert);
+    let sets = take(Purpose::Sets).unwrap();
+    assert!(take(Purpose::Sets).is_none());
+    assert!(take(Purpose::Restore).is_none());
+    assert!(take(Purpose::Revert).is_none());
+    drop(sets);
+    assert!(take(Purpose::Sets).is_some());
+}
+
+#[test]
+fn a_lock_ends_with_its_holder_although_a_program_that_is_just_being_started_shares_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDirectory::open(dir.path()).unwrap();
+    let socket = dir.path().join("qmp");
+    let take = || state.lock(&socket, Purpose::Sets).unwrap();
+    let lock = take().unwrap();
+    // What a child has between its fork and its exec.
+    let shared: Vec<File> = lock.files.iter().map(|f| f.try_clone().unwrap()).collect();
+    drop(lock);
+    assert!(take().is_some());
+    drop(shared);
 }
 
 #[test]

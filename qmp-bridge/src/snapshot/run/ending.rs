@@ -174,6 +174,15 @@ impl Run<'_> {
                     .to_owned(),
             });
         }
+        for record in self.doc.writers.iter().filter(|record| record.in_scope) {
+            let components = record.metadata().into_iter().flat_map(|m| &m.components);
+            for component in components.filter(|component| component.backup_recovery) {
+                notes.push(format!(
+                    "{} of writer {} asks to be recovered in the copy, which is read-only: it recovers where the copy is started",
+                    component.name, record.instance_id
+                ));
+            }
+        }
         for mountpoint in &self.doc.request.exclude_filesystems {
             notes.push(format!(
                 "{mountpoint} was left out by the requester: its content is only as consistent as a crash"
