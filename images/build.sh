@@ -16,7 +16,7 @@ target=${CARGO_TARGET_DIR:-$top/target}
 cache=$target/images
 triple=x86_64-unknown-linux-gnu
 programs=$target/$triple/release
-guest_programs=(guest-agent sqlite-writer guest-shell guest-load guest-writers)
+guest_programs=(guest-agent vmshadow-writer sqlite-writer guest-shell guest-load guest-writers)
 # What the databases' guest has besides.
 database_programs=(postgresql-writer mariadb-writer redis-writer unit-writer guest-database-load)
 

@@ -4,6 +4,7 @@
 //! alone. `VMSHADOW_STOP_AT=STEP` makes the command stop itself (SIGSTOP) after that step, so that a scenario can act
 //! at exactly that point.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -43,7 +44,15 @@ const LONGEST: Duration = Duration::from_secs(180);
 pub struct Bridge {
     directory: PathBuf,
     config: PathBuf,
+    daemon: Option<Daemon>,
     runs: AtomicU32,
+}
+
+/// A `qmp-bridge` that does the work.
+#[derive(Debug)]
+struct Daemon {
+    socket: PathBuf,
+    _process: Process,
 }
 
 /// What a finished `vmshadow` said.
@@ -134,14 +143,39 @@ impl Bridge {
         Ok(Self {
             directory: directory.to_owned(),
             config,
+            daemon: None,
+            runs: AtomicU32::new(0),
+        })
+    }
+
+    /// The same through a daemon, which is started for it, on the same records.
+    pub fn through_daemon(&self) -> Result<Self> {
+        let directory = self.directory.join("daemon");
+        std::fs::create_dir_all(&directory)?;
+        let socket = directory.join("socket");
+        let mut command = Command::new(image::program("qmp-bridge")?);
+        command.arg("--socket").arg(&socket);
+        command.arg("--config").arg(&self.config);
+        let process = Process::start("qmp-bridge", command, &directory.join("log"))?;
+        wait::until("the bridge's socket", wait::STEP, || {
+            Ok(UnixStream::connect(&socket).ok().map(drop))
+        })
+        .with_context(|| process.stderr())?;
+        Ok(Self {
+            directory,
+            config: self.config.clone(),
+            daemon: Some(Daemon {
+                socket,
+                _process: process,
+            }),
             runs: AtomicU32::new(0),
         })
     }
 
     /// Starts `vmshadow ARGUMENTS --json` for this machine.
     pub fn start(&self, arguments: &[&str], stop_at: Option<&str>) -> Result<Running> {
-        let mut all = arguments.to_vec();
-        all.push("--json");
+        let mut all = vec!["--json"];
+        all.extend_from_slice(arguments);
         self.spawn(&all, stop_at)
     }
 
@@ -160,7 +194,11 @@ impl Bridge {
 
     fn spawn(&self, arguments: &[&str], stop_at: Option<&str>) -> Result<Running> {
         let mut command = Command::new(image::program("vmshadow")?);
-        command.args(arguments).arg("--config").arg(&self.config);
+        match &self.daemon {
+            None => command.arg("--config").arg(&self.config),
+            Some(daemon) => command.arg("--bridge").arg(&daemon.socket),
+        };
+        command.args(arguments);
         if let Some(step) = stop_at {
             command.env("VMSHADOW_STOP_AT", step);
         }

@@ -18,6 +18,7 @@ use super::database::{self, Kind};
 use super::disk::{self, FileSystem};
 use super::load::Load;
 use super::oracle::{self, Found, Restored, Window};
+use super::qmp::Qmp;
 use super::vm::{Vm, VmBuilder};
 use super::vsock::VhostDeviceVsock;
 use super::wait;
@@ -72,6 +73,11 @@ impl Site {
         more: impl FnOnce(VmBuilder) -> Result<VmBuilder>,
     ) -> Result<Self> {
         Self::start_with(name, disks, true, more)
+    }
+
+    /// The same with disks that can be pulled out of the running machine and put back.
+    pub fn start_with_slots(name: &str, disks: &[(&str, FileSystem)]) -> Result<Self> {
+        Self::start_with(name, disks, false, |machine| Ok(machine.with_slots()))
     }
 
     fn start_with(
@@ -161,7 +167,11 @@ impl Site {
 
     /// Installs a script writer in the guest: one executable per event.
     pub fn script_writer(&self, name: &str, scripts: &[(&str, &str)]) -> Result<()> {
-        let directory = format!("/etc/vmshadow/writers/{name}");
+        self.scripts(&format!("/etc/vmshadow/writers/{name}"), scripts)
+    }
+
+    /// Puts a directory of executables into the guest, that root trusts.
+    pub fn scripts(&self, directory: &str, scripts: &[(&str, &str)]) -> Result<()> {
         self.vm
             .shell(&format!("mkdir -p {directory} && chmod 700 {directory}"))?;
         for (file, body) in scripts {
@@ -186,23 +196,19 @@ impl Site {
             .iter()
             .map(|disk| format!("--database /mnt/{}/load.db", disk.name))
             .collect();
-        // It is never waited for: it ends with the machine, or with a scenario that kills it.
-        drop(
-            self.vm
-                .guest()?
-                .start(&format!("exec sqlite-writer {}", databases.join(" ")))?,
-        );
-        self.wait_for_writer("SQLite")
+        self.writer(&format!("sqlite-writer {}", databases.join(" ")), "SQLite")
     }
 
     /// Starts a database's writer and waits until the agent knows it.
     pub fn database_writer(&self, kind: Kind) -> Result<()> {
-        let command = format!("exec database writer {} -", kind.name());
-        drop(self.vm.guest()?.start(&command)?);
-        self.wait_for_writer(kind.writer())
+        let command = format!("database writer {} -", kind.name());
+        self.writer(&command, kind.writer())
     }
 
-    fn wait_for_writer(&self, name: &str) -> Result<()> {
+    /// Starts a connected writer and waits until the agent knows it by this name. It ends with the machine, or with a scenario that
+    /// kills it.
+    pub fn writer(&self, command: &str, name: &str) -> Result<()> {
+        drop(self.vm.guest()?.start(&format!("exec {command}"))?);
         let what = format!("the writer for {name} to register");
         wait::until(&what, wait::STEP, || {
             let writers = self.bridge.run(&["list", "writers"])?;
@@ -210,6 +216,27 @@ impl Site {
             let registered = writers.code == 0 && writers.document.to_string().contains(name);
             Ok(registered.then_some(()))
         })
+    }
+
+    /// Pulls a disk out of the running machine, and waits until its daemon knows.
+    pub fn pull(&self, disk: usize) -> Result<()> {
+        self.vm.pull(disk)?;
+        let name = &self.disks.get(disk).context("no such disk")?.name;
+        let mut control = Qmp::connect(self.daemon.control())?;
+        wait::until("the daemon to be let go", wait::STEP, || {
+            let volumes = control.execute("query-volumes", json!({}))?;
+            let mut volumes = volumes.as_array().into_iter().flatten();
+            let volume = volumes.find(|volume| volume["volume"] == json!(name));
+            Ok(volume
+                .is_some_and(|volume| volume["connected"] == json!(false))
+                .then_some(()))
+        })
+    }
+
+    /// Puts it back.
+    pub fn put_back(&self, disk: usize) -> Result<()> {
+        let name = &self.disks.get(disk).context("no such disk")?.name;
+        self.vm.put_back(disk, &self.daemon.socket(name))
     }
 
     /// A writer that agrees to everything: without any, nobody speaks for the applications.

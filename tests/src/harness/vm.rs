@@ -10,6 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use tempfile::TempDir;
 
 use super::disk::FileSystem;
@@ -50,6 +51,7 @@ pub struct VmBuilder {
     agent: bool,
     databases: bool,
     vsock: Option<PathBuf>,
+    slots: bool,
     accelerator: Option<Accelerator>,
     boot_deadline: Duration,
 }
@@ -66,6 +68,7 @@ impl VmBuilder {
             agent: false,
             databases: false,
             vsock: None,
+            slots: false,
             accelerator: None,
             boot_deadline: wait::BOOT,
         }
@@ -123,6 +126,13 @@ impl VmBuilder {
     pub fn with_databases(mut self) -> Self {
         self.databases = true;
         self.memory_mib = 1024;
+        self
+    }
+
+    /// Every disk served over vhost-user can be pulled out and put back while the machine runs.
+    #[must_use]
+    pub fn with_slots(mut self) -> Self {
+        self.slots = true;
         self
     }
 
@@ -211,7 +221,7 @@ impl VmBuilder {
                 .args(["-device", "vhost-user-vsock-pci,chardev=vsock"]);
         }
         for (number, disk) in self.disks.iter().enumerate() {
-            disk_arguments(&mut qemu, number, disk);
+            disk_arguments(&mut qemu, number, disk, self.slots);
         }
         if let Some(usr) = &image.usr {
             qemu.arg("-blockdev")
@@ -278,9 +288,18 @@ fn server(socket: &Path) -> String {
     format!("unix:{},server=on,wait=off", socket.display())
 }
 
-fn disk_arguments(qemu: &mut Command, number: usize, disk: &Disk) {
+fn disk_arguments(qemu: &mut Command, number: usize, disk: &Disk, slots: bool) {
     match &disk.backing {
         Backing::VhostUser(socket) => {
+            let bus = if slots {
+                // The root bus of this machine takes nothing while it runs.
+                let chassis = number + 1;
+                qemu.arg("-device")
+                    .arg(format!("pcie-root-port,id=slot{number},chassis={chassis}"));
+                format!(",bus=slot{number}")
+            } else {
+                String::new()
+            };
             // QEMU asks one queue per CPU and refuses a backend that has fewer: say how many.
             qemu.arg("-chardev")
                 .arg(format!(
@@ -289,7 +308,7 @@ fn disk_arguments(qemu: &mut Command, number: usize, disk: &Disk) {
                 ))
                 .arg("-device")
                 .arg(format!(
-                    "vhost-user-blk-pci,id=disk{number},chardev=vhost{number},num-queues={QUEUES}"
+                    "vhost-user-blk-pci,id=disk{number},chardev=vhost{number},num-queues={QUEUES}{bus}"
                 ));
         }
         Backing::File(path) => {
@@ -351,6 +370,42 @@ impl Vm {
         Qmp::connect(&self.directory.path().join("rig.sock"))
     }
 
+    /// Pulls out the disk of this number (from 0, as they were added) and lets go of its server.
+    pub fn pull(&self, number: usize) -> Result<()> {
+        let mut monitor = self.monitor()?;
+        let device = format!("disk{number}");
+        monitor.execute("device_del", json!({ "id": device }))?;
+        // The guest has to let it go, too.
+        wait::until("the disk to be out", wait::STEP, || {
+            let there = monitor.execute("qom-list", json!({"path": "/machine/peripheral"}))?;
+            let mut names = there.as_array().into_iter().flatten();
+            Ok((!names.any(|one| one["name"] == json!(device))).then_some(()))
+        })
+        .with_context(|| self.log())?;
+        let chardev = json!({"id": format!("vhost{number}")});
+        monitor.execute("chardev-remove", chardev)?;
+        Ok(())
+    }
+
+    /// Puts it back.
+    pub fn put_back(&self, number: usize, socket: &Path) -> Result<()> {
+        let mut monitor = self.monitor()?;
+        let chardev = format!("vhost{number}");
+        let address = json!({"type": "unix", "data": {"path": socket}});
+        let backend =
+            json!({"type": "socket", "data": {"addr": address, "server": false, "reconnect": 1}});
+        monitor.execute("chardev-add", json!({"id": chardev, "backend": backend}))?;
+        let device = json!({
+            "driver": "vhost-user-blk-pci",
+            "id": format!("disk{number}"),
+            "chardev": chardev,
+            "num-queues": QUEUES,
+            "bus": format!("slot{number}"),
+        });
+        monitor.execute("device_add", device)?;
+        Ok(())
+    }
+
     /// Console and QEMU's own output, for messages.
     #[must_use]
     pub fn log(&self) -> String {
@@ -365,7 +420,7 @@ impl Vm {
     /// Writes everything back, stops the guest and waits for QEMU's end, so that its disks can be read.
     pub fn shut_down(mut self) -> Result<()> {
         self.shell("for point in /mnt/*; do umount $point || exit 1; done; sync")?;
-        self.monitor()?.execute("quit", serde_json::json!({}))?;
+        self.monitor()?.execute("quit", json!({}))?;
         self.process.wait(wait::STEP)?;
         Ok(())
     }
