@@ -106,8 +106,9 @@ kills: images ## kill -9 under full load: 1,000 times on raw rings, 100 times un
 kernel-cuts: deps ## power cuts of a disk under real file systems with the store on them
 	VMSHADOW_KERNEL_CUTS=400 cargo test --locked -p vhost-blk-store --test kernel_cut -- --nocapture
 
-fuzz: deps ## two minutes of libFuzzer on each part of the store's metadata, behind the checksums
+fuzz: deps ## two minutes of libFuzzer on each part of the store's metadata, behind the checksums, and on what guest and host say to each other
 	vhost-blk/store/fuzz/run 120
+	qmp-bridge/fuzz/run 120
 
 nightly: test crash-images kernel-cuts kills fuzz bench window-figures database-proofs writer-figures ## everything that takes long
 

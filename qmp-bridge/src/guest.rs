@@ -359,16 +359,17 @@ fn decode<T: DeserializeOwned>(
     }
 }
 
-/// Everything that is done with bytes of a guest before they are believed, for whoever makes up bytes.
-#[cfg(test)]
-fn hear_anything(chunks: &[&[u8]]) {
+/// Everything that is done with bytes of a guest before they are believed, for whoever makes up bytes. Panics if more was kept
+/// of them than may be.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn hear_anything(chunks: &[&[u8]]) {
     for answer in lines::answers(chunks) {
         let name = "made up";
         drop(greeted(answer.clone()));
         drop(decode::<Prepared>(name, answer.clone()));
         drop(decode::<Frozen>(name, answer.clone()));
         drop(decode::<Thawed>(name, answer.clone()));
-        drop(decode::<PostSnapshot>(name, answer.clone()));
+        drop(decode::<WritersSaid>(name, answer.clone()));
         match decode::<Identified>(name, answer) {
             Ok(identified) => drop(identified),
             Err(error) => drop(error.to_string()),

@@ -76,7 +76,7 @@ fn parse(line: &[u8]) -> Option<Incoming> {
 }
 
 /// The answers in these bytes, which come one chunk after the other from an agent that was asked once.
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(super) fn answers(chunks: &[&[u8]]) -> Vec<Result<serde_json::Value, serde_json::Value>> {
     let mut decoder = LineDecoder::default();
     decoder.asked();
