@@ -5,6 +5,7 @@
 //! set, because the agent thaws when its host side goes away; nothing is retried on a new connection except `abort`.
 
 mod address;
+mod greeting;
 mod lines;
 mod stock;
 
@@ -13,22 +14,18 @@ pub use stock::{StockClient, StockFilesystem, StockGuest, StockSystem, VssWriter
 
 use crate::link::{Link, LinkError};
 use guest_agent_wire::host::{
-    AgentError, BackupComplete, Command, ErrorCode, Frozen, Hello, Identified, PROTOCOL_VERSIONS,
+    AgentError, BackupComplete, Command, Frozen, Hello, Identified, PROTOCOL_VERSIONS,
     PostSnapshot, Prepared, Request, Restore, Thawed, WritersSaid,
 };
-use lines::{LineDecoder, NEW_CONVERSATION};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Most writers, file systems and exempt extents that are believed: each is compared with others, and the exempt ones with every
 /// request of the disks while the guest is frozen.
 const WRITERS_MAX: usize = 1024;
 const FILESYSTEMS_MAX: usize = 4096;
 const EXEMPT_MAX: usize = 256;
-
-/// How often `hello` is sent again while the port is not yet open in the guest.
-const HELLO_AGAIN: Duration = Duration::from_secs(2);
 
 /// Why the agent gave no answer.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -103,55 +100,12 @@ pub struct GuestClient {
 }
 
 impl GuestClient {
-    /// Connects and says hello. Says it again every two seconds, since a guest that boots opens its port late.
+    /// Connects and says hello, again and again: a guest that boots opens its port late.
     ///
     /// # Errors
     /// Nobody answers within `limit`, or he speaks no common version.
     pub async fn connect(address: &AgentAddress, limit: Duration) -> Result<Self, GuestError> {
-        let stream = address.connect(limit).await?;
-        // Answers to an earlier bridge may still be in the pipe: its numbers must not be ours.
-        let first_id = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(1, |d| u64::try_from(d.as_micros()).unwrap_or(1));
-        let (link, _unasked) = Link::new(stream, LineDecoder::default(), first_id);
-        let saying = async {
-            let command = Command::Hello {
-                versions: PROTOCOL_VERSIONS.to_vec(),
-            };
-            let mut calls = tokio::task::JoinSet::new();
-            let link = std::sync::Arc::new(link);
-            loop {
-                let (link_of_call, command) = (std::sync::Arc::clone(&link), command.clone());
-                calls.spawn(async move {
-                    let encode = |id| encode(id, command, true);
-                    link_of_call.call(encode, None, None).await
-                });
-                match tokio::time::timeout(HELLO_AGAIN, calls.join_next()).await {
-                    Err(_elapsed) => {}
-                    Ok(Some(Ok(answer))) => {
-                        calls.shutdown().await;
-                        break greeted(answer?).map(|hello| (link, hello));
-                    }
-                    Ok(Some(Err(_)) | None) => {
-                        break Err(GuestError::Link(LinkError::Closed {
-                            why: "cancelled".to_owned(),
-                        }));
-                    }
-                }
-            }
-        };
-        let (link, hello) = match tokio::time::timeout(limit, saying).await {
-            Ok(result) => result?,
-            Err(_elapsed) => {
-                return Err(GuestError::Link(LinkError::Deadline {
-                    limit_ms: limit.as_millis(),
-                }));
-            }
-        };
-        let link = std::sync::Arc::into_inner(link).ok_or(GuestError::BadAnswer {
-            command: "hello",
-            why: "still in use".to_owned(),
-        })?;
+        let (link, hello) = greeting::open(address, limit).await?;
         Ok(Self { link, hello })
     }
 
@@ -164,7 +118,7 @@ impl GuestClient {
     /// Why the conversation is over, if it is.
     #[must_use]
     pub fn closed(&self) -> Option<String> {
-        self.link.closed()
+        self.link.closed().map(|error| error.to_string())
     }
 
     /// Writers and file systems.
@@ -301,7 +255,7 @@ impl GuestClient {
         command: Command,
         limit: Duration,
     ) -> Result<T, GuestError> {
-        let encode = |id| encode(id, command, false);
+        let encode = |id| encode(id, command);
         let answer = self.link.call(encode, None, Some(limit)).await?;
         decode(name, answer)
     }
@@ -315,31 +269,11 @@ fn bounded(command: &'static str, what: &str, count: usize, max: usize) -> Resul
     Err(GuestError::BadAnswer { command, why })
 }
 
-fn encode(id: u64, command: Command, new_conversation: bool) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    if new_conversation {
-        bytes.push(NEW_CONVERSATION);
-    }
+fn encode(id: u64, command: Command) -> Vec<u8> {
     // Our own types always serialise; an empty line would be answered by nobody and end at the deadline.
-    bytes.extend(serde_json::to_vec(&Request { id, command }).unwrap_or_default());
+    let mut bytes = serde_json::to_vec(&Request { id, command }).unwrap_or_default();
     bytes.push(b'\n');
     bytes
-}
-
-/// What the answer to `hello` comes to. An agent that is newer or older says so in its own way: by an error, or by a version
-/// that was not offered.
-fn greeted(answer: Result<Value, Value>) -> Result<Hello, GuestError> {
-    match decode::<Hello>("hello", answer) {
-        Ok(hello) if PROTOCOL_VERSIONS.contains(&hello.version) => Ok(hello),
-        Ok(hello) => Err(GuestError::VersionMismatch {
-            agent: format!("{} answers version {}", hello.agent, hello.version),
-        }),
-        Err(GuestError::Refused(refused)) if refused.code == ErrorCode::VersionMismatch => {
-            let agent = refused.message;
-            Err(GuestError::VersionMismatch { agent })
-        }
-        Err(error) => Err(error),
-    }
 }
 
 fn decode<T: DeserializeOwned>(
@@ -365,7 +299,7 @@ fn decode<T: DeserializeOwned>(
 pub fn hear_anything(chunks: &[&[u8]]) {
     for answer in lines::answers(chunks) {
         let name = "made up";
-        drop(greeted(answer.clone()));
+        drop(greeting::greeted(answer.clone()));
         drop(decode::<Prepared>(name, answer.clone()));
         drop(decode::<Frozen>(name, answer.clone()));
         drop(decode::<Thawed>(name, answer.clone()));

@@ -66,6 +66,12 @@ pub enum LinkError {
         /// How.
         why: String,
     },
+    /// The peer says what it must not: it would do so on another connection too.
+    #[error("connection given up: {why}")]
+    Unreadable {
+        /// What.
+        why: String,
+    },
 }
 
 struct Outgoing {
@@ -78,7 +84,7 @@ type Answer = Result<Value, Value>;
 #[derive(Default)]
 struct Pending {
     calls: HashMap<u64, oneshot::Sender<Answer>>,
-    closed: Option<String>,
+    closed: Option<LinkError>,
 }
 
 /// A connected stream socket. tokio's type for Unix sockets reads and writes one of any family.
@@ -139,14 +145,14 @@ impl Link {
     }
 
     /// Why the connection is closed, if it is.
-    pub(crate) fn closed(&self) -> Option<String> {
+    pub(crate) fn closed(&self) -> Option<LinkError> {
         lock(&self.pending).closed.clone()
     }
 
     /// Closes the connection; calls under way fail with `why`.
     pub(crate) fn close(&self, why: &str) {
         self.task.abort();
-        close(&self.pending, why);
+        close(&self.pending, lost(why));
     }
 
     /// Sends a call and waits for its answer. `encode` gets the call's number. Without a limit it waits as long as the
@@ -161,8 +167,8 @@ impl Link {
         let (sender, receiver) = oneshot::channel();
         {
             let mut pending = lock(&self.pending);
-            if let Some(why) = &pending.closed {
-                return Err(LinkError::Closed { why: why.clone() });
+            if let Some(error) = &pending.closed {
+                return Err(error.clone());
             }
             pending.calls.insert(id, sender);
         }
@@ -180,9 +186,7 @@ impl Link {
                 }
             },
         };
-        answer.map_err(|_gone| LinkError::Closed {
-            why: self.closed().unwrap_or_else(|| "closed".to_owned()),
-        })
+        answer.map_err(|_gone| self.closed().unwrap_or_else(|| lost("closed")))
     }
 }
 
@@ -191,11 +195,15 @@ fn lock(pending: &Mutex<Pending>) -> MutexGuard<'_, Pending> {
     pending.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn close(pending: &Mutex<Pending>, why: &str) {
-    let mut pending = lock(pending);
-    if pending.closed.is_none() {
-        pending.closed = Some(why.to_owned());
+fn lost(why: impl ToString) -> LinkError {
+    LinkError::Closed {
+        why: why.to_string(),
     }
+}
+
+fn close(pending: &Mutex<Pending>, error: LinkError) {
+    let mut pending = lock(pending);
+    pending.closed.get_or_insert(error);
     // Dropping the senders wakes the callers.
     pending.calls.clear();
 }
@@ -208,11 +216,11 @@ async fn run(
     unasked: broadcast::Sender<Value>,
 ) {
     let mut buffer = vec![0_u8; 64 * 1024];
-    let why = loop {
+    let error = loop {
         tokio::select! {
             read = read(&stream, &mut buffer) => {
                 match read {
-                    Ok(0) => break "the peer closed it".to_owned(),
+                    Ok(0) => break lost("the peer closed it"),
                     Ok(length) => {
                         let bytes = buffer.get(..length).unwrap_or_default();
                         match decoder.decode(bytes) {
@@ -221,22 +229,22 @@ async fn run(
                                     deliver(message, &pending, &unasked);
                                 }
                             }
-                            Err(why) => break why,
+                            Err(why) => break LinkError::Unreadable { why },
                         }
                     }
-                    Err(error) => break error.to_string(),
+                    Err(error) => break lost(error),
                 }
             }
             message = queue.recv() => {
-                let Some(message) = message else { break "closed".to_owned() };
+                let Some(message) = message else { break lost("closed") };
                 decoder.asked();
                 if let Err(error) = send(&stream, &message).await {
-                    break error.to_string();
+                    break lost(error);
                 }
             }
         }
     };
-    close(&pending, &why);
+    close(&pending, error);
 }
 
 fn deliver(message: Incoming, pending: &Mutex<Pending>, unasked: &broadcast::Sender<Value>) {
@@ -288,9 +296,7 @@ async fn send(stream: &Stream, message: &Outgoing) -> io::Result<()> {
 pub(crate) async fn connect(path: &Path, limit: Duration) -> Result<Stream, LinkError> {
     match tokio::time::timeout(limit, UnixStream::connect(path)).await {
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => Err(LinkError::Closed {
-            why: format!("connect: {error}"),
-        }),
+        Ok(Err(error)) => Err(lost(format_args!("connect: {error}"))),
         Err(_elapsed) => Err(LinkError::Deadline {
             limit_ms: limit.as_millis(),
         }),

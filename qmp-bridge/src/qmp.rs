@@ -94,8 +94,10 @@ impl QmpClient {
                     return Ok(client);
                 }
             }
-            let why = client.link.closed().unwrap_or_default();
-            Err(CallError::Link(LinkError::Closed { why }))
+            let closed = || LinkError::Closed {
+                why: "closed".to_owned(),
+            };
+            Err(client.link.closed().unwrap_or_else(closed).into())
         };
         match tokio::time::timeout(limit, connecting).await {
             Ok(result) => result,
@@ -120,7 +122,7 @@ impl QmpClient {
     /// Why the connection is closed, if it is.
     #[must_use]
     pub fn closed(&self) -> Option<String> {
-        self.link.closed()
+        self.link.closed().map(|error| error.to_string())
     }
 
     /// Runs a command by name. `fd` travels with it. Without a limit it waits as long as the connection lives.

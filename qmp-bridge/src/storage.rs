@@ -43,7 +43,7 @@ impl StorageError {
     pub fn is_deadline(&self) -> bool {
         match &self.source {
             CallError::Link(LinkError::Deadline { .. }) => true,
-            CallError::Link(LinkError::Closed { .. })
+            CallError::Link(LinkError::Closed { .. } | LinkError::Unreadable { .. })
             | CallError::Refused(_)
             | CallError::BadAnswer { .. } => false,
         }

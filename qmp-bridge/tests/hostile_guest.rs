@@ -68,6 +68,35 @@ async fn a_guest_that_floods_is_hung_up_on_after_what_it_was_asked_for() {
     assert!(end(agent).await < 4 << 20);
 }
 
+/// QEMU's socket does both while the last client's end is under way.
+#[tokio::test]
+async fn a_way_that_hangs_up_or_carries_nothing_is_dialled_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("agent");
+    let listener = UnixListener::bind(&path).unwrap();
+    let agent = std::thread::spawn(move || {
+        // Hung up on; then one on which whatever is said is lost; then one on which the first hello is lost.
+        drop(listener.accept().unwrap());
+        let (mut deaf, _) = listener.accept().unwrap();
+        let mut said = Vec::new();
+        deaf.read_to_end(&mut said).unwrap();
+        let hellos = said.iter().filter(|byte| **byte == b'\n').count();
+        let (stream, _) = listener.accept().unwrap();
+        let mut reader = BufReader::new(&stream);
+        request(&mut reader);
+        hello(&stream, &mut reader);
+        // Until the bridge has heard it.
+        let mut rest = Vec::new();
+        reader.read_to_end(&mut rest).unwrap();
+        hellos
+    });
+    let address = AgentAddress::Serial(path);
+    let client = GuestClient::connect(&address, LIMIT).await.unwrap();
+    assert_eq!(client.hello().agent, "a");
+    drop(client);
+    assert!(end(agent).await > 3);
+}
+
 #[tokio::test]
 async fn a_guest_that_answers_byte_by_byte_has_no_more_time_than_another() {
     let (_directory, address, agent) = agent(|mut stream| {

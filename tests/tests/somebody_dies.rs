@@ -21,7 +21,7 @@ fn an_agent_killed_while_frozen_leaves_the_guest_thawed_and_the_set_deleted() ->
     let load = site.load()?;
     site.willing_writer()?;
     let mut create = site.bridge.start(&["create"], Some("frozen"))?;
-    create.wait_stopped()?;
+    create.wait_stopped().with_context(|| site.log())?;
     site.vm.shell("killall -9 guest-agent")?;
     site.is_thawed(THAWED_WITHIN)?;
     create.go_on()?;
@@ -49,7 +49,9 @@ fn a_bridge_killed_after_any_step_leaves_a_thawed_guest_and_nothing_half_kept() 
     site.willing_writer()?;
     for step in STEPS {
         let mut create = site.bridge.start(&["create"], Some(step))?;
-        create.wait_stopped().context(*step)?;
+        create
+            .wait_stopped()
+            .with_context(|| format!("{step}: {}", site.log()))?;
         create.kill()?;
         site.is_thawed(THAWED_WITHIN)
             .with_context(|| format!("killed after {step}"))?;
