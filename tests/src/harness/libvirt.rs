@@ -175,8 +175,9 @@ impl Libvirt {
             Self::OWN_DISK
         );
         xml += &format!(
-            "<channel type='unix'><source mode='bind' path='{}'/><target type='virtio' name='{SHELL_PORT}'/></channel>\
-             <channel type='unix'><source mode='bind'/><target type='virtio' name='{QGA_PORT}'/></channel>\
+            // The guest waits for the shell's port alone: it comes last.
+            "<channel type='unix'><source mode='bind'/><target type='virtio' name='{QGA_PORT}'/></channel>\
+             <channel type='unix'><source mode='bind' path='{}'/><target type='virtio' name='{SHELL_PORT}'/></channel>\
              </devices></domain>",
             file("shell.sock"),
         );

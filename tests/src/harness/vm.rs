@@ -202,7 +202,8 @@ impl VmBuilder {
         .args(["-qmp", &server(&directory.path().join("qmp.sock"))])
         .args(["-qmp", &server(&directory.path().join("rig.sock"))])
         .args(["-device", "virtio-serial-pci"]);
-        for (number, name) in [SHELL_PORT, LOAD_PORT, QGA_PORT, AGENT_PORT]
+        // The guest waits for the shell's port alone: it comes last.
+        for (number, name) in [LOAD_PORT, QGA_PORT, AGENT_PORT, SHELL_PORT]
             .iter()
             .enumerate()
         {
