@@ -12,8 +12,9 @@ use vhost_blk_wire::command::{
     BlockResize, BlockResized, COMMAND_NAMES, Command, CommandInfo, Empty, Getfd, HandOver,
     HandOverVolume, QmpCapabilities, QueryCommands, QuerySnapshots, QueryVersion, QueryVolumes,
     QueryWrites, SnapshotDelete, SnapshotRead, SnapshotRevert, SnapshotSetAbort, SnapshotSetCommit,
-    SnapshotSetCommitted, SnapshotSetDelete, SnapshotSetHold, SnapshotSetKeep, SnapshotSetMark,
-    SnapshotSetPrepare, SnapshotSetRelease, VolumeCommitted, WriteMark, WriteMarked, WriteUnmark,
+    SnapshotSetCommitted, SnapshotSetDelete, SnapshotSetHold, SnapshotSetKeep, SnapshotSetLeaveOut,
+    SnapshotSetLeftOut, SnapshotSetMark, SnapshotSetPrepare, SnapshotSetRelease, VolumeCommitted,
+    VolumeLeftOut, WriteMark, WriteMarked, WriteUnmark,
 };
 use vhost_blk_wire::qmp::{ErrorClass, QmpError, Request};
 
@@ -100,6 +101,9 @@ pub(super) fn execute(client: &Arc<Client>, request: &Request) -> Result<Value, 
             sets.keep(command.set)?;
             Ok(Empty {})
         }),
+        SnapshotSetLeaveOut::NAME => run(request, |command: SnapshotSetLeaveOut| {
+            leave_out(client, command)
+        }),
         SnapshotSetAbort::NAME => run(request, |command: SnapshotSetAbort| {
             sets.abort(command.set, &command.reason)?;
             Ok(Empty {})
@@ -159,6 +163,27 @@ fn run<C: Command>(
         .map_err(|error| generic(format!("arguments of {}: {error}", C::NAME)))?;
     serde_json::to_value(work(command)?)
         .map_err(|error| generic(format!("the answer cannot be written: {error}")))
+}
+
+fn leave_out(
+    client: &Client,
+    command: SnapshotSetLeaveOut,
+) -> Result<SnapshotSetLeftOut, QmpError> {
+    let areas: Vec<_> = command
+        .areas
+        .into_iter()
+        .map(|area| (area.volume, area.ranges))
+        .collect();
+    let left_out = client.server.sets.leave_out(command.set, &areas)?;
+    let volumes = areas
+        .into_iter()
+        .zip(left_out)
+        .map(|((volume, _), left_out_bytes)| VolumeLeftOut {
+            volume,
+            left_out_bytes,
+        })
+        .collect();
+    Ok(SnapshotSetLeftOut { volumes })
 }
 
 fn commit(client: &Client, command: &SnapshotSetCommit) -> Result<SnapshotSetCommitted, QmpError> {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
-use vhost_blk_store::{Maintenance, StoreError, Volume};
+use vhost_blk_store::{LeaveOut, Maintenance, SnapshotId, StoreError, Volume};
 use vhost_blk_wire::event::Event as WireEvent;
 use vhost_blk_wire::types::{Method, VolumeInfo};
 
@@ -370,6 +370,26 @@ impl VolumeEngine {
             .lock_quiet()
             .is_some_and(|until| Instant::now() < until);
         (!is_quiet).then(|| self.store.maintain(budget_blocks))
+    }
+
+    /// One step of leaving areas out of a snapshot: `false` when nothing is left to do; `None` while a set is between mark and commit
+    /// on this volume.
+    pub(super) fn leave_out(
+        &self,
+        snapshot: SnapshotId,
+        wanted: &mut LeaveOut,
+    ) -> Option<Result<bool, StoreError>> {
+        let _step = lock(&self.maintenance_step);
+        let is_quiet = self
+            .lock_quiet()
+            .is_some_and(|until| Instant::now() < until);
+        if is_quiet {
+            return None;
+        }
+        let more = self.store.leave_out(snapshot, wanted);
+        // Writes to these blocks were turned back during the sync.
+        self.wake_queues();
+        Some(more)
     }
 
     /// Tells once that the store has poisoned itself.

@@ -12,8 +12,10 @@ pub(crate) const MAGIC: [u8; 8] = *b"vmshadow";
 pub(crate) const VERSION: u32 = 2;
 /// Feature bit: a record of the snapshot table has a size.
 pub(crate) const FEATURE_SIZES: u32 = 1;
+/// Feature bit: the journal may hold LEAVE_OUT.
+pub(crate) const FEATURE_LEAVES_OUT: u32 = 2;
 /// Incompatible feature bits this program knows.
-pub(crate) const KNOWN_FEATURES: u32 = FEATURE_SIZES;
+pub(crate) const KNOWN_FEATURES: u32 = FEATURE_SIZES | FEATURE_LEAVES_OUT;
 
 /// Bytes of one superblock slot; slot A at 0, slot B behind it.
 pub(crate) const SLOT_BYTES: u64 = 4096;
@@ -124,7 +126,7 @@ pub(crate) mod record {
     pub(crate) const COUNT: usize = 12;
     pub(crate) const SEQUENCE: usize = 16;
     pub(crate) const PAYLOAD: usize = 24;
-    /// MAP, PRESERVE, SETTLE.
+    /// MAP, PRESERVE, SETTLE, LEAVE_OUT.
     pub(crate) const BLOCK: usize = 24;
     /// MAP, PRESERVE.
     pub(crate) const LOCATION: usize = 32;
@@ -170,6 +172,7 @@ pub(crate) mod kind {
     pub(crate) const DELETE: u8 = 10;
     pub(crate) const COMMIT: u8 = 11;
     pub(crate) const RESTART: u8 = 12;
+    pub(crate) const LEAVE_OUT: u8 = 13;
 }
 
 /// Offsets in an index page.
@@ -269,6 +272,7 @@ pub const KINDS: &[(&str, u8)] = &[
     ("DELETE", kind::DELETE),
     ("COMMIT", kind::COMMIT),
     ("RESTART", kind::RESTART),
+    ("LEAVE_OUT", kind::LEAVE_OUT),
 ];
 
 /// What a checksum is seeded with, so that bytes of one place never pass in another.

@@ -37,6 +37,7 @@ mod index_room;
 mod io;
 mod journal;
 pub mod layout;
+mod leave_out;
 mod maintain;
 mod open;
 mod pins;
@@ -64,6 +65,7 @@ pub use check::{Finding, Severity, check};
 pub use dump::{Dump, IndexDump, JournalDump, RunDump, SuperblockDump, dump};
 pub use error::{FileName, Result, StoreError};
 pub use io::{Access, AlignedBuffer, BlockFile, DiskFile};
+pub use leave_out::LeaveOut;
 pub use maintain::Maintenance;
 pub use open::RecoveryReport;
 pub use plan::{

@@ -265,6 +265,7 @@ fn load_table(files: &VolumeFiles, superblock: &Superblock, state: &mut State) -
             Record::Start { .. }
             | Record::Map { .. }
             | Record::Preserve { .. }
+            | Record::LeaveOut { .. }
             | Record::Settle { .. }
             | Record::Discard { .. }
             | Record::Delete { .. }

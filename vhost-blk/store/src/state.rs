@@ -130,6 +130,17 @@ impl State {
                     puts.push((key, Location::Log(copy.plus(place))));
                 }
             }
+            Record::LeaveOut {
+                block,
+                count,
+                epoch,
+            } => {
+                self.last_of(*block, *count)?;
+                self.check_epoch(*epoch)?;
+                for place in 0..u64::from(*count) {
+                    puts.push((Key::history(block.plus(place), *epoch), Location::Zero));
+                }
+            }
             Record::Settle { block, count } => {
                 self.last_of(*block, *count)?;
                 for place in 0..u64::from(*count) {
@@ -229,6 +240,7 @@ impl State {
             Record::Start { .. }
             | Record::Map { .. }
             | Record::Preserve { .. }
+            | Record::LeaveOut { .. }
             | Record::Settle { .. }
             | Record::Commit { .. } => {}
         }

@@ -72,6 +72,8 @@ pub(crate) struct Superblock {
     pub(crate) unswept: bool,
     /// A record of the snapshot table has a size.
     pub(crate) has_sizes: bool,
+    /// The journal may hold LEAVE_OUT records.
+    pub(crate) leaves_out: bool,
     /// The base may be as long as this, if it is not 0: what is behind `size_bytes` is to be cut off.
     pub(crate) base_bytes: u64,
     /// Set by a clean close, where the base can tell.
@@ -197,6 +199,7 @@ impl UnverifiedSuperblock {
             log_high_water,
             unswept: flags & layout::FLAG_UNSWEPT != 0,
             has_sizes: features & layout::FEATURE_SIZES != 0,
+            leaves_out: features & layout::FEATURE_LEAVES_OUT != 0,
             base_bytes: u64_at(bytes, slot::BASE_BYTES),
             base_modified,
         }))
@@ -244,6 +247,7 @@ impl Superblock {
             log_high_water: 0,
             unswept: false,
             has_sizes: false,
+            leaves_out: false,
             base_bytes: 0,
             base_modified: None,
         }
@@ -284,10 +288,10 @@ impl Superblock {
             slot::BLOCK_BYTES,
             &layout::take::<4>(&block_bytes, 0),
         );
-        if self.has_sizes {
-            let features = layout::FEATURE_SIZES.to_le_bytes();
-            put(&mut bytes, slot::FEATURES, &features);
-        }
+        let sizes = u32::from(self.has_sizes) * layout::FEATURE_SIZES;
+        let leaves_out = u32::from(self.leaves_out) * layout::FEATURE_LEAVES_OUT;
+        let features = sizes | leaves_out;
+        put(&mut bytes, slot::FEATURES, &features.to_le_bytes());
         put(&mut bytes, slot::BASE_BYTES, &self.base_bytes.to_le_bytes());
         put(&mut bytes, slot::VOLUME_ID, self.volume_id.0.as_bytes());
         put(&mut bytes, slot::SIZE_BYTES, &self.size_bytes.to_le_bytes());

@@ -172,10 +172,13 @@ fn accept(world: &mut World, before: &Model, op: &Op) {
             sectors: after.head.clone(),
         });
     }
-    let snapshots = ids
+    let mut snapshots: Vec<harness::Taken> = ids
         .iter()
         .map(|id| known.iter().find(|t| t.id == *id).unwrap().clone())
         .collect();
+    if let (Op::LeaveOut { sector, count }, Some(newest)) = (op, snapshots.last_mut()) {
+        harness::note_left_out(volume, newest, *sector, *count).unwrap();
+    }
     world.model.resize(found.len());
     for (sector, value) in found.into_iter().enumerate() {
         // A write that is still in flight may show: it is not the head's yet.

@@ -42,6 +42,7 @@ fn op(sectors: u64) -> impl Strategy<Value = Op> {
         }),
         2 => range.prop_map(|(sector, count)| Op::Discard { sector, count }),
         1 => Just(Op::Flush),
+        1 => (0..sectors, 1..60u64).prop_map(|(sector, count)| Op::LeaveOut { sector, count }),
         3 => (method, verdict).prop_map(|(method, verdict)| Op::Snapshot { method, verdict }),
         2 => (0..8u64).prop_map(|which| Op::Delete { which }),
         1 => (0..8u64).prop_map(|which| Op::Revert { which }),

@@ -17,6 +17,7 @@ mod harness;
 mod hostile_guest;
 mod in_flight;
 mod kills;
+mod leaving_out;
 mod lifecycle;
 mod messages;
 mod ring_positions;

@@ -43,6 +43,7 @@ pub const COMMAND_NAMES: &[&str] = &[
     SnapshotSetCommit::NAME,
     SnapshotSetRelease::NAME,
     SnapshotSetKeep::NAME,
+    SnapshotSetLeaveOut::NAME,
     SnapshotSetAbort::NAME,
     SnapshotSetDelete::NAME,
     SnapshotDelete::NAME,
@@ -203,6 +204,49 @@ pub struct SnapshotSetKeep {
     pub set: Uuid,
 }
 command!("snapshot-set-keep", SnapshotSetKeep, Empty);
+
+/// Leaves areas that nobody needs out of the snapshots of a kept set (VSS: `FilesNotToSnapshot`), as well as it can: what was left out
+/// reads as zeroes from the snapshot, for ever, and its old content costs no shadow storage. Kept are parts of blocks of 4096
+/// bytes, what an older snapshot sees as it is, what was written since the commit, and all of it once there is a newer snapshot or a
+/// set is between mark and commit. The disk itself does not change. Takes a sync for every 64 MiB; durable when answered.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SnapshotSetLeaveOut {
+    /// The set.
+    pub set: Uuid,
+    /// What to leave out, by volume.
+    pub areas: Vec<AreasLeftOut>,
+}
+command!(
+    "snapshot-set-leave-out",
+    SnapshotSetLeaveOut,
+    SnapshotSetLeftOut
+);
+
+/// Areas of a volume that nobody needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AreasLeftOut {
+    /// Volume by name.
+    pub volume: String,
+    /// The areas.
+    pub ranges: Vec<ByteRange>,
+}
+
+/// What a set does not keep.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotSetLeftOut {
+    /// By volume, those that were named.
+    pub volumes: Vec<VolumeLeftOut>,
+}
+
+/// What a snapshot does not keep.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VolumeLeftOut {
+    /// Volume by name.
+    pub volume: String,
+    /// Bytes that read as zeroes from the snapshot since this command.
+    pub left_out_bytes: u64,
+}
 
 /// Undoes a set in any state before `keep`: releases writes, drops provisional snapshots. Durable when answered.
 /// `SetNotFound` if there is no such set: nothing of it is left then.

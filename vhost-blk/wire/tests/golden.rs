@@ -16,8 +16,8 @@ use vhost_blk_wire::command::{
     BlockResize, COMMAND_NAMES, Command, Getfd, HandOver, QmpCapabilities, QueryCommands,
     QuerySnapshots, QueryVersion, QueryVolumes, QueryWrites, SnapshotDelete, SnapshotRead,
     SnapshotRevert, SnapshotSetAbort, SnapshotSetCommit, SnapshotSetDelete, SnapshotSetHold,
-    SnapshotSetKeep, SnapshotSetMark, SnapshotSetPrepare, SnapshotSetRelease, WriteMark,
-    WriteUnmark,
+    SnapshotSetKeep, SnapshotSetLeaveOut, SnapshotSetMark, SnapshotSetPrepare, SnapshotSetRelease,
+    WriteMark, WriteUnmark,
 };
 use vhost_blk_wire::event::Event;
 
@@ -58,6 +58,7 @@ fn every_command_and_its_answer_keep_their_bytes() {
     check::<SnapshotSetCommit>(&mut checked);
     check::<SnapshotSetRelease>(&mut checked);
     check::<SnapshotSetKeep>(&mut checked);
+    check::<SnapshotSetLeaveOut>(&mut checked);
     check::<SnapshotSetAbort>(&mut checked);
     check::<SnapshotSetDelete>(&mut checked);
     check::<SnapshotDelete>(&mut checked);

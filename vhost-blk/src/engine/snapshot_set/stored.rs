@@ -10,7 +10,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 use vhost_blk_store as store;
 use vhost_blk_wire::event::{DeletionReason, Event as WireEvent};
-use vhost_blk_wire::types::{Method, SnapshotInfo, SnapshotState};
+use vhost_blk_wire::types::{ByteRange, Method, SnapshotInfo, SnapshotState};
 
 impl SnapshotSets {
     /// All snapshots of a volume, or of all, oldest first.
@@ -176,6 +176,58 @@ impl SnapshotSets {
             self.tell_deleted(newer, Some(DeletionReason::Reverted));
         }
         Ok(())
+    }
+
+    /// `snapshot-set-leave-out`: bytes left out by volume, in the order given.
+    ///
+    /// # Errors
+    /// [`SetError::NoSuchSet`], [`SetError::NoSuchVolume`] for a volume that is not in it, [`SetError::InvalidState`] for a set that is not kept. That
+    /// less could be left out than was wished is none.
+    pub fn leave_out(
+        &self,
+        id: Uuid,
+        areas: &[(String, Vec<ByteRange>)],
+    ) -> Result<Vec<u64>, SetError> {
+        let stored = self.stored(id);
+        if stored.is_empty() {
+            return Err(SetError::NoSuchSet(id));
+        }
+        if stored
+            .iter()
+            .any(|(_, snapshot)| snapshot.state != SnapshotState::Kept)
+        {
+            return Err(SetError::InvalidState(format!("set {id} is not kept")));
+        }
+        let mut chosen = Vec::new();
+        for (name, ranges) in areas {
+            let (volume, snapshot) = stored
+                .iter()
+                .find(|(volume, _)| volume.settings.name == *name)
+                .ok_or_else(|| SetError::NoSuchVolume(name.clone()))?;
+            let ranges: Vec<store::ByteRange> = ranges
+                .iter()
+                .map(|range| store::ByteRange::new(range.offset_bytes, range.length_bytes))
+                .collect();
+            chosen.push((volume, snapshot.snapshot, store::LeaveOut::new(&ranges)));
+        }
+        // One volume after the other: they share the disk whose syncs this waits for.
+        let mut left_out = Vec::new();
+        for (volume, snapshot, mut wanted) in chosen {
+            loop {
+                match volume.leave_out(snapshot.into(), &mut wanted) {
+                    Some(Ok(true)) => {}
+                    Some(Ok(false)) | None => break,
+                    Some(Err(error)) => {
+                        tracing::warn!(volume = %volume.settings.name, %snapshot, %error,
+                            "not all could be left out");
+                        break;
+                    }
+                }
+            }
+            volume.tell_if_poisoned();
+            left_out.push(wanted.left_out_bytes());
+        }
+        Ok(left_out)
     }
 
     /// What the stores know of a set.

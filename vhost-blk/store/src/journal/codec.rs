@@ -63,6 +63,11 @@ impl UnverifiedRecord<'_> {
                 Location::Base | Location::Zero => return None,
             },
             kind::SETTLE => Record::Settle { block, count },
+            kind::LEAVE_OUT => Record::LeaveOut {
+                block,
+                count,
+                epoch,
+            },
             kind::SNAP_ID => Record::SnapId {
                 snapshot_id: SnapshotId(first_id),
                 set_id: SetId(second_id),
@@ -165,6 +170,16 @@ impl Entry {
                 small(&mut bytes, record::EPOCH, epoch.0);
                 flags_and_crc(&mut bytes, 0, *crc);
                 kind::PRESERVE
+            }
+            Record::LeaveOut {
+                block,
+                count,
+                epoch,
+            } => {
+                number(&mut bytes, record::BLOCK, block.0);
+                small(&mut bytes, record::COUNT, *count);
+                small(&mut bytes, record::EPOCH, epoch.0);
+                kind::LEAVE_OUT
             }
             Record::Settle { block, count } => {
                 number(&mut bytes, record::BLOCK, block.0);

@@ -47,6 +47,12 @@ pub(crate) enum Record {
         /// CRC32C of the bytes at `copy`: the record is sealed.
         crc: Option<u32>,
     },
+    /// The newest snapshot does not keep its version of `count` blocks: zeroes are history of `epoch` instead.
+    LeaveOut {
+        block: Block,
+        count: u32,
+        epoch: Epoch,
+    },
     /// `count` blocks are current in the base again.
     Settle { block: Block, count: u32 },
     /// Begins the description of a snapshot.
@@ -105,6 +111,7 @@ impl Record {
                 ..
             }
             | Record::Start { .. }
+            | Record::LeaveOut { .. }
             | Record::Settle { .. }
             | Record::SnapId { .. }
             | Record::SnapMembers { .. }
@@ -140,6 +147,7 @@ impl Record {
             Self::Start { .. }
             | Self::Map { .. }
             | Self::Preserve { .. }
+            | Self::LeaveOut { .. }
             | Self::Settle { .. }
             | Self::SnapId { .. }
             | Self::SnapMembers { .. }

@@ -17,8 +17,8 @@ use rand::{Rng, SeedableRng};
 use uuid::Uuid;
 use vhost_blk_store::sim::memory_volume;
 use vhost_blk_store::{
-    BootId, ByteRange, Maintenance, Method, NewSnapshot, OpenOptions, SnapshotId, StoreError, View,
-    Volume, VolumeFiles, VolumeId, WriteKind,
+    BootId, ByteRange, LeaveOut, Maintenance, Method, NewSnapshot, OpenOptions, SnapshotId,
+    StoreError, View, Volume, VolumeFiles, VolumeId, WriteKind,
 };
 
 pub const SECTOR: u64 = 512;
@@ -52,6 +52,11 @@ pub enum Op {
         count: u64,
     },
     Flush,
+    /// The newest snapshot need not keep these, of whole blocks.
+    LeaveOut {
+        sector: u64,
+        count: u64,
+    },
     Snapshot {
         method: Method,
         verdict: Verdict,
@@ -350,6 +355,7 @@ impl World {
             Op::Batch { .. }
             | Op::BeginSnapshot { .. }
             | Op::Flush
+            | Op::LeaveOut { .. }
             | Op::Snapshot { .. }
             | Op::Delete { .. }
             | Op::Revert { .. }
@@ -421,6 +427,11 @@ impl World {
             Op::Flush => {
                 volume.flush()?;
                 self.model.flushed();
+            }
+            Op::LeaveOut { sector, count } => {
+                if let Some(newest) = self.model.snapshots.last_mut() {
+                    leave_out(volume, newest, *sector, *count)?;
+                }
             }
             Op::Snapshot { method, verdict } => {
                 let (id, set_id) = (self.model.fresh_id(), self.model.fresh_id());
@@ -586,6 +597,41 @@ fn note_write(model: &mut Model, sector: u64, count: u64) -> Vec<u8> {
     data
 }
 
+fn leave_out(
+    volume: &Volume,
+    newest: &mut Taken,
+    sector: u64,
+    count: u64,
+) -> Result<(), StoreError> {
+    let mut wanted = LeaveOut::new(&[ByteRange::new(sector * SECTOR, count * SECTOR)]);
+    while volume.leave_out(newest.id, &mut wanted)? {}
+    let changed = note_left_out(volume, newest, sector, count)?;
+    assert!(changed * 4096 <= wanted.left_out_bytes(), "{wanted:?}");
+    Ok(())
+}
+
+/// What is left out is zeroes, in whole blocks within the range: which of them is the store's choice. How many are.
+pub fn note_left_out(
+    volume: &Volume,
+    newest: &mut Taken,
+    sector: u64,
+    count: u64,
+) -> Result<u64, StoreError> {
+    let seen = try_read_all(volume, View::Snapshot(newest.id))?;
+    let mut changed = 0;
+    let blocks = newest.sectors.chunks_mut(8).zip(seen.chunks(8));
+    for (first, (old, new)) in (0..).step_by(8).zip(blocks) {
+        // The last one may be short; it is whole if the range goes on to where it would end.
+        let is_whole = sector <= first && first + 8 <= sector + count;
+        let is_zero = new.iter().all(|value| *value == Some(0));
+        if is_whole && is_zero && old.iter().any(|value| *value != 0) {
+            old.fill(0);
+            changed += 1;
+        }
+    }
+    Ok(changed)
+}
+
 /// What an engine does with many requests at once: plan all, prepare all, move all, complete all.
 fn batch(
     volume: &Volume,
@@ -695,7 +741,8 @@ fn random_op(random: &mut SmallRng, methods: Methods, sectors: u64) -> Op {
             may_unmap: random.random(),
         },
         47..53 => Op::Discard { sector, count },
-        53..63 => Op::Flush,
+        53..60 => Op::Flush,
+        60..63 => Op::LeaveOut { sector, count },
         63..66 => Op::BeginSnapshot {
             method: random_method(random, methods),
         },
