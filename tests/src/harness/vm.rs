@@ -383,9 +383,12 @@ impl Vm {
             Ok((!names.any(|one| one["name"] == json!(device))).then_some(()))
         })
         .with_context(|| self.log())?;
+        // QEMU gives the device up a moment after it has taken it from its tree; until then its connection is busy.
         let chardev = json!({"id": format!("vhost{number}")});
-        monitor.execute("chardev-remove", chardev)?;
-        Ok(())
+        wait::until("the disk's connection to be free", wait::STEP, || {
+            let removed = monitor.execute("chardev-remove", chardev.clone());
+            Ok(removed.ok().map(drop))
+        })
     }
 
     /// Puts it back.
