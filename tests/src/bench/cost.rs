@@ -49,31 +49,6 @@ pub fn processor_time(pid: u32) -> Result<Duration> {
     Ok(Duration::from_nanos(spent_ns))
 }
 
-/// Processor time that the kernel's own threads have spent, but for those that ended.
-pub fn kernel_time() -> Result<Duration> {
-    const KTHREADD: &str = "2";
-    let mut spent_ns = 0;
-    for process in fs::read_dir("/proc")? {
-        let path = process?.path();
-        // Not a process, or gone meanwhile.
-        let Ok(stat) = fs::read_to_string(path.join("stat")) else {
-            continue;
-        };
-        let parent = stat
-            .rsplit_once(") ")
-            .and_then(|(_, rest)| rest.split_whitespace().nth(1));
-        if parent == Some(KTHREADD) {
-            let text = fs::read_to_string(path.join("schedstat")).unwrap_or_default();
-            spent_ns += text
-                .split_whitespace()
-                .next()
-                .unwrap_or("0")
-                .parse::<u64>()?;
-        }
-    }
-    Ok(Duration::from_nanos(spent_ns))
-}
-
 /// Resident memory of a process, in bytes.
 pub fn resident_bytes(pid: u32) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status"))?;

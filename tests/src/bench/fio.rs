@@ -21,8 +21,6 @@ pub struct FioRun {
     pub elapsed: Duration,
     /// User and system time of its job.
     pub processor: Duration,
-    /// System time of it: what the kernel did for its requests in its name.
-    pub system: Duration,
     /// Median latency, microseconds.
     pub latency_us: f64,
     /// 99th percentile of the latency, microseconds.
@@ -85,7 +83,6 @@ fn parse(report: &Value, op: Op) -> Option<FioRun> {
         ios,
         elapsed,
         processor: user + system,
-        system,
         latency_us: percentile("50.000000")?,
         latency_p99_us: percentile("99.000000")?,
     })
@@ -105,7 +102,6 @@ mod tests {
         assert_eq!(run.ios, 5000);
         assert_eq!(run.elapsed, Duration::from_millis(500));
         assert_eq!(run.processor, Duration::from_millis(200));
-        assert_eq!(run.system, Duration::from_millis(150));
         assert_eq!((run.latency_us, run.latency_p99_us), (90.0, 400.0));
         assert_eq!(parse(&report, Op::Read), None);
     }

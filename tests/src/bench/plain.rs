@@ -16,13 +16,11 @@ use super::job::{Job, Op, Pattern};
 use super::place::{Files, Place};
 use super::relay::Relay;
 use super::report::{Goal, Quantity};
-use super::rounds::{Contestant, Measured, Turn, interleaved};
+use super::rounds::{Contestant, interleaved};
 
 const FIGURE: u8 = 1;
 const POLLING: &str = "--poll-max-us";
 const RAM: &str = "RAM";
-/// Name in the tables of an estimate: two processors, the client's time and what the kernel spent for fio.
-pub const PROCESSORS: &str = "what the processors allow";
 
 /// Measures the figure.
 pub fn run(bench: &mut Bench) -> Result<()> {
@@ -31,8 +29,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     one_queue(bench, &ram)?;
     two_queues(bench, &ram)?;
     one_queue(bench, &disk)?;
-    bench.report.note(FIGURE, "\"fio and client\": 1 / (1 / fio + 1 / null-co), what a backend that costs nothing would reach with one request at a time");
-    bench.report.note(FIGURE, "\"beyond the file\": the goal is more than fio and QSD do on the same file in the same run (at QD1: more than fio and the client allow together); it counts as not met");
+    bench.report.note(FIGURE, "\"beyond the file\": the goal is more than fio and QSD do on the same file in the same run; it counts as not met");
     Ok(())
 }
 
@@ -49,42 +46,12 @@ fn contest(
     let measured = interleaved(bench, contestants, job, device)?;
     let workload = format!("{}, {}", job.name, place.name);
     bench.report.contest(FIGURE, &workload, &measured, goals);
-    limit(bench, &workload, job, &measured)
-}
-
-/// What no backend can exceed on this file and this machine. Many requests at a time: fio, and the processors, which spend on each request at
-/// least the client's time and what the kernel spent for fio's, in fio's name and in its own threads. One at a time takes fio's time and
-/// then the client's and the ring's own, which null-co shows, one behind the other.
-fn limit(bench: &mut Bench, workload: &str, job: &Job, measured: &[Measured]) -> Result<()> {
-    const CEILING: &str = "fio and client";
-    let find = |name: &str| measured.iter().find(|one| one.name == name);
-    let rates = |one: &Measured| one.values(|turn| turn.per_second);
-    let Some(of_fio) = find(Fio::NAME) else {
-        return Ok(());
-    };
-    let report = &mut bench.report;
-    if job.depth > 1 {
-        report.limit(FIGURE, workload, measured, Fio::NAME, &rates(of_fio));
+    // What no backend can exceed on this file.
+    if let Some(fio) = measured.iter().find(|one| one.name == Fio::NAME) {
+        let rates = fio.values(|turn| turn.per_second);
+        let report = &mut bench.report;
+        report.limit(FIGURE, &workload, &measured, Fio::NAME, &rates);
     }
-    let (Some(null), Some(ours)) = (find(Arrangement::Null.name()), measured.first()) else {
-        return Ok(());
-    };
-    let rounds = of_fio.turns.iter().zip(&null.turns);
-    let (name, allowed): (&str, Vec<f64>) = if job.depth > 1 {
-        let cores = thread::available_parallelism()?.get() as f64;
-        let per_second = |(fio, null): (&Turn, &Turn)| {
-            let spent_us = null.client_us? + fio.system_us? + fio.kernel_us?;
-            Some(cores * 1e6 / spent_us)
-        };
-        (PROCESSORS, rounds.filter_map(per_second).collect())
-    } else {
-        let per_second =
-            |(fio, null): (&Turn, &Turn)| 1.0 / (1.0 / fio.per_second + 1.0 / null.per_second);
-        (CEILING, rounds.map(per_second).collect())
-    };
-    report.limit(FIGURE, workload, measured, name, &allowed);
-    let unit = Quantity::Rate.unit();
-    report.compare(FIGURE, workload, unit, &rates(ours), name, &allowed, None);
     Ok(())
 }
 

@@ -59,12 +59,6 @@ pub struct Turn {
     pub latency_max_us: f64,
     /// Processor microseconds per read or write.
     pub processor_us: Option<f64>,
-    /// System time of it, where it is told apart.
-    pub system_us: Option<f64>,
-    /// Processor microseconds of the kernel's own threads per read or write: the loop device's, io_uring's, the file system's.
-    pub kernel_us: Option<f64>,
-    /// Processor microseconds of the client per read or write.
-    pub client_us: Option<f64>,
     /// Bytes that reached the device per read or write.
     pub written_bytes: Option<f64>,
     /// Bytes read from the device per read or write.
@@ -84,9 +78,6 @@ impl From<&Run> for Turn {
             latency_p99_us: at(0.99),
             latency_max_us: run.latencies.max() as f64 / 1e3,
             processor_us: None,
-            system_us: None,
-            kernel_us: None,
-            client_us: None,
             written_bytes: None,
             read_bytes: None,
             prepared_bytes: None,
@@ -182,14 +173,9 @@ pub fn measured(
     let device_before = device.map(Device::settled).transpose()?;
     let pid = contestant.pid();
     let processor_before = pid.map(cost::processor_time).transpose()?;
-    let kernel_before = cost::kernel_time()?;
-    let client_before = cost::processor_time(std::process::id())?;
     let mut turn = contestant.run(job, seed)?;
     let ios = turn.ios as f64;
     let per_io = |now: Duration, before| now.saturating_sub(before).as_secs_f64() * 1e6 / ios;
-    let client = cost::processor_time(std::process::id())?;
-    turn.client_us = Some(per_io(client, client_before));
-    turn.kernel_us = Some(per_io(cost::kernel_time()?, kernel_before));
     if let (Some(pid), Some(before)) = (pid, processor_before) {
         turn.processor_us = Some(per_io(cost::processor_time(pid)?, before));
     }

@@ -37,7 +37,6 @@ pub fn describe(bench: &Bench) -> Result<Vec<(&'static str, String)>> {
         ("QSD overlay l2ext", "the same with clusters of 128 KiB and extended_l2".to_owned()),
         ("QSD cbw", "copy-before-write filter over raw into a fresh qcow2, clusters of 64 KiB; does not sync the copy".to_owned()),
         ("fio", of("fio") + ": io_uring, O_DIRECT, on the file itself, no virtio"),
-        ("fio and client", "1 / (1 / fio + 1 / null-co): what a backend that costs nothing and sleeps would reach at QD1, about".to_owned()),
         ("relay", "a thread that sleeps on an eventfd, reads or writes the file and wakes the client by another: three calls, no ring".to_owned()),
         ("order relaxed", "--relaxed-order-for-measurement: copy-on-write that overwrites before its copy is durable, a figure only".to_owned()),
         ("client", "libblkio 0.5 (Rust), virtio-blk-vhost-user, closed loop, sleeps for interrupts; the same for all but fio".to_owned()),

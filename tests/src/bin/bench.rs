@@ -13,7 +13,7 @@ use vmshadow_tests::bench::cost::NoHalt;
 use vmshadow_tests::bench::place::{self, Place};
 use vmshadow_tests::bench::relay::Relay;
 use vmshadow_tests::bench::report::{Line, Report};
-use vmshadow_tests::bench::{Bench, FIGURES, plain, plot, setup};
+use vmshadow_tests::bench::{Bench, FIGURES, plot, setup};
 use vmshadow_tests::harness::image;
 
 /// Bytes of the file system in memory; only what is written takes memory.
@@ -147,12 +147,7 @@ fn remove_leftovers(directory: &Path) -> Result<()> {
 
 /// Bars of all rates of a figure that have a peer. What is no disk but a bound stands in the table only.
 fn draw_ratios(report: &mut Report, figure: u8, title: &str) {
-    const BOUNDS: [&str; 4] = [
-        "QSD null-co",
-        "fio and client",
-        plain::PROCESSORS,
-        Relay::NAME,
-    ];
+    const BOUNDS: [&str; 2] = ["QSD null-co", Relay::NAME];
     let of_rates = |line: &&Line| {
         let is_bound = |peer: &(String, _)| BOUNDS.contains(&peer.0.as_str());
         line.figure == figure

@@ -112,7 +112,7 @@ impl Goal {
 /// What nobody can exceed in this run, beside a goal.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limit {
-    /// What sets it: `fio`, or `fio and client` (see `plain`).
+    /// What sets it: `fio`.
     pub by: String,
     /// It by the peer's: a goal above this is beyond the file.
     pub ratio: f64,
