@@ -224,7 +224,7 @@ impl StockClient {
     /// Why the conversation is over, if it is.
     #[must_use]
     pub fn closed(&self) -> Option<String> {
-        self.link.closed()
+        self.link.closed().map(|error| error.to_string())
     }
 
     /// Who it is, and what is mounted.
