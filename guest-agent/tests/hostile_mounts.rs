@@ -240,11 +240,19 @@ fn a_full_file_system_is_held_and_without_room_for_the_ledger_nothing_is_frozen(
     fill(rig.mountpoint("a").join("full"));
     let mut bridge = rig.bridge();
     bridge.prepare();
+    let state = rig.path("run");
+    let ledgers = || {
+        let entries = fs::read_dir(&state).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("hold.")).count()
+    };
     let frozen = bridge.freeze();
+    assert_eq!(ledgers(), 1);
     assert_eq!(bridge.thaw(&frozen)["held"], true);
+    // Who hears of the thaw finds nothing of the set left; it would also make room below.
+    assert_eq!(ledgers(), 0);
     bridge.ok("hello", json!({"versions": [1]}));
 
-    let state = rig.path("run");
     run(
         "mount",
         &["-o", "remount,size=256k", state.to_str().unwrap()],
@@ -257,6 +265,7 @@ fn a_full_file_system_is_held_and_without_room_for_the_ledger_nothing_is_frozen(
         "{error:#}"
     );
     assert!(!is_frozen(&rig.mountpoint("a")));
+    assert_eq!(ledgers(), 0);
     fs::remove_file(state.join("full")).unwrap();
     bridge.prepare();
     let frozen = bridge.freeze();

@@ -285,11 +285,7 @@ impl Helper {
         }
         self.phase = Phase::Loose;
         self.alarm.set(None).unwrap_or(());
-        self.tell(Tell::ThawDone {
-            generation: self.generation,
-            first_freeze: self.first_freeze,
-            first_thaw: self.first_thaw,
-        });
+        // Before the word of it: who hears that all is thawed finds nothing of the set left.
         if self
             .slots
             .iter()
@@ -298,6 +294,11 @@ impl Helper {
         {
             ledger.remove();
         }
+        self.tell(Tell::ThawDone {
+            generation: self.generation,
+            first_freeze: self.first_freeze,
+            first_thaw: self.first_thaw,
+        });
     }
 
     /// Takes the threads' answers, tells the agent and goes on to the next step.

@@ -290,9 +290,13 @@ fn serve(shared: &Shared, device: DeviceNumber, paths: &[PathBuf]) {
 
 impl Shared {
     fn mark(&self, mark: Mark) {
-        let cell = self.lock();
+        let mut cell = self.lock();
         if let Some(ledger) = &cell.ledger {
             ledger.mark(self.index, mark);
+        }
+        if mark == Mark::Done {
+            // The last mark of this hold: once it is removed, the ledger takes no room any more.
+            cell.ledger = None;
         }
     }
 }
