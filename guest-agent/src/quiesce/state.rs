@@ -64,25 +64,26 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// The actor is in an operation.
-    #[must_use]
-    pub fn is_busy(self) -> bool {
-        match self {
-            Self::Identifying
-            | Self::Preparing
-            | Self::Freezing
-            | Self::Thawing
-            | Self::Finishing
-            | Self::Completing
-            | Self::PreRestoring
-            | Self::PostRestoring
-            | Self::Unwinding => true,
-            Self::Idle | Self::Prepared | Self::Frozen | Self::Thawed | Self::Restoring => false,
-        }
-    }
-
     fn is_frozen(self) -> bool {
         matches!(self, Self::Freezing | Self::Frozen | Self::Thawing)
+    }
+
+    /// A set or a restore is open.
+    fn is_open(self) -> bool {
+        match self {
+            Self::Idle | Self::Identifying | Self::Completing => false,
+            Self::Preparing
+            | Self::Prepared
+            | Self::Freezing
+            | Self::Frozen
+            | Self::Thawing
+            | Self::Thawed
+            | Self::Finishing
+            | Self::PreRestoring
+            | Self::Restoring
+            | Self::PostRestoring
+            | Self::Unwinding => true,
+        }
     }
 }
 
@@ -237,20 +238,9 @@ impl Machine {
     /// The open set and its owner.
     #[must_use]
     pub fn open(&self) -> Option<(Owner, &str)> {
-        match self.work() {
-            Phase::Idle | Phase::Identifying | Phase::Completing => None,
-            Phase::Preparing
-            | Phase::Prepared
-            | Phase::Freezing
-            | Phase::Frozen
-            | Phase::Thawing
-            | Phase::Thawed
-            | Phase::Finishing
-            | Phase::PreRestoring
-            | Phase::Restoring
-            | Phase::PostRestoring
-            | Phase::Unwinding => Some((self.owner, &self.set)),
-        }
+        self.work()
+            .is_open()
+            .then_some((self.owner, self.set.as_str()))
     }
 
     /// Takes an event.
@@ -325,20 +315,12 @@ impl Machine {
 
     /// Starts an operation that needs nothing but that none is open; after another such one if need be.
     fn while_idle(&mut self, phase: Phase) -> Result<Effect, Refusal> {
-        match self.phase {
-            Phase::Idle => self.run(phase),
-            Phase::Identifying | Phase::Completing => Ok(Effect::Later),
-            Phase::Preparing
-            | Phase::Prepared
-            | Phase::Freezing
-            | Phase::Frozen
-            | Phase::Thawing
-            | Phase::Thawed
-            | Phase::Finishing
-            | Phase::PreRestoring
-            | Phase::Restoring
-            | Phase::PostRestoring
-            | Phase::Unwinding => Err(Refusal::InProgress),
+        if self.phase == Phase::Idle {
+            self.run(phase)
+        } else if self.phase.is_open() {
+            Err(Refusal::InProgress)
+        } else {
+            Ok(Effect::Later)
         }
     }
 
@@ -415,26 +397,15 @@ impl Machine {
         if generation != self.generation {
             return Effect::Nothing;
         }
-        match (self.phase, self.owner) {
+        if self.phase == Phase::Freezing {
+            Effect::Interrupt
+        } else if self.phase != Phase::Frozen {
+            Effect::Nothing
+        } else if self.owner == Owner::Qga && still_frozen {
             // Its clients take "thawed" for success, so what still holds goes on holding until they thaw.
-            (Phase::Frozen, Owner::Qga) if still_frozen => Effect::Mark,
-            (Phase::Frozen, _) => Effect::Unwind,
-            (Phase::Freezing, _) => Effect::Interrupt,
-            (
-                Phase::Idle
-                | Phase::Identifying
-                | Phase::Preparing
-                | Phase::Prepared
-                | Phase::Thawing
-                | Phase::Thawed
-                | Phase::Finishing
-                | Phase::Completing
-                | Phase::PreRestoring
-                | Phase::Restoring
-                | Phase::PostRestoring
-                | Phase::Unwinding,
-                _,
-            ) => Effect::Nothing,
+            Effect::Mark
+        } else {
+            Effect::Unwind
         }
     }
 

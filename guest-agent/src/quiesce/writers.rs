@@ -34,15 +34,11 @@ impl Actor {
         let (writers, refused) = self.registry.writers();
         self.set.participants = writers
             .into_iter()
-            .filter(|writer| {
-                let identity = writer.identity();
-                let names = [&identity.class_id, &identity.instance_id, &identity.name];
-                !exclude.iter().any(|excluded| names.contains(&excluded))
-            })
             .map(|writer| {
                 let known = self.memory.get(&writer.identity().instance_id);
                 Participant::remembered(writer, known)
             })
+            .filter(|participant| !exclude.iter().any(|name| participant.is_called(name)))
             .collect();
         match refused
             .into_iter()
