@@ -10,6 +10,7 @@ mod show;
 mod table;
 
 use crate::error::Error;
+use crate::protocol::SetPreRestore;
 use crate::sets::backup::build_on;
 use crate::shown;
 use crate::snapshot::document::{Outcome, SetDocument, StepTime};
@@ -169,8 +170,18 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
         Command::Restore {
             id,
             writers,
+            additional_restores,
+            options,
             command,
-        } => restore(&backend, id, writers, command, json).await,
+        } => {
+            let what = SetPreRestore {
+                id: id.clone(),
+                writers: writers.clone(),
+                additional_restores: *additional_restores,
+                options: options.clone(),
+            };
+            restore(&backend, &what, command, json).await
+        }
         Command::Read(read) => {
             output::read(&backend, read, json).await?;
             Ok(ExitCode::SUCCESS)
@@ -210,18 +221,17 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
 /// Runs a command between the writers' two events.
 async fn restore(
     backend: &Backend,
-    id: &str,
-    writers: &[String],
+    what: &SetPreRestore,
     command: &[OsString],
     json: bool,
 ) -> Result<ExitCode, Error> {
     let Some((program, arguments)) = command.split_first() else {
         return Err(Error::Usage("no command".to_owned()));
     };
-    let (restoring, before) = backend.pre_restore(id, writers).await?;
+    let (restoring, before) = backend.pre_restore(what).await?;
     let status = tokio::process::Command::new(program)
         .args(arguments)
-        .env("VMSHADOW_SET", id)
+        .env("VMSHADOW_SET", &what.id)
         .status()
         .await;
     let succeeded = status.as_ref().is_ok_and(std::process::ExitStatus::success);

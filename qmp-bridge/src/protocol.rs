@@ -142,13 +142,20 @@ command!("set-complete", SetComplete, SetDocument);
 
 /// Tells writers that their files will be replaced by those of a set. The restore is open until `set-post-restore` on the same
 /// connection, or the connection's end; nothing else goes on meanwhile on this VM but `set-revert`. Answers with what writers said.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct SetPreRestore {
     /// Set, or the unambiguous beginning of its id.
     pub id: String,
     /// Only these, by instance id, class id or name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub writers: Vec<String>,
+    /// A later backup is restored on top of this one: applications do not roll forward yet.
+    #[serde(default)]
+    pub additional_restores: bool,
+    /// For the writers.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub options: String,
 }
 command!("set-pre-restore", SetPreRestore, WritersSaid);
 

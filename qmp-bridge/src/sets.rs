@@ -5,7 +5,7 @@
 pub mod backup;
 
 use crate::error::Error;
-use crate::guest::Guest;
+use crate::guest::{Guest, GuestClient};
 use crate::protocol::ListedVolume;
 use crate::snapshot::document::{Copy, CreateRequest, Outcome, SetDocument, StepTime, VmTarget};
 use crate::snapshot::intent::{Purpose, StateDirectory, VmLock};
@@ -378,18 +378,23 @@ impl Sets {
     /// # Errors
     /// [`Error::Usage`] without an agent socket; [`Error::Guest`]; [`Error::SetInProgress`].
     pub async fn writers(&self, vm: &VmTarget) -> Result<Identified, Error> {
-        let Some(agent) = &vm.agent else {
-            return Err(Error::Usage(format!(
-                "no agent socket is known for {}",
-                vm.name
-            )));
-        };
         // A second conversation would end the set of the first.
         let _lock = self.lock(vm, Purpose::Sets)?;
+        let lacks = "lists no writers; `vssadmin list writers` in a Windows guest does";
+        let guest = self.guest(vm, lacks).await?;
+        Ok(guest.identify(self.limits.identify).await?)
+    }
+
+    /// A conversation with our agent; `lacks` says what another cannot do.
+    async fn guest(&self, vm: &VmTarget, lacks: &str) -> Result<GuestClient, Error> {
+        let Some(agent) = &vm.agent else {
+            let text = format!("no agent socket is known for {}", vm.name);
+            return Err(Error::Usage(text));
+        };
         match Guest::connect(agent, self.limits.hello).await? {
-            Guest::Native(guest) => Ok(guest.identify(self.limits.identify).await?),
+            Guest::Native(guest) => Ok(guest),
             Guest::Stock(_) => Err(Error::Usage(format!(
-                "{} is asked through QEMU's own agent, which lists no writers; `vssadmin list writers` in a Windows guest does",
+                "{} is asked through QEMU's own agent, which {lacks}",
                 vm.name
             ))),
         }

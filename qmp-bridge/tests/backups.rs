@@ -10,6 +10,7 @@ use guest_agent_wire::metadata::{
 };
 use guest_agent_wire::types::BackupType;
 use qmp_bridge::error::Error;
+use qmp_bridge::protocol::SetPreRestore;
 use qmp_bridge::sets::backup::{build_on, parse_component};
 use qmp_bridge::snapshot::document::{CreateRequest, Outcome, SetDocument};
 use serde_json::Value;
@@ -19,6 +20,14 @@ fn full() -> CreateRequest {
         backup_type: BackupType::Full,
         components: vec![parse_component("db=main/orders").unwrap()],
         ..CreateRequest::default()
+    }
+}
+
+fn restoring(id: &str, writers: &[&str]) -> SetPreRestore {
+    SetPreRestore {
+        id: id.to_owned(),
+        writers: writers.iter().map(|name| (*name).to_owned()).collect(),
+        ..SetPreRestore::default()
     }
 }
 
@@ -97,11 +106,16 @@ async fn a_restore_gives_each_writer_back_what_it_had_stored_and_tells_how_it_we
     let document = world.create(full()).await;
     let id = document.set.to_string();
     let sets = world.sets();
-    let none = sets.restore(&id, &["nobody".to_owned()]).await;
+    let none = sets.restore(&restoring(&id, &["nobody"])).await;
     assert!(matches!(none, Err(Error::NotFound(_))));
-    let (session, _) = sets.restore(&id, &["db".to_owned()]).await.unwrap();
+    let what = SetPreRestore {
+        additional_restores: true,
+        options: "verify".to_owned(),
+        ..restoring(&id, &["db"])
+    };
+    let (session, _) = sets.restore(&what).await.unwrap();
     // The VM is taken: another conversation would end that on which the restore lives.
-    let busy = sets.restore(&id, &[]).await;
+    let busy = sets.restore(&restoring(&id, &[])).await;
     assert!(matches!(busy, Err(Error::SetInProgress { .. })));
     let busy = sets.complete(&id, true, Vec::new()).await;
     assert!(matches!(busy, Err(Error::SetInProgress { .. })));
@@ -116,6 +130,8 @@ async fn a_restore_gives_each_writer_back_what_it_had_stored_and_tells_how_it_we
     assert_eq!(component.name, "orders");
     assert_eq!(component.stamp.as_deref(), Some("tuesday"));
     assert_eq!(component.metadata["label"], 5);
+    assert!(component.additional_restores);
+    assert_eq!(component.options, "verify");
     assert_eq!(component.restored, None);
     let component = &restores[1].writers[0].components[0];
     assert_eq!(component.restored, Some(FilesRestored::All));
@@ -124,10 +140,10 @@ async fn a_restore_gives_each_writer_back_what_it_had_stored_and_tells_how_it_we
 #[tokio::test]
 async fn a_writer_that_wants_no_restore_events_gets_them_only_if_it_is_named() {
     let world = World::new();
-    let mut restoring = Restoring::by(RestoreMethod::RestoreIfCanReplace);
-    restoring.writer_restore = WriterRestoreEvents::Never;
+    let mut method = Restoring::by(RestoreMethod::RestoreIfCanReplace);
+    method.writer_restore = WriterRestoreEvents::Never;
     let document = Metadata {
-        restore_method: Some(restoring),
+        restore_method: Some(method),
         ..Metadata::default()
     };
     world
@@ -136,8 +152,8 @@ async fn a_writer_that_wants_no_restore_events_gets_them_only_if_it_is_named() {
     let document = world.create(CreateRequest::default()).await;
     let id = document.set.to_string();
     let sets = world.sets();
-    for (named, heard) in [(Vec::new(), 0), (vec!["db".to_owned()], 1)] {
-        let (session, _) = sets.restore(&id, &named).await.unwrap();
+    for (named, heard) in [(Vec::new(), 0), (vec!["db"], 1)] {
+        let (session, _) = sets.restore(&restoring(&id, &named)).await.unwrap();
         session.end(FilesRestored::All).await.unwrap();
         let restores = world.agent.guest.lock().unwrap().restores.clone();
         assert_eq!(restores[0].writers.len(), heard);

@@ -85,6 +85,12 @@ pub(crate) enum Command {
         /// Only these writers, by instance id, class id or name; all of the set if not given.
         #[arg(long = "writer", value_delimiter = ',')]
         writers: Vec<String>,
+        /// A later backup is restored on top of this one: applications do not roll forward yet.
+        #[arg(long)]
+        additional_restores: bool,
+        /// For the writers; what they make of it is theirs.
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        options: String,
         /// The command; its exit status says whether the restore succeeded.
         #[arg(required = true, last = true)]
         command: Vec<std::ffi::OsString>,
@@ -159,6 +165,12 @@ pub(crate) struct Create {
     /// The set that an incremental or differential one builds on: writers get the stamps of its components.
     #[arg(long, value_name = "SET", requires = "components")]
     pub(crate) since: Option<String>,
+    /// Tell writers that changed parts of files are enough; they name them in the document.
+    #[arg(long)]
+    pub(crate) partial_files: bool,
+    /// Tell writers that the backup is to be able to start the system.
+    #[arg(long)]
+    pub(crate) bootable_system_state: bool,
     /// Do not freeze these file systems, by mount point.
     #[arg(long = "exclude-filesystem", value_delimiter = ',')]
     pub(crate) exclude_filesystems: Vec<String>,
@@ -185,6 +197,8 @@ impl Create {
             exclude_disks: self.exclude_disks.clone(),
             exclude_writers: self.exclude_writers.clone(),
             components: self.components.clone(),
+            partial_files: self.partial_files,
+            bootable_system_state: self.bootable_system_state,
             exclude_filesystems: self.exclude_filesystems.clone(),
             hold_limit_ms: self.hold_limit_ms,
             writer_limit_ms: self.writer_limit_ms,

@@ -246,21 +246,14 @@ impl Backend {
     /// Tells writers that files will be replaced.
     pub(crate) async fn pre_restore(
         &self,
-        id: &str,
-        writers: &[String],
+        what: &SetPreRestore,
     ) -> Result<(Restoring, WritersSaid), Error> {
         match self {
             Self::Alone { sets, .. } => {
-                let (session, said) = sets.restore(id, writers).await?;
+                let (session, said) = sets.restore(what).await?;
                 Ok((Restoring::Alone(Box::new(session)), said))
             }
-            Self::Daemon { .. } => {
-                let command = SetPreRestore {
-                    id: id.to_owned(),
-                    writers: writers.to_vec(),
-                };
-                Ok((Restoring::Daemon, self.ask(&command).await?))
-            }
+            Self::Daemon { .. } => Ok((Restoring::Daemon, self.ask(what).await?)),
         }
     }
 

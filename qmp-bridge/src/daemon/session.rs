@@ -292,7 +292,7 @@ async fn pre_restore(context: &Context, command: &SetPreRestore) -> Result<Write
     let mut cancel = context.cancel.clone();
     let sets = &context.shared.sets;
     let (session, said) = tokio::select! {
-        begun = sets.restore(&command.id, &command.writers) => begun?,
+        begun = sets.restore(command) => begun?,
         // Writers have half an hour. The conversation with the guest ends here, and with it the restore.
         _ = cancel.changed() => return Err(Error::InvalidState("cancelled".to_owned())),
     };

@@ -4,8 +4,9 @@
 
 use super::{Found, Sets};
 use crate::error::Error;
-use crate::guest::{Guest, GuestClient, GuestError};
-use crate::snapshot::document::{SetDocument, VmTarget, WriterRecord};
+use crate::guest::{GuestClient, GuestError};
+use crate::protocol::SetPreRestore;
+use crate::snapshot::document::{SetDocument, WriterRecord};
 use crate::snapshot::intent::{Purpose, VmLock};
 use crate::snapshot::{run, undo};
 use guest_agent_wire::components::{FilesRestored, RestoreComponent, SelectedComponent};
@@ -14,6 +15,9 @@ use guest_agent_wire::host::{
     WritersSaid,
 };
 use std::time::Duration;
+
+/// What QEMU's own agent lacks.
+const NO_BACKUPS: &str = "has no words for backups and restores";
 
 /// A restore that writers know of. Dropped without [`RestoreSession::end`] it is given up: the agent aborts it.
 #[derive(Debug)]
@@ -54,7 +58,7 @@ impl Sets {
             )));
         }
         check_picked(&document, &components)?;
-        let guest = self.guest(&vm).await?;
+        let guest = self.guest(&vm, NO_BACKUPS).await?;
         let outcome = BackupComplete {
             set: set.to_string(),
             succeeded,
@@ -90,23 +94,22 @@ impl Sets {
     /// [`Error::NotFound`] if the set has none of them; [`Error::Guest`] if one refuses; [`Error::SetInProgress`].
     pub async fn restore(
         &self,
-        id: &str,
-        writers: &[String],
+        what: &SetPreRestore,
     ) -> Result<(RestoreSession, WritersSaid), Error> {
-        let document = self.find(id)?.document();
+        let document = self.find(&what.id)?.document();
         let restore = Restore {
             set: format!("restore-{}", document.set),
-            writers: what_to_restore(&document, writers),
+            writers: what_to_restore(&document, what),
             limit_ms: None,
         };
-        if restore.writers.is_empty() && !writers.is_empty() {
+        if restore.writers.is_empty() && !what.writers.is_empty() {
             return Err(Error::NotFound(format!(
                 "set {} has no such writer",
                 document.set
             )));
         }
         let lock = self.lock(&document.vm, Purpose::Restore)?;
-        let guest = self.guest(&document.vm).await?;
+        let guest = self.guest(&document.vm, NO_BACKUPS).await?;
         let said = guest
             .pre_restore(restore.clone(), self.limits.restore)
             .await?;
@@ -134,19 +137,6 @@ impl Sets {
         let told = undo::in_guest(agent, set, "the set was deleted", limit).await;
         tracing::info!("set {set} is deleted: {}", crate::shown::plain(&told.line));
     }
-
-    async fn guest(&self, vm: &VmTarget) -> Result<GuestClient, Error> {
-        let Some(agent) = &vm.agent else {
-            let text = format!("no agent socket is known for {}", vm.name);
-            return Err(Error::Usage(text));
-        };
-        match Guest::connect(agent, self.limits.hello).await? {
-            Guest::Native(guest) => Ok(guest),
-            Guest::Stock(_) => Err(Error::Usage(
-                "QEMU's own agent has no words for backups and restores".to_owned(),
-            )),
-        }
-    }
 }
 
 impl RestoreSession {
@@ -165,7 +155,8 @@ impl RestoreSession {
 
 /// Each writer of a set with its components, their stamps, and what it stored with them. One that wants no restore events gets none,
 /// unless it is named.
-fn what_to_restore(document: &SetDocument, only: &[String]) -> Vec<WriterRestore> {
+fn what_to_restore(document: &SetDocument, what: &SetPreRestore) -> Vec<WriterRestore> {
+    let only = &what.writers;
     let wanted = |record: &&WriterRecord| {
         let is_meant = if only.is_empty() {
             record.wants_restore_events()
@@ -190,6 +181,8 @@ fn what_to_restore(document: &SetDocument, only: &[String]) -> Vec<WriterRestore
                     RestoreComponent {
                         stamp: said.and_then(|said| said.stamp.clone()),
                         metadata: said.map(|said| said.metadata.clone()).unwrap_or_default(),
+                        additional_restores: what.additional_restores,
+                        options: what.options.clone(),
                         logical_path,
                         name,
                         ..RestoreComponent::default()

@@ -63,6 +63,12 @@ pub struct CreateRequest {
     /// are not asked to hold.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub components: Vec<WriterComponents>,
+    /// Writers may name changed parts of files instead of whole files.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub partial_files: bool,
+    /// The backup is to be able to start the system.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub bootable_system_state: bool,
     /// Mount points left out.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exclude_filesystems: Vec<String>,

@@ -121,7 +121,8 @@ impl Run<'_> {
             limit_ms: u64::try_from(self.limits.prepare.as_millis()).unwrap_or(u64::MAX),
             component_mode: !components.is_empty(),
             components,
-            ..Prepare::default()
+            partial_files: request.partial_files,
+            bootable_system_state: request.bootable_system_state,
         };
         let Some(guest) = self.guest.clone() else {
             return Err(internal("no agent"));
