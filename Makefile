@@ -48,7 +48,7 @@ database-images: images ## and the guest with PostgreSQL, MariaDB, Redis, SQLite
 	@echo "images: the databases' guest"
 	images/build.sh databases
 
-deb: deps ## the guest's Debian package: target/deb/vmshadow-guest-agent_VERSION_ARCH.deb
+deb: deps ## the guest's Debian packages, in target/deb: the agent, a writer for each server
 	@images/build.sh programs
 	packaging/deb/build.sh
 

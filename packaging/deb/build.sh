@@ -1,6 +1,6 @@
 #!/bin/bash
-# Makes the guest's Debian package out of the static programs and prints its path. ../README.md has
-# the whole story.
+# Makes the guest's Debian packages out of the static programs and prints their paths, the agent's
+# first. ../README.md has the whole story.
 #
 #   packaging/deb/build.sh [PROGRAMS] [OUTPUT]     defaults: cargo's static release build, target/deb
 set -euo pipefail
@@ -9,7 +9,6 @@ top=$(cd "$here/../.." && pwd)
 target=${CARGO_TARGET_DIR:-$top/target}
 programs=${1:-$target/x86_64-unknown-linux-gnu/release}
 output=${2:-$target/deb}
-name=vmshadow-guest-agent
 architecture=$(dpkg --print-architecture)
 version=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' "$top/Cargo.toml")
 # The commit's date, so that two builds of one commit are the same; without git, the script's own.
@@ -19,47 +18,102 @@ umask 022
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-root=$work/root
-doc=$root/usr/share/doc/$name
-mkdir -p "$root"/{DEBIAN,etc/default,etc/vmshadow/writers,etc/vmshadow/writers.d,lib/systemd/system} \
-    "$root"/usr/{sbin,bin} "$root"/usr/share/man/man{1,8} "$root/usr/share/lintian/overrides" "$doc"
-chmod 755 "$root"
+mkdir -p "$output"
 
-for program in sbin/guest-agent bin/sqlite-writer; do
-    file=$programs/${program#*/}
+put_program() { # put_program DIRECTORY NAME
     # Whoever installs this has no other libraries than his own.
-    if readelf -d "$file" | grep -q NEEDED; then
-        echo "deb: $file is not static" >&2
+    if readelf -d "$programs/$2" | grep -q NEEDED; then
+        echo "deb: $programs/$2 is not static" >&2
         exit 1
     fi
-    strip --remove-section=.comment --remove-section=.note -o "$root/usr/$program" "$file"
-    chmod 755 "$root/usr/$program"
-done
-install -m 644 "$top/guest-agent/systemd/$name.service" "$root/lib/systemd/system/"
-install -m 644 "$here/default" "$root/etc/default/$name"
-install -m 644 "$here/lintian-overrides" "$root/usr/share/lintian/overrides/$name"
-gzip -9nc "$here/guest-agent.8" >"$root/usr/share/man/man8/guest-agent.8.gz"
-gzip -9nc "$here/sqlite-writer.1" >"$root/usr/share/man/man1/sqlite-writer.1.gz"
-install -m 644 "$here/copyright" "$doc/copyright"
-gzip -9nc "$top/guest-agent/PROTOCOL.md" >"$doc/PROTOCOL.md.gz"
-gzip -9nc "$top/packaging/SELINUX.md" >"$doc/SELINUX.md.gz"
-# A package without a source package of Debian's: one entry, by the version.
-gzip -9nc >"$doc/changelog.gz" <<END
+    mkdir -p "$root/$1"
+    strip --remove-section=.comment --remove-section=.note -o "$root/$1/$2" "$programs/$2"
+    chmod 755 "$root/$1/$2"
+}
+
+put_manual() { # put_manual NAME.SECTION
+    mkdir -p "$root/usr/share/man/man${1##*.}"
+    gzip -9nc "$here/$1" >"$root/usr/share/man/man${1##*.}/$1.gz"
+}
+
+put_unit() { # put_unit FILE
+    install -D -m 644 -t "$root/lib/systemd/system" "$1"
+}
+
+put_conffile() { # put_conffile FILE PATH
+    install -D -m 644 "$1" "$root$2"
+    echo "$2" >>"$root/DEBIAN/conffiles"
+}
+
+begin() { # begin PACKAGE
+    name=$1
+    root=$work/$name
+    doc=$root/usr/share/doc/$name
+    mkdir -p "$root/DEBIAN" "$root/usr/share/lintian/overrides" "$doc"
+    chmod 755 "$root"
+}
+
+# The rest is the same for all: papers, scripts, sums. The scripts are told the unit they care for.
+finish() { # finish CONTROL UNIT POSTINST
+    sed "s/@PACKAGE@/$name/g" "$here/lintian-overrides" >"$root/usr/share/lintian/overrides/$name"
+    chmod 644 "$root/usr/share/lintian/overrides/$name"
+    install -m 644 "$here/copyright" "$doc/copyright"
+    # A package without a source package of Debian's: one entry, by the version.
+    gzip -9nc >"$doc/changelog.gz" <<END
 $name ($version) unstable; urgency=medium
 
   * Version $version; the project's CHANGELOG.md tells what is new.
 
  -- vmshadow <vmshadow@vmshadow.invalid>  $(date -u -R -d "@$SOURCE_DATE_EPOCH")
 END
+    local script
+    sed "s/@UNIT@/$2/g" "$here/$3" >"$root/DEBIAN/postinst"
+    for script in prerm postrm; do
+        sed "s/@UNIT@/$2/g" "$here/$script" >"$root/DEBIAN/$script"
+    done
+    (cd "$root" && find . -type f ! -path './DEBIAN/*' -printf '%P\n' | LC_ALL=C sort | xargs md5sum) >"$root/DEBIAN/md5sums"
+    local size
+    size=$(du -sk --apparent-size --exclude=DEBIAN "$root" | cut -f 1)
+    sed -e "s/@VERSION@/$version/" -e "s/@ARCHITECTURE@/$architecture/" -e "s/@SIZE@/$size/" "$1" >"$root/DEBIAN/control"
+    chmod 644 "$root"/DEBIAN/{control,conffiles,md5sums}
+    chmod 755 "$root"/DEBIAN/{postinst,prerm,postrm}
+    find "$root" -depth -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
+    dpkg-deb --root-owner-group -Zxz --build "$root" "$output/${name}_${version}_$architecture.deb" >&2
+    echo "$output/${name}_${version}_$architecture.deb"
+}
 
-install -m 755 "$here"/{postinst,prerm,postrm} "$root/DEBIAN/"
-echo "/etc/default/$name" >"$root/DEBIAN/conffiles"
-(cd "$root" && find . -type f ! -path './DEBIAN/*' -printf '%P\n' | LC_ALL=C sort | xargs md5sum) >"$root/DEBIAN/md5sums"
-size=$(du -sk --apparent-size --exclude=DEBIAN "$root" | cut -f 1)
-sed -e "s/@VERSION@/$version/" -e "s/@ARCHITECTURE@/$architecture/" -e "s/@SIZE@/$size/" "$here/control" >"$root/DEBIAN/control"
-chmod 644 "$root"/DEBIAN/{control,conffiles,md5sums}
-find "$root" -depth -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
+# The agent, and the writers that need no server.
+begin vmshadow-guest-agent
+put_program usr/sbin guest-agent
+put_program usr/bin vmshadow-writer
+put_program usr/bin sqlite-writer
+put_program usr/libexec/vmshadow unit-writer
+put_unit "$top/guest-agent/systemd/vmshadow-guest-agent.service"
+put_unit "$top/guest-agent/writers/systemd/vmshadow-sqlite-writer@.service"
+put_unit "$top/guest-agent/writers/systemd/vmshadow-unit-writer@.service"
+put_conffile "$here/default" /etc/default/vmshadow-guest-agent
+mkdir -p "$root"/etc/vmshadow/{writers,writers.d}
+for manual in guest-agent.8 vmshadow-writer.1 sqlite-writer.1 unit-writer.8; do
+    put_manual "$manual"
+done
+gzip -9nc "$top/guest-agent/PROTOCOL.md" >"$doc/PROTOCOL.md.gz"
+gzip -9nc "$top/packaging/SELINUX.md" >"$doc/SELINUX.md.gz"
+finish "$here/control" vmshadow-guest-agent.service postinst
 
-mkdir -p "$output"
-dpkg-deb --root-owner-group -Zxz --build "$root" "$output/${name}_${version}_$architecture.deb" >&2
-echo "$output/${name}_${version}_$architecture.deb"
+# One package for each server: a guest has the one that it needs.
+writer() { # writer SERVER USER TITLE
+    begin "vmshadow-writer-$1"
+    put_program usr/libexec/vmshadow "$1-writer"
+    put_unit "$top/guest-agent/writers/systemd/vmshadow-$1-writer.service"
+    sed "s/@SERVER@/$1/g" "$here/default-writer" >"$work/default"
+    put_conffile "$work/default" "/etc/default/vmshadow-$1-writer"
+    printf '# Who may be a writer of class "%s" beside root: a user of this machine, by name or number.\n%s = %s\n' \
+        "$1" "$1" "$2" >"$work/allow"
+    put_conffile "$work/allow" "/etc/vmshadow/writers.d/$1.conf"
+    put_manual "$1-writer.8"
+    sed -e "s/@SERVER@/$1/g" -e "s/@TITLE@/$3/g" "$here/control-writer" >"$work/control"
+    finish "$work/control" "vmshadow-$1-writer.service" postinst-writer
+}
+writer postgresql postgres PostgreSQL
+writer mariadb mysql MariaDB
+writer redis redis Redis

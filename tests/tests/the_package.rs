@@ -1,4 +1,4 @@
-//! The guest's Debian package: what is in it, and what apt makes of it in a Debian of its own.
+//! The guest's Debian packages: what is in them, and what apt makes of them in a Debian of its own.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -13,6 +13,22 @@ use vmshadow_tests::harness::process::Process;
 use vmshadow_tests::harness::{requires, wait};
 
 const NAME: &str = "vmshadow-guest-agent";
+/// Servers that have a writer in a package of its own, and the user that it runs as.
+const SERVERS: &[(&str, &str)] = &[
+    ("postgresql", "postgres"),
+    ("mariadb", "mysql"),
+    ("redis", "redis"),
+];
+/// Programs and their manuals.
+const MANUALS: &[(&str, &str)] = &[
+    ("guest-agent", "guest-agent.8"),
+    ("vmshadow-writer", "vmshadow-writer.1"),
+    ("sqlite-writer", "sqlite-writer.1"),
+    ("unit-writer", "unit-writer.8"),
+    ("postgresql-writer", "postgresql-writer.8"),
+    ("mariadb-writer", "mariadb-writer.8"),
+    ("redis-writer", "redis-writer.8"),
+];
 
 fn run(command: &mut Command) -> Result<String> {
     let output = command.output()?;
@@ -26,13 +42,36 @@ fn run(command: &mut Command) -> Result<String> {
     Ok(text)
 }
 
-/// Builds it out of the static programs that the images have.
-fn build(output: &Path) -> Result<PathBuf> {
+/// Builds them out of the static programs that the images have: the agent's, and one for each server.
+fn build(output: &Path) -> Result<Vec<PathBuf>> {
     program("guest-agent")?;
     let printed = run(Command::new(project().join("packaging/deb/build.sh"))
         .arg(target().join("x86_64-unknown-linux-gnu/release"))
         .arg(output))?;
-    Ok(PathBuf::from(printed.trim()))
+    let packages: Vec<_> = printed.lines().map(PathBuf::from).collect();
+    ensure!(packages.len() == 1 + SERVERS.len(), "{packages:?}");
+    Ok(packages)
+}
+
+fn field(package: &Path, name: &str) -> Result<String> {
+    let value = run(Command::new("dpkg-deb").arg("-f").arg(package).arg(name))?;
+    Ok(value.trim().to_owned())
+}
+
+/// Its list has these files, and all that is in it is root's.
+fn holds(package: &Path, files: &[String]) -> Result<()> {
+    let list = run(Command::new("dpkg-deb").arg("-c").arg(package))?;
+    for file in files {
+        ensure!(
+            list.lines().any(|line| line.ends_with(file)),
+            "no {file} in\n{list}"
+        );
+    }
+    ensure!(
+        list.lines().all(|line| line.contains("root/root")),
+        "not all root's:\n{list}"
+    );
+    Ok(())
 }
 
 fn may_run(programs: &[&str]) -> bool {
@@ -47,40 +86,62 @@ fn two_builds_are_the_same_bytes_and_hold_what_a_guest_needs() -> Result<()> {
         return Ok(());
     }
     let directory = tempfile::tempdir()?;
-    let first = build(&directory.path().join("1"))?;
-    let second = build(&directory.path().join("2"))?;
-    ensure!(fs::read(&first)? == fs::read(&second)?, "two builds differ");
-    let list = run(Command::new("dpkg-deb").arg("-c").arg(&first))?;
-    for file in [
-        "./usr/sbin/guest-agent",
-        "./usr/bin/sqlite-writer",
-        "./lib/systemd/system/vmshadow-guest-agent.service",
-        "./etc/default/vmshadow-guest-agent",
-        "./etc/vmshadow/writers/",
-        "./etc/vmshadow/writers.d/",
-        "./usr/share/man/man8/guest-agent.8.gz",
-        "./usr/share/doc/vmshadow-guest-agent/copyright",
-        "./usr/share/doc/vmshadow-guest-agent/SELINUX.md.gz",
-    ] {
+    let packages = build(&directory.path().join("1"))?;
+    for (first, second) in packages.iter().zip(build(&directory.path().join("2"))?) {
         ensure!(
-            list.lines().any(|line| line.ends_with(file)),
-            "no {file} in\n{list}"
+            fs::read(first)? == fs::read(&second)?,
+            "two builds of {} differ",
+            first.display()
         );
     }
-    ensure!(
-        list.lines().all(|line| line.contains("root/root")),
-        "not all root's:\n{list}"
-    );
-    let depends = run(Command::new("dpkg-deb")
-        .arg("-f")
-        .arg(&first)
-        .arg("Depends"))?;
-    ensure!(depends.trim().is_empty(), "it depends on {depends}");
+    let (agent, writers) = packages.split_first().context("packages")?;
+    holds(
+        agent,
+        &[
+            "./usr/sbin/guest-agent",
+            "./usr/bin/sqlite-writer",
+            "./usr/bin/vmshadow-writer",
+            "./usr/libexec/vmshadow/unit-writer",
+            "./lib/systemd/system/vmshadow-guest-agent.service",
+            "./lib/systemd/system/vmshadow-sqlite-writer@.service",
+            "./lib/systemd/system/vmshadow-unit-writer@.service",
+            "./etc/default/vmshadow-guest-agent",
+            "./etc/vmshadow/writers/",
+            "./etc/vmshadow/writers.d/",
+            "./usr/share/man/man8/guest-agent.8.gz",
+            "./usr/share/man/man8/unit-writer.8.gz",
+            "./usr/share/man/man1/sqlite-writer.1.gz",
+            "./usr/share/man/man1/vmshadow-writer.1.gz",
+            "./usr/share/doc/vmshadow-guest-agent/copyright",
+            "./usr/share/doc/vmshadow-guest-agent/SELINUX.md.gz",
+        ]
+        .map(str::to_owned),
+    )?;
+    let depends = field(agent, "Depends")?;
+    ensure!(depends.is_empty(), "it depends on {depends}");
+    for (package, (server, _)) in writers.iter().zip(SERVERS) {
+        holds(
+            package,
+            &[
+                format!("./usr/libexec/vmshadow/{server}-writer"),
+                format!("./lib/systemd/system/vmshadow-{server}-writer.service"),
+                format!("./etc/vmshadow/writers.d/{server}.conf"),
+                format!("./etc/default/vmshadow-{server}-writer"),
+                format!("./usr/share/man/man8/{server}-writer.8.gz"),
+            ],
+        )?;
+        // The agent alone: no server, no library.
+        let depends = field(package, "Depends")?;
+        ensure!(
+            depends == format!("{NAME} (= {})", field(agent, "Version")?),
+            "{server}: {depends}"
+        );
+    }
     Ok(())
 }
 
 #[test]
-fn the_manual_names_every_option_and_no_other() -> Result<()> {
+fn each_manual_names_every_option_and_no_other() -> Result<()> {
     if !may_run(&[]) {
         return Ok(());
     }
@@ -94,13 +155,19 @@ fn the_manual_names_every_option_and_no_other() -> Result<()> {
         options.dedup();
         options
     };
-    let help = run(Command::new(program("guest-agent")?).arg("--help"))?;
-    let manual = fs::read_to_string(project().join("packaging/deb/guest-agent.8"))?;
-    let (help, manual) = (options(&help), options(&manual.replace("\\-", "-")));
-    ensure!(
-        help.len() > 10 && help == manual,
-        "help: {help:?}\nmanual: {manual:?}"
-    );
+    for (name, manual) in MANUALS {
+        let help = run(Command::new(program(name)?).arg("--help"))?;
+        let manual = fs::read_to_string(project().join("packaging/deb").join(manual))?;
+        // An example may name another program's options: they follow its options and end at the references.
+        let (before, after) = manual.split_once(".SH OPTIONS").context("no options")?;
+        ensure!(before.contains("\n.B "), "{name} has no synopsis");
+        let listed = after.split("\n.SH ").next().unwrap_or_default();
+        let (help, manual) = (options(&help), options(&listed.replace("\\-", "-")));
+        ensure!(
+            help.len() > 5 && help == manual,
+            "{name}\nhelp: {help:?}\nmanual: {manual:?}"
+        );
+    }
     Ok(())
 }
 
@@ -110,10 +177,10 @@ fn lintian_finds_nothing() -> Result<()> {
         return Ok(());
     }
     let directory = tempfile::tempdir()?;
-    let package = build(directory.path())?;
+    let packages = build(directory.path())?;
     let found = run(Command::new("lintian")
         .args(["--allow-root", "--fail-on", "error,warning", "--info"])
-        .arg(&package))?;
+        .args(&packages))?;
     ensure!(found.trim().is_empty(), "{found}");
     Ok(())
 }
@@ -191,11 +258,12 @@ fn apt_installs_it_in_place_of_the_stock_agent_and_takes_it_away_again() -> Resu
         return Ok(());
     }
     let debian = Debian::new()?;
-    let package = build(&debian.path("root"))?;
-    let package = package
-        .strip_prefix(debian.directory.path())?
-        .display()
-        .to_string();
+    let mut packages = Vec::new();
+    for package in build(&debian.path("root"))? {
+        let inside = package.strip_prefix(debian.directory.path())?;
+        packages.push(inside.display().to_string());
+    }
+    let (package, writers) = packages.split_first().context("packages")?;
     ensure!(
         debian.state("qemu-guest-agent")? == "ii",
         "no stock agent to begin with"
@@ -246,6 +314,8 @@ fn apt_installs_it_in_place_of_the_stock_agent_and_takes_it_away_again() -> Resu
     asked().with_context(|| agent.stderr())?;
     agent.kill()?;
 
+    writers_are_off_until_they_are_enabled(&debian, writers)?;
+
     // What a person has set survives an upgrade; what a person has put there survives everything.
     let default = debian.path("etc/default/vmshadow-guest-agent");
     fs::write(&default, "OPTIONS=\"--block-rpcs guest-exec\"\n")?;
@@ -264,5 +334,74 @@ fn apt_installs_it_in_place_of_the_stock_agent_and_takes_it_away_again() -> Resu
     ensure!(!default.exists() && debian.path("etc/vmshadow/writers/mine").exists());
     let links = debian.run("find /etc/systemd /var/lib/systemd -name \"*vmshadow*\"")?;
     ensure!(links.is_empty(), "left behind: {links}");
+    Ok(())
+}
+
+/// The servers' packages, beside the agent's.
+fn writers_are_off_until_they_are_enabled(debian: &Debian, packages: &[String]) -> Result<()> {
+    let all = packages.iter().map(|package| format!("/{package}"));
+    let all = all.collect::<Vec<_>>().join(" ");
+    debian.run(&format!("apt-get -y install {all}"))?;
+    let units = SERVERS
+        .iter()
+        .map(|(server, _)| format!("vmshadow-{server}-writer.service"));
+    let units = units.collect::<Vec<_>>().join(" ");
+    let all_are = |state: &str| -> Result<()> {
+        let said = debian.run(&format!("systemctl is-enabled {units} || true"))?;
+        ensure!(
+            said == format!("{state}\n").repeat(SERVERS.len()),
+            "not {state}: {said}"
+        );
+        Ok(())
+    };
+    all_are("disabled")?;
+    let verified = debian.run(&format!(
+        "systemd-analyze verify --man=no {units} 2>&1 || true"
+    ))?;
+    ensure!(!verified.contains("vmshadow"), "{verified}");
+    for (server, user) in SERVERS {
+        let unit = debian.path(&format!(
+            "lib/systemd/system/vmshadow-{server}-writer.service"
+        ));
+        let unit = fs::read_to_string(unit)?;
+        ensure!(unit.contains(&format!("\nUser={user}\n")), "{unit}");
+        let allowed = format!("/etc/vmshadow/writers.d/{server}.conf");
+        let stat = debian.run(&format!(
+            "stat -c \"%a %u\" {allowed}; grep -v ^# {allowed}"
+        ))?;
+        ensure!(
+            stat == format!("644 0\n{server} = {user}\n"),
+            "{allowed}: {stat}"
+        );
+    }
+    // What their owner has decided outlives an upgrade.
+    debian.run(&format!(
+        "systemctl enable {units} && apt-get -y install --reinstall {all}"
+    ))?;
+    all_are("enabled")?;
+    debian.run(&format!(
+        "systemctl disable {units} && apt-get -y install --reinstall {all}"
+    ))?;
+    all_are("disabled")?;
+    for unit in [
+        "vmshadow-unit-writer@x.service",
+        "vmshadow-sqlite-writer@root.service",
+    ] {
+        let verified = debian.run(&format!(
+            "touch /etc/default/vmshadow-sqlite-writer-root; systemd-analyze verify --man=no {unit} 2>&1 || true"
+        ))?;
+        ensure!(!verified.contains("vmshadow"), "{verified}");
+        debian.run(&format!("systemctl enable {unit}"))?;
+    }
+    debian.run("rm /etc/default/vmshadow-sqlite-writer-root; apt-get -y purge vmshadow-writer-postgresql vmshadow-writer-mariadb vmshadow-writer-redis")?;
+    for (server, _) in SERVERS {
+        let state = debian.state(&format!("vmshadow-writer-{server}"))?;
+        ensure!(state.is_empty(), "{server}: {state}");
+        ensure!(
+            !debian
+                .path(&format!("etc/vmshadow/writers.d/{server}.conf"))
+                .exists()
+        );
+    }
     Ok(())
 }

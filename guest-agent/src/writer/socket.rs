@@ -343,9 +343,16 @@ fn register(line: &[u8], stream: &UnixStream, allow_dir: &Path) -> Result<Identi
     })
 }
 
-/// True if a `*.conf` of the directory has a line `CLASS_ID = UID`. Files that others than root can change are not read.
+/// True if a `*.conf` of the directory has a line `CLASS_ID = USER`: a number, or a name of `/etc/passwd`. Files that others
+/// than root can change are not read.
 #[must_use]
 pub fn is_allowed(allow_dir: &Path, class_id: &str, uid: u32) -> bool {
+    // Read anew each time: a package's user may come after the agent.
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    is_allowed_among(&passwd, allow_dir, class_id, uid)
+}
+
+fn is_allowed_among(passwd: &str, allow_dir: &Path, class_id: &str, uid: u32) -> bool {
     let Ok(entries) = fs::read_dir(allow_dir) else {
         return false;
     };
@@ -363,8 +370,20 @@ pub fn is_allowed(allow_dir: &Path, class_id: &str, uid: u32) -> bool {
             text.lines()
                 .filter(|line| !line.trim_start().starts_with('#'))
                 .filter_map(|line| line.rsplit_once('='))
-                .any(|(class, user)| class.trim() == class_id && user.trim().parse() == Ok(uid))
+                .any(|(class, user)| {
+                    class.trim() == class_id && number(passwd, user.trim()) == Some(uid)
+                })
         })
+}
+
+/// A user's number. A word of digits is one, whoever bears it as a name.
+fn number(passwd: &str, user: &str) -> Option<u32> {
+    if user.is_empty() || user.bytes().all(|byte| byte.is_ascii_digit()) {
+        return user.parse().ok();
+    }
+    let mut accounts = passwd.lines().map(|line| line.split(':'));
+    let mut account = accounts.find_map(|mut fields| (fields.next()? == user).then_some(fields))?;
+    account.nth(1)?.parse().ok()
 }
 
 fn is_roots_alone(file: &Path) -> bool {
@@ -385,11 +404,20 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.conf");
-        fs::write(&file, "# people\npostgres = 70\n\nweb=33\n").unwrap();
+        fs::write(
+            &file,
+            "# people\npostgres = 70\n\nweb=33\ndb = ann\ndb = 0\ndb =\n",
+        )
+        .unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
         assert!(is_allowed(dir.path(), "postgres", 70));
         assert!(!is_allowed(dir.path(), "postgres", 33));
         assert!(!is_allowed(dir.path(), "mysql", 70));
+        let among = |passwd: &str, uid| is_allowed_among(passwd, dir.path(), "db", uid);
+        let passwd = "root:x:0:0::/:/bin/sh\nann:x:1000:1001::/:/bin/sh\n70:x:5:5::/:/bin/sh\n";
+        assert!(among(passwd, 1000) && among(passwd, 0));
+        assert!(!among(passwd, 1001) && !among("annette:x:1000:1::/:\n", 1000));
+        assert!(!among("ann\nann:x\n", 1000));
         fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).unwrap();
         assert!(!is_allowed(dir.path(), "postgres", 70));
         fs::rename(&file, dir.path().join("a.conf.bak")).unwrap();
