@@ -14,6 +14,7 @@ use crate::quiesce::actor::{Actor, Settings, sink};
 use crate::quiesce::service::{Service, Signal};
 use crate::transport::Endpoint;
 use crate::writer::registry::Registry;
+use crate::writer::script::control_group::ControlGroup;
 use crate::writer::script::{self, Foreign, Sources as Scripts};
 use crate::writer::socket;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -76,6 +77,7 @@ pub fn thaw_leftovers(config: &Agent) -> io::Result<()> {
 pub fn run(config: Agent) -> io::Result<()> {
     let _lock = lock(&config.state_dir)?;
     undo_leftovers(&config)?;
+    ControlGroup::sweep();
     fs::write("/proc/self/oom_score_adj", "-900").unwrap_or(());
     // A descriptor for each file system, and for each writer.
     let mut files = getrlimit(Resource::Nofile);

@@ -4,6 +4,7 @@
 //! root could have changed; a script never outlives its limit, nor do its children; none is started while file systems are
 //! frozen (`is_resident` is false, and the sequence sees to it); what a freeze began is undone, whatever came between.
 
+pub mod control_group;
 pub mod event;
 mod foreign;
 mod line;

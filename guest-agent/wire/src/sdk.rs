@@ -153,6 +153,12 @@ pub trait Writer {
     /// `hold_ms` have passed since the call.
     fn freeze(&mut self, call: &Call<'_>, hold: &Freeze) -> Result<Value, Veto>;
 
+    /// Whether writes are still held. Asked about ten times a second between `freeze` and `thaw`; must not wait. An error (why
+    /// not) fails the set at once: the library calls [`Writer::abort`] and tells the agent.
+    fn still_holds(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// OnThaw: go on, and tell whether writes were held.
     fn thaw(&mut self, call: &Call<'_>, hold: &Thaw) -> Result<Held, Veto>;
 

@@ -38,6 +38,9 @@ pub(crate) enum Role {
         /// `cgroup.procs` of the group.
         #[arg(long)]
         group: Option<PathBuf>,
+        /// It outlives this program.
+        #[arg(long)]
+        stays: bool,
         /// The command's file.
         program: PathBuf,
         /// Its arguments.

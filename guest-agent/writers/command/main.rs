@@ -11,7 +11,8 @@ mod session;
 
 use clap::Parser as _;
 use config::{Config, Kind, Role};
-use guest_agent::writer::script::process::become_script;
+use guest_agent::writer::script::control_group::ControlGroup;
+use guest_agent::writer::script::process::{become_script, become_session};
 use guest_agent_wire::sdk::{self, Ended, Writer};
 use report::Report;
 use std::os::unix::net::UnixStream;
@@ -27,11 +28,13 @@ fn main() -> ExitCode {
     let mut config = Config::parse();
     if let Some(Role::WriterScript {
         group,
+        stays,
         program,
         words,
     }) = config.role
     {
-        let failed = become_script(group.as_deref(), &program, &words);
+        let become_it = if stays { become_session } else { become_script };
+        let failed = become_it(group.as_deref(), &program, &words);
         eprintln!("vmshadow-writer: {}: {failed:?}", program.display());
         return ExitCode::FAILURE;
     }
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         report.checked(&settings.registration(), &kind);
         return ExitCode::SUCCESS;
     }
+    ControlGroup::sweep();
     let (socket, once) = (settings.socket.clone(), settings.once);
     let mut writer: Box<dyn Writer> = match kind {
         Kind::Commands(commands) => {

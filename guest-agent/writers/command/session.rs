@@ -4,10 +4,11 @@
 //!
 //! Made by `main`, called by the writer library. Invariants: one that does not answer in time loses its turn, and one that
 //! does not answer an abort is killed with its children: whatever it locked is let go with it. One that has ended while frozen
-//! did not hold.
+//! does not hold, and the set fails at once.
 
 use crate::config::Settings;
 use crate::report::Report;
+use guest_agent::writer::script::control_group::ControlGroup;
 use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::lines::{Lines, Piece};
 use guest_agent_wire::metadata::Metadata;
@@ -22,7 +23,7 @@ use serde_json::Value;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,7 @@ pub(crate) struct SessionWriter {
 
 struct Running {
     child: Child,
+    group: Option<ControlGroup>,
     /// Lines for it; written by a thread, since it may not read.
     input: Sender<Vec<u8>>,
     said: Receiver<FromWriter>,
@@ -54,8 +56,15 @@ struct Running {
 
 impl Running {
     fn start(command: &str) -> io::Result<Self> {
-        let mut child = Command::new("/bin/sh")
-            .args(["-c", command])
+        let group = ControlGroup::create();
+        // This program joins the group before it becomes the command, so that no child of it can be outside.
+        let mut become_it = Command::new("/proc/self/exe");
+        become_it.args(["writer-script", "--stays"]);
+        if let Some(group) = &group {
+            become_it.arg("--group").arg(group.procs());
+        }
+        let mut child = become_it
+            .args(["--", "/bin/sh", "-c", command])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .process_group(0)
@@ -72,11 +81,19 @@ impl Running {
         thread::Builder::new()
             .name("session".into())
             .spawn(move || read(output, &sender))?;
-        Ok(Self { child, input, said })
+        Ok(Self {
+            child,
+            group,
+            input,
+            said,
+        })
     }
 
     /// Ends it with its children.
     fn kill(mut self) {
+        if let Some(group) = &self.group {
+            group.kill();
+        }
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         if let Some(pid) = pid {
             // It has not been waited for, so the number is still its own.
@@ -183,15 +200,10 @@ impl SessionWriter {
 
     /// Takes what it said since the last event, and starts it anew if it has ended and nothing depends on the old one.
     fn start_if_gone(&mut self) -> Result<(), Veto> {
-        if let Some(running) = &mut self.running {
-            for said in running.said.try_iter() {
-                if let FromWriter::Release(release) = said {
-                    self.broken = Some(release.release);
-                }
-            }
-            if matches!(running.child.try_wait(), Ok(None)) {
-                return Ok(());
-            }
+        if self.look() {
+            return Ok(());
+        }
+        if self.running.is_some() {
             let lost = self.lost();
             if self.frozen {
                 return Err(lost);
@@ -201,6 +213,21 @@ impl SessionWriter {
         self.running =
             Some(running.map_err(|error| Veto::retryable(format!("the session: {error}")))?);
         Ok(())
+    }
+
+    /// Takes what it said since the last event. It is there and can be understood.
+    fn look(&mut self) -> bool {
+        let Some(running) = &mut self.running else {
+            return false;
+        };
+        loop {
+            match running.said.try_recv() {
+                Ok(FromWriter::Release(release)) => self.broken = Some(release.release),
+                Ok(FromWriter::Reply(_) | FromWriter::Progress(_)) => {}
+                Err(TryRecvError::Empty) => return matches!(running.child.try_wait(), Ok(None)),
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
     }
 
     /// It has ended, or cannot be understood: what is left of it is killed.
@@ -272,6 +299,13 @@ impl Writer for SessionWriter {
         self.broken = None;
         self.frozen = true;
         Ok(self.tell(call, EventKind::Freeze(hold.clone()))?.evidence)
+    }
+
+    fn still_holds(&mut self) -> Result<(), String> {
+        if !self.look() && self.running.is_some() {
+            self.lost();
+        }
+        self.broken.clone().map_or(Ok(()), Err)
     }
 
     fn thaw(&mut self, call: &Call<'_>, hold: &Thaw) -> Result<Held, Veto> {

@@ -7,28 +7,25 @@
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, memfd_create};
 use rustix::process::{
-    Pid, PidfdFlags, Signal, kill_process, kill_process_group, pidfd_open,
-    set_parent_process_death_signal,
+    Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, set_parent_process_death_signal,
 };
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read, Seek as _, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::control_group::ControlGroup;
 use crate::clock::BootTime;
 
 /// Output that is kept of each stream, bytes.
 const OUTPUT_BYTES_MAX: usize = 64 * 1024;
 /// Error text that is shown to people, bytes.
 const MESSAGE_BYTES_MAX: usize = 1024;
-/// How often the members of a control group are killed one by one.
-const KILL_ROUNDS: usize = 64;
 /// First argument of the process that becomes the command; the program must know it.
 const ARGUMENT: &str = "writer-script";
 
@@ -275,56 +272,6 @@ fn drain(stream: &mut Option<impl Read>, into: &mut Vec<u8>) {
     }
 }
 
-/// A cgroup v2 group below the agent's own.
-#[derive(Debug)]
-struct ControlGroup(PathBuf);
-
-impl ControlGroup {
-    fn create() -> Option<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let top = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
-            .into_iter()
-            .map(Path::new)
-            .find(|top| top.join("cgroup.procs").exists())?;
-        let own = fs::read_to_string("/proc/self/cgroup").ok()?;
-        let own = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
-        let number = NEXT.fetch_add(1, Ordering::SeqCst);
-        let name = format!("vmshadow-writer-{}-{number}", std::process::id());
-        let path = top.join(own).join(name);
-        fs::create_dir(&path).ok()?;
-        Some(Self(path))
-    }
-
-    fn procs(&self) -> PathBuf {
-        self.0.join("cgroup.procs")
-    }
-
-    fn kill(&self) {
-        if fs::write(self.0.join("cgroup.kill"), "1").is_ok() {
-            return;
-        }
-        // Before Linux 5.14: one by one, and again for what they started meanwhile.
-        for _ in 0..KILL_ROUNDS {
-            let members = fs::read_to_string(self.procs()).unwrap_or_default();
-            let mut members = members.lines().filter_map(|line| line.parse().ok());
-            let mut members = members.by_ref().filter_map(Pid::from_raw).peekable();
-            if members.peek().is_none() {
-                return;
-            }
-            for member in members {
-                kill_process(member, Signal::KILL).unwrap_or(());
-            }
-        }
-    }
-}
-
-impl Drop for ControlGroup {
-    fn drop(&mut self) {
-        // Not empty for as long as a killed process has not ended; an empty group costs nothing.
-        fs::remove_dir(&self.0).unwrap_or(());
-    }
-}
-
 /// Moves this process into a control group and replaces it by the command, which dies with the thread that waits for it.
 /// Returns only if that fails.
 pub fn become_script(
@@ -333,6 +280,15 @@ pub fn become_script(
     arguments: &[OsString],
 ) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
+    become_session(group, program, arguments)
+}
+
+/// The same, but the command outlives the process that started it: it has something to undo then.
+pub fn become_session(
+    group: Option<&Path>,
+    program: &Path,
+    arguments: &[OsString],
+) -> io::Result<()> {
     if let Some(procs) = group {
         fs::write(procs, "0")?;
     }

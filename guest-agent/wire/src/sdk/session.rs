@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// Time between two tries to reach an agent that is not there.
 const RECONNECT: Duration = Duration::from_secs(1);
+/// Time between two looks whether the application still holds.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -92,18 +94,10 @@ impl Session<'_> {
     fn converse(&mut self, writer: &mut dyn Writer) -> Result<Never, Ended> {
         self.wire.send(&writer.registration())?;
         loop {
-            let until = self.hold.as_ref().map(|hold| hold.until);
+            let now = Instant::now();
+            let until = self.hold.as_ref().map(|hold| hold.until.min(now + LOOK));
             let Some(line) = self.wire.next(until)? else {
-                // The library's own timer: an agent that is stuck must not keep an application frozen.
-                if let Some(hold) = self.hold.take() {
-                    let release = "the hold has lasted too long".to_owned();
-                    writer.abort(&hold.set, &release);
-                    let generation = hold.generation;
-                    self.wire.send(&Release {
-                        release,
-                        generation,
-                    })?;
-                }
+                self.look(writer)?;
                 continue;
             };
             let event: Event = serde_json::from_slice(&line).map_err(|_| Ended::Gone)?;
@@ -121,6 +115,28 @@ impl Session<'_> {
             }
             self.wire.send(&reply)?;
         }
+    }
+
+    /// Ends a hold that is over: by the library's own timer, since an agent that is stuck must not keep an application frozen,
+    /// or because the application says so.
+    fn look(&mut self, writer: &mut dyn Writer) -> io::Result<()> {
+        let Some(hold) = &self.hold else {
+            return Ok(());
+        };
+        let release = if Instant::now() >= hold.until {
+            "the hold has lasted too long".to_owned()
+        } else if let Err(why) = writer.still_holds() {
+            why
+        } else {
+            return Ok(());
+        };
+        let generation = hold.generation;
+        writer.abort(&hold.set, &release);
+        self.hold = None;
+        self.wire.send(&Release {
+            release,
+            generation,
+        })
     }
 
     fn take(

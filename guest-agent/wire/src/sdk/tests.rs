@@ -14,6 +14,8 @@ struct Probe {
     calls: Sender<&'static str>,
     frozen: bool,
     veto: bool,
+    /// It loses its hold after so many looks.
+    looks: Option<u32>,
 }
 
 impl Probe {
@@ -47,6 +49,17 @@ impl Writer for Probe {
             held: true,
             evidence: Value::from(5),
         })
+    }
+
+    fn still_holds(&mut self) -> Result<(), String> {
+        assert!(self.frozen, "asked without a freeze");
+        if let Some(looks) = &mut self.looks {
+            *looks -= 1;
+            if *looks == 0 {
+                return Err("its lock is gone".into());
+            }
+        }
+        Ok(())
     }
 
     /// Prepares until nobody waits for it any more.
@@ -84,6 +97,10 @@ struct Agent {
 
 impl Agent {
     fn with(veto: bool) -> Self {
+        Self::with_looks(veto, None)
+    }
+
+    fn with_looks(veto: bool, looks: Option<u32>) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(Duration::from_secs(20)))
             .unwrap();
@@ -93,6 +110,7 @@ impl Agent {
                 calls: sender,
                 frozen: false,
                 veto,
+                looks,
             };
             let ended = serve(&mut probe, &theirs);
             assert!(!probe.frozen, "left frozen");
@@ -179,6 +197,18 @@ fn the_librarys_own_timer_resumes_and_the_thaw_says_so() {
     assert_eq!(agent.called(), "abort");
     let release: Release = agent.read();
     assert_eq!(release.generation, 1);
+    assert_eq!(agent.thaw().held, Some(false));
+}
+
+#[test]
+fn a_hold_that_the_application_has_lost_is_told_at_once() {
+    let mut agent = Agent::with_looks(false, Some(3));
+    assert!(agent.freeze(600_000).ok);
+    let release: Release = agent.read();
+    assert_eq!(release.release, "its lock is gone");
+    assert_eq!(release.generation, 1);
+    assert_eq!(agent.called(), "freeze");
+    assert_eq!(agent.called(), "abort");
     assert_eq!(agent.thaw().held, Some(false));
 }
 
