@@ -5,7 +5,7 @@
 //! set, because the agent thaws when its host side goes away; nothing is retried on a new connection except `abort`.
 
 mod address;
-mod greeting;
+mod dialling;
 mod lines;
 mod stock;
 
@@ -75,10 +75,7 @@ impl Guest {
             | AgentAddress::HybridVsock { .. } => {
                 Self::Native(GuestClient::connect(address, limit).await?)
             }
-            AgentAddress::Qga(_) => {
-                let stream = address.connect(limit).await?;
-                Self::Stock(StockClient::over(stream, limit).await?)
-            }
+            AgentAddress::Qga(_) => Self::Stock(StockClient::connect(address, limit).await?),
         })
     }
 
@@ -105,7 +102,7 @@ impl GuestClient {
     /// # Errors
     /// Nobody answers within `limit`, or he speaks no common version.
     pub async fn connect(address: &AgentAddress, limit: Duration) -> Result<Self, GuestError> {
-        let (link, hello) = greeting::open(address, limit).await?;
+        let (link, hello) = dialling::until_answered(address, limit, dialling::greet).await?;
         Ok(Self { link, hello })
     }
 
@@ -299,7 +296,7 @@ fn decode<T: DeserializeOwned>(
 pub fn hear_anything(chunks: &[&[u8]]) {
     for answer in lines::answers(chunks) {
         let name = "made up";
-        drop(greeting::greeted(answer.clone()));
+        drop(dialling::greeted(answer.clone()));
         drop(decode::<Prepared>(name, answer.clone()));
         drop(decode::<Frozen>(name, answer.clone()));
         drop(decode::<Thawed>(name, answer.clone()));

@@ -66,6 +66,12 @@ pub enum LinkError {
         /// How.
         why: String,
     },
+    /// Nobody listens there: the peer does not run.
+    #[error("connect: {why}")]
+    Absent {
+        /// What the system says.
+        why: String,
+    },
     /// The peer says what it must not: it would do so on another connection too.
     #[error("connection given up: {why}")]
     Unreadable {
@@ -296,7 +302,14 @@ async fn send(stream: &Stream, message: &Outgoing) -> io::Result<()> {
 pub(crate) async fn connect(path: &Path, limit: Duration) -> Result<Stream, LinkError> {
     match tokio::time::timeout(limit, UnixStream::connect(path)).await {
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => Err(lost(format_args!("connect: {error}"))),
+        Ok(Err(error)) => {
+            use io::ErrorKind::{ConnectionRefused, NotFound};
+            if [NotFound, ConnectionRefused].contains(&error.kind()) {
+                let why = error.to_string();
+                return Err(LinkError::Absent { why });
+            }
+            Err(lost(format_args!("connect: {error}")))
+        }
         Err(_elapsed) => Err(LinkError::Deadline {
             limit_ms: limit.as_millis(),
         }),

@@ -43,7 +43,9 @@ impl StorageError {
     pub fn is_deadline(&self) -> bool {
         match &self.source {
             CallError::Link(LinkError::Deadline { .. }) => true,
-            CallError::Link(LinkError::Closed { .. } | LinkError::Unreadable { .. })
+            CallError::Link(
+                LinkError::Closed { .. } | LinkError::Absent { .. } | LinkError::Unreadable { .. },
+            )
             | CallError::Refused(_)
             | CallError::BadAnswer { .. } => false,
         }

@@ -10,8 +10,8 @@ mod vssadmin;
 
 pub use vssadmin::VssWriter;
 
-use super::GuestError;
-use crate::link::{Decode, Incoming, Link, LinkError, Stream};
+use super::{AgentAddress, GuestError, dialling};
+use crate::link::{Decode, Incoming, Link, Stream};
 use base64::Engine as _;
 use guest_agent_wire::MESSAGE_BYTES_MAX;
 use guest_agent_wire::host::AgentError;
@@ -158,29 +158,22 @@ impl Lines {
 }
 
 impl StockClient {
-    /// Begins a conversation on a stream: syncs until the agent answers, since a guest that boots opens its port late.
+    /// Connects and syncs until the agent answers, since a guest that boots opens its port late.
     ///
     /// # Errors
     /// Nobody answers within `limit`.
-    pub async fn over(stream: Stream, limit: Duration) -> Result<Self, GuestError> {
-        let client = Self::unsynced(stream);
-        let syncing = async {
+    pub async fn connect(address: &AgentAddress, limit: Duration) -> Result<Self, GuestError> {
+        let sync = async |stream| {
+            let client = Self::unsynced(stream);
             loop {
                 let sync = client.call("guest-sync-delimited", Value::Null, None);
                 if let Ok(answer) = tokio::time::timeout(SYNC_AGAIN, sync).await {
                     break answer.map(drop);
                 }
-            }
+            }?;
+            Ok(client)
         };
-        match tokio::time::timeout(limit, syncing).await {
-            Ok(done) => done?,
-            Err(_elapsed) => {
-                return Err(GuestError::Link(LinkError::Deadline {
-                    limit_ms: limit.as_millis(),
-                }));
-            }
-        }
-        Ok(client)
+        dialling::until_answered(address, limit, sync).await
     }
 
     fn unsynced(stream: Stream) -> Self {
@@ -204,7 +197,11 @@ impl StockClient {
     ///
     /// # Errors
     /// No answer within `limit` (it is unknown whether the guest is frozen), or the agent's refusal.
-    pub async fn thaw_whatever(stream: Stream, limit: Duration) -> Result<u64, GuestError> {
+    pub async fn thaw_whatever(address: &AgentAddress, limit: Duration) -> Result<u64, GuestError> {
+        dialling::until_answered(address, limit, Self::sync_and_thaw).await
+    }
+
+    async fn sync_and_thaw(stream: Stream) -> Result<u64, GuestError> {
         let client = Self::unsynced(stream);
         let encode = |id| {
             client.waiting.id.store(id, Ordering::Release);
@@ -217,7 +214,7 @@ impl StockClient {
             bytes.extend(encode("guest-fsfreeze-thaw", &Value::Null, false));
             bytes
         };
-        let answer = client.link.call(encode, None, Some(limit)).await;
+        let answer = client.link.call(encode, None, None).await;
         decode("guest-fsfreeze-thaw", answer?)
     }
 

@@ -59,23 +59,23 @@ fn deep_nesting_is_no_answer_and_no_overflow_of_the_stack() {
 fn an_agent_of_another_version_is_told_from_one_that_makes_no_sense() {
     // A newer agent that refuses the versions offered.
     let refusal = json!({"code": "VERSION_MISMATCH", "message": "this agent speaks versions [7]", "retryable": false});
-    let error = greeting::greeted(Err(refusal)).unwrap_err().to_string();
+    let error = dialling::greeted(Err(refusal)).unwrap_err().to_string();
     assert!(
         error.starts_with("VERSION_MISMATCH") && error.contains("[7]"),
         "{error}"
     );
     // One that answers a version that was not offered.
     let hello = json!({"version": 7, "agent": "agent 9", "boot_id": "b"});
-    let error = greeting::greeted(Ok(hello)).unwrap_err().to_string();
+    let error = dialling::greeted(Ok(hello)).unwrap_err().to_string();
     assert!(
         error.starts_with("VERSION_MISMATCH") && error.contains("agent 9"),
         "{error}"
     );
     // What an agent of a later version says beside is passed over.
     let hello = json!({"version": PROTOCOL_VERSIONS[0], "agent": "a", "boot_id": "b", "more": [1]});
-    assert!(greeting::greeted(Ok(hello)).is_ok());
+    assert!(dialling::greeted(Ok(hello)).is_ok());
     assert!(matches!(
-        greeting::greeted(Ok(json!("hello"))),
+        dialling::greeted(Ok(json!("hello"))),
         Err(GuestError::BadAnswer { .. })
     ));
 }

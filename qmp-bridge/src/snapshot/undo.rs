@@ -8,13 +8,12 @@ use super::intent::{StateDirectory, StateError};
 use super::run::Limits;
 use super::step::Step;
 use crate::guest::{AgentAddress, Guest, GuestError, StockClient};
+use crate::link::LinkError;
 use crate::shown::plain;
 use crate::storage::{StorageClient, StorageError};
 use guest_agent_wire::host::ErrorCode;
-use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Duration;
-use tokio::net::UnixStream;
 use tokio::time::Instant;
 use uuid::Uuid;
 use vhost_blk_wire::command::{SnapshotSetAbort, SnapshotSetDelete};
@@ -68,7 +67,7 @@ pub async fn at_daemon(
         if Instant::now() >= deadline {
             return Err(StorageError {
                 control: control.to_owned(),
-                source: crate::link::LinkError::Deadline {
+                source: LinkError::Deadline {
                     limit_ms: limit.as_millis(),
                 }
                 .into(),
@@ -100,23 +99,14 @@ impl Undone {
 /// dead-man thaws anyway: this makes sure, and says so. QEMU's agent has no dead-man: until it has answered, it has to be asked
 /// again, unless the VM is gone and its freeze with it.
 pub async fn in_guest(agent: &AgentAddress, set: Uuid, reason: &str, limit: Duration) -> Undone {
-    if let AgentAddress::Qga(socket) = agent {
-        let thawed = match UnixStream::connect(socket).await {
-            Ok(stream) => StockClient::thaw_whatever(stream, limit).await,
-            Err(error) => {
-                return Undone {
-                    line: format!("guest: its port cannot be opened ({error})"),
-                    sure: matches!(
-                        error.kind(),
-                        ErrorKind::NotFound | ErrorKind::ConnectionRefused
-                    ),
-                };
-            }
-        };
-        return match thawed {
+    if let AgentAddress::Qga(_) = agent {
+        return match StockClient::thaw_whatever(agent, limit).await {
             Ok(count) => Undone::sure(format!("guest: thawed {count} on a new connection")),
             Err(GuestError::Refused(error)) if error.code == ErrorCode::HoldBroken => {
                 Undone::sure(format!("guest: had thawed itself ({error})"))
+            }
+            Err(GuestError::Link(LinkError::Absent { why })) => {
+                Undone::sure(format!("guest: gone, and its freeze with it ({why})"))
             }
             Err(error) => Undone {
                 line: format!("guest: not known to be thawed ({error})"),

@@ -1,9 +1,9 @@
-//! The first words with our agent: dials, says `hello` until it is answered, and dials again when the way is dead.
+//! The first words with an agent: dials, asks until it is answered, and dials again when the way is dead.
 //!
-//! Called by `guest`. QEMU's socket behind a virtio-serial port serves one client after another, and for a moment mixes them
-//! up: with the last one's end still under way it may hang up on the new one, drop his first bytes, or never carry the
-//! guest's answers to him. Nothing is open at the agent yet, so all of that is mended by asking again. Invariant: whatever
-//! the agent does, it is over at the limit.
+//! Called by `guest` and `stock`. QEMU's socket behind a virtio-serial port serves one client after another, and for a moment
+//! mixes them up: with the last one's end still under way it may hang up on the new one, drop his first bytes, or never carry
+//! the guest's answers to him. What is asked here may be asked twice, so all of that is mended by asking again. Invariant:
+//! whatever the agent does, it is over at the limit.
 
 use super::lines::{LineDecoder, NEW_CONVERSATION};
 use super::{AgentAddress, GuestError, decode, encode};
@@ -28,22 +28,23 @@ const PATIENCE: Duration = Duration::from_secs(8);
 /// Between the end of a connection and the next dial.
 const DIAL_AGAIN: Duration = Duration::from_millis(200);
 
-/// A connection, and what the agent said of itself on it.
+/// What `ask` comes to on the first connection that carries its answer.
 ///
 /// # Errors
-/// Nobody answers within `limit`, or what answers is no agent that we understand.
-pub(super) async fn open(
+/// Nobody listens, nobody answers within `limit`, or what answers is no agent that we understand.
+pub(super) async fn until_answered<T>(
     address: &AgentAddress,
     limit: Duration,
-) -> Result<(Link, Hello), GuestError> {
+    ask: impl AsyncFn(Stream) -> Result<T, GuestError>,
+) -> Result<T, GuestError> {
     let end = Instant::now() + limit;
     loop {
         let left = end.saturating_duration_since(Instant::now());
         let stream = address.connect(left).await?;
         let left = end.saturating_duration_since(Instant::now());
-        let lost = match timeout(left.min(PATIENCE), greet(stream)).await {
+        let lost = match timeout(left.min(PATIENCE), ask(stream)).await {
             Ok(Err(GuestError::Link(lost @ LinkError::Closed { .. }))) => lost,
-            Ok(greeted) => return greeted,
+            Ok(answered) => return answered,
             Err(_elapsed) => LinkError::Deadline {
                 limit_ms: limit.as_millis(),
             },
@@ -55,8 +56,8 @@ pub(super) async fn open(
     }
 }
 
-/// Says hello until one is answered. Which one does not matter.
-async fn greet(stream: Stream) -> Result<(Link, Hello), GuestError> {
+/// Says hello to our own agent until one is answered, which does not matter.
+pub(super) async fn greet(stream: Stream) -> Result<(Link, Hello), GuestError> {
     // Answers to an earlier bridge may still be in the pipe: its numbers must not be ours.
     let first_id = SystemTime::now()
         .duration_since(UNIX_EPOCH)
