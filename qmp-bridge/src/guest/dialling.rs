@@ -25,6 +25,8 @@ const HELLO_AGAIN: [Duration; 4] = [
 ];
 /// A connection on which nothing came back for so long is given up for another.
 const PATIENCE: Duration = Duration::from_secs(8);
+/// Connections on which we are hung up that many times are an agent's will, not a socket's muddle.
+const HANG_UPS: u32 = 5;
 /// Between the end of a connection and the next dial.
 const DIAL_AGAIN: Duration = Duration::from_millis(200);
 
@@ -38,18 +40,24 @@ pub(super) async fn until_answered<T>(
     ask: impl AsyncFn(Stream) -> Result<T, GuestError>,
 ) -> Result<T, GuestError> {
     let end = Instant::now() + limit;
+    let mut hung_up = 0;
     loop {
         let left = end.saturating_duration_since(Instant::now());
         let stream = address.connect(left).await?;
         let left = end.saturating_duration_since(Instant::now());
         let lost = match timeout(left.min(PATIENCE), ask(stream)).await {
-            Ok(Err(GuestError::Link(lost @ LinkError::Closed { .. }))) => lost,
+            Ok(Err(GuestError::Link(lost @ LinkError::Closed { .. }))) => {
+                hung_up += 1;
+                lost
+            }
             Ok(answered) => return answered,
             Err(_elapsed) => LinkError::Deadline {
                 limit_ms: limit.as_millis(),
             },
         };
-        if Instant::now() + DIAL_AGAIN >= end {
+        // The next one would have no time to be answered.
+        let is_over = Instant::now() + DIAL_AGAIN + PATIENCE / 8 >= end;
+        if is_over || hung_up == HANG_UPS {
             return Err(lost.into());
         }
         sleep(DIAL_AGAIN).await;
