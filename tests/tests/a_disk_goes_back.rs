@@ -47,7 +47,8 @@ fn reverted_and_settled(method: &str) -> Result<()> {
     let again = VmBuilder::new("reverted")
         .vhost_user("a", &site.daemon.socket("a"))
         .mounted("/mnt/a", FileSystem::Ext4)
-        .boot()?;
+        .boot()
+        .with_context(|| site.log())?;
     let reverted = oracle::open_database(&again, "/mnt/a/load.db")?;
     again.shut_down()?;
     let [expected] = <[Found; 1]>::try_from(oracle::judge(&[oracle::Restored {
