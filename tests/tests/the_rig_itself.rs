@@ -41,6 +41,13 @@ fn a_machine_boots_from_stock_backends_and_its_database_survives_a_power_cut() -
     assert!(stalled.still_runs());
     vm.shell("fsfreeze --unfreeze /mnt/a")?;
     assert_eq!(stalled.wait(wait::STEP)?.status, 0);
+    // Who has seen that a command is over can still ask how.
+    let failed = vm.guest()?.start("echo why >&2; exit 3")?;
+    wait::until("the command's end", wait::STEP, || {
+        Ok((!failed.still_runs()).then_some(()))
+    })?;
+    let end = failed.wait(wait::STEP)?;
+    assert_eq!((end.status, end.stderr.as_str()), (3, "why\n"));
     load.wait_for_more(20)?;
 
     let acks = load.acks();

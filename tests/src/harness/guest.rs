@@ -3,11 +3,12 @@
 //! Called by `vm`, `load`, `oracle` and scenarios. Commands run at the same time in the guest; an
 //! answer finds its caller by the request's number. Works while every disk's file system is frozen.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -35,11 +36,16 @@ pub struct Guest {
 pub struct Running {
     command: String,
     answer: Receiver<ShellResponse>,
+    /// The answer, once [`Self::still_runs`] has found it: it comes only once.
+    seen: OnceCell<ShellResponse>,
 }
 
 impl Running {
     /// Waits for the command's end, whatever its status.
     pub fn wait(&self, deadline: Duration) -> Result<ShellResponse> {
+        if let Some(response) = self.seen.get() {
+            return Ok(response.clone());
+        }
         match self.answer.recv_timeout(deadline) {
             Ok(response) => Ok(response),
             Err(RecvTimeoutError::Timeout) => {
@@ -56,10 +62,15 @@ impl Running {
     /// True while no answer has come.
     #[must_use]
     pub fn still_runs(&self) -> bool {
-        matches!(
-            self.answer.try_recv(),
-            Err(std::sync::mpsc::TryRecvError::Empty)
-        )
+        match self.answer.try_recv() {
+            Ok(response) => {
+                // An answer that was seen before stays: nobody is sent two.
+                self.seen.get_or_init(|| response);
+                false
+            }
+            Err(TryRecvError::Empty) => true,
+            Err(TryRecvError::Disconnected) => false,
+        }
     }
 }
 
@@ -116,6 +127,7 @@ impl Guest {
         Ok(Running {
             command: command.to_owned(),
             answer,
+            seen: OnceCell::new(),
         })
     }
 

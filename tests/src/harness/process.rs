@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
 use super::wait;
 
@@ -71,13 +71,31 @@ impl Process {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    fn kernel_pid(&self) -> Result<Pid> {
+        let pid = i32::try_from(self.pid()).ok();
+        pid.and_then(Pid::from_raw).context("pid")
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.pid())
-            .ok()
-            .and_then(Pid::from_raw)
-            .context("pid")?;
-        kill_process(pid, signal).with_context(|| format!("signal to {}", self.name))
+        kill_process(self.kernel_pid()?, signal).with_context(|| format!("signal to {}", self.name))
+    }
+
+    /// Whether it runs, and if not how it ended, for messages. Its end is left for [`Self::ended`] to take.
+    #[must_use]
+    pub fn state(&self) -> String {
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let seen = self
+            .kernel_pid()
+            .and_then(|pid| Ok(waitid(WaitId::Pid(pid), look)?));
+        match seen {
+            Ok(None) => "runs".to_owned(),
+            Ok(Some(end)) => match (end.exit_status(), end.terminating_signal()) {
+                (Some(status), _) => format!("has ended with status {status}"),
+                (None, signal) => format!("was killed by signal {}", signal.unwrap_or_default()),
+            },
+            Err(error) => format!("has ended and was waited for ({error:#})"),
+        }
     }
 
     /// Kills it (-9) and waits for its end.

@@ -25,6 +25,9 @@ use crate::guest_protocol::{AGENT_PORT, LOAD_PORT, QGA_PORT, SHELL_PORT};
 pub(super) const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr \
      no_timer_check tsc=reliable cryptomgr.notests rodata=off";
 
+/// The file in which QEMU keeps the processors' state at each reset.
+const RESETS: &str = "resets";
+
 /// Queues of a vhost-user disk.
 const QUEUES: u32 = 2;
 
@@ -232,6 +235,10 @@ impl VmBuilder {
                 ))
                 .args(["-device", "virtio-blk-pci,drive=usr,serial=usr"]);
         }
+        // A guest that resets itself ends QEMU without a word (`-no-reboot`): the processors' state is kept here.
+        qemu.args(["-d", "cpu_reset"])
+            .arg("-D")
+            .arg(directory.path().join(RESETS));
         let begin = Instant::now();
         let process = Process::start(&self.name, qemu, &directory.path().join("qemu"))?;
         let mut vm = Vm {
@@ -255,7 +262,7 @@ impl VmBuilder {
                 Ok(text.lines().any(|line| line == "ready").then_some(()))
             },
         )
-        .with_context(|| vm.log())?;
+        .with_context(|| format!("{}\n{}", vm.log(), vm.processors()))?;
         vm.boot_time = begin.elapsed();
         vm.guest = Some(Guest::connect(&vm.port(SHELL_PORT))?);
         Ok(vm)
@@ -410,14 +417,21 @@ impl Vm {
         Ok(())
     }
 
-    /// Console and QEMU's own output, for messages.
+    /// Console, QEMU's own output, whether it runs and what made the guest fall, for messages.
     #[must_use]
     pub fn log(&self) -> String {
+        let resets = fs::read_to_string(self.directory.path().join(RESETS)).unwrap_or_default();
         format!(
-            "{}: console:\n{}\nqemu:\n{}",
+            "{}: console:\n{}\nqemu {}:\n{}{}",
             self.name,
             self.console(),
-            self.process.stderr()
+            self.process.state(),
+            self.process.stderr(),
+            // Before it are the resets that are part of a start.
+            resets
+                .find("Triple fault")
+                .and_then(|at| resets.get(at..))
+                .unwrap_or_default()
         )
     }
 
@@ -432,6 +446,18 @@ impl Vm {
     /// Cuts the power: QEMU is killed at once.
     pub fn power_cut(mut self) -> Result<()> {
         self.process.kill()
+    }
+
+    /// Where the guest's processors are, for a machine that does not come up.
+    fn processors(&self) -> String {
+        let registers = json!({"command-line": "info registers -a"});
+        let answer = self
+            .monitor()
+            .and_then(|mut monitor| monitor.execute("human-monitor-command", registers));
+        match answer {
+            Ok(text) => text.as_str().unwrap_or_default().replace('\r', ""),
+            Err(error) => format!("no registers: {error:#}"),
+        }
     }
 
     fn console(&self) -> String {
