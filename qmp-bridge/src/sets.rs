@@ -18,14 +18,20 @@ use serde::{Deserialize, Serialize};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 use vhost_blk_wire::command::{SnapshotDelete, SnapshotRevert, SnapshotSetDelete};
 use vhost_blk_wire::qmp::ErrorClass;
+use vhost_blk_wire::types::VolumeInfo;
 
 /// Shortest beginning of an id that is accepted for it.
 const ID_PREFIX_MIN: usize = 4;
+
+/// What a daemon may take to hear of the end of a VM that has ended.
+const LET_GO_MAX: Duration = Duration::from_secs(3);
+/// How often it is asked meanwhile.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A bridge on a state directory.
 #[derive(Clone, Debug)]
@@ -296,10 +302,11 @@ impl Sets {
     }
 
     /// Makes the disks what they were at a set, or one disk what it was at a snapshot. Checks all disks before it
-    /// touches one. Newer copies of these disks are gone afterwards, and their records say so.
+    /// touches one. Newer copies of these disks are gone afterwards, and their records say so. A VM that was stopped just now may
+    /// be followed at once: its disks get three seconds to be let go.
     ///
     /// # Errors
-    /// [`Error::InvalidState`] while a front end is connected; [`Error::SetInProgress`]; [`Error::Storage`].
+    /// [`Error::InvalidState`] if a front end stays connected; [`Error::SetInProgress`]; [`Error::Storage`].
     pub async fn revert(&self, id: &str) -> Result<(), Error> {
         let found = self.find(id)?;
         let copies = found.copies();
@@ -308,11 +315,11 @@ impl Sets {
             return Err(Error::InvalidState(format!("{id} has no copies")));
         }
         let _lock = self.lock(&vm, Purpose::Revert)?;
+        let deadline = Instant::now() + LET_GO_MAX;
         let mut clients = Vec::new();
         for copy in &copies {
             let client = StorageClient::connect(&copy.control, self.limits.query).await?;
-            let volumes = client.volumes(self.limits.query).await?;
-            match volumes.iter().find(|volume| volume.volume == copy.volume) {
+            match self.let_go(&client, &copy.volume, deadline).await? {
                 Some(volume) if volume.connected => {
                     return Err(Error::InvalidState(format!(
                         "{} is in use: a running guest would not notice that its disk has changed; stop the VM",
@@ -338,6 +345,24 @@ impl Sets {
             client.call(&command, self.limits.prepare).await?;
         }
         self.forget_what_is_gone().await
+    }
+
+    /// What a daemon says of a volume once no front end is connected to it, or at the deadline.
+    async fn let_go(
+        &self,
+        client: &StorageClient,
+        name: &str,
+        deadline: Instant,
+    ) -> Result<Option<VolumeInfo>, Error> {
+        loop {
+            let volumes = client.volumes(self.limits.query).await?;
+            let found = volumes.into_iter().find(|volume| volume.volume == name);
+            let is_connected = found.as_ref().is_some_and(|volume| volume.connected);
+            if !is_connected || Instant::now() > deadline {
+                return Ok(found);
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 
     /// Takes from the records the copies that their daemons no longer have.

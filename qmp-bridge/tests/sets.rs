@@ -698,8 +698,22 @@ async fn revert_is_refused_while_a_disk_is_in_use_and_forgets_newer_sets() {
         Err(Error::InvalidState(_))
     ));
     assert!(!world.log().iter().any(|line| line.ends_with("revert")));
-    world.storages[0].set_connected(false);
-    sets.revert(&id).await.unwrap();
+    // One that is let go a moment later is waited for.
+    let asked = || {
+        let log = world.log();
+        log.iter()
+            .filter(|line| line.ends_with("query-volumes"))
+            .count()
+    };
+    let before = asked();
+    let let_go = async {
+        while asked() == before {
+            tokio::task::yield_now().await;
+        }
+        world.storages[0].set_connected(false);
+    };
+    let (reverted, ()) = tokio::join!(sets.revert(&id), let_go);
+    reverted.unwrap();
     let left: Vec<_> = sets.documents().unwrap().iter().map(|d| d.set).collect();
     assert_eq!(left, [older.set], "{} is gone", newer.set);
 }

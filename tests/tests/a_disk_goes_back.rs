@@ -31,13 +31,6 @@ fn reverted_and_settled(method: &str) -> Result<()> {
         "a disk was turned back under a running machine: {running:#?}"
     );
     site.vm.shut_down()?;
-    let mut control = Qmp::connect(site.daemon.control())?;
-    // The daemon hears of the machine's end a moment after it.
-    wait::until("the disk to be let go", wait::STEP, || {
-        let volumes = control.execute("query-volumes", json!({}))?;
-        let connected = volumes.pointer("/0/connected").and_then(Value::as_bool);
-        Ok((connected == Some(false)).then_some(()))
-    })?;
     site.bridge.run(&["revert", &set])?.succeeded()?;
     let ids: Vec<_> = site
         .daemon
@@ -74,6 +67,7 @@ fn reverted_and_settled(method: &str) -> Result<()> {
     );
 
     site.bridge.run(&["delete", &set])?.succeeded()?;
+    let mut control = Qmp::connect(site.daemon.control())?;
     wait::until("the disk to settle into its base", wait::STEP, || {
         let volumes = control.execute("query-volumes", json!({}))?;
         let plain = volumes.pointer("/0/plain").and_then(Value::as_bool);
