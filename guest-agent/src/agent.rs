@@ -109,6 +109,8 @@ pub fn run(config: Agent) -> io::Result<()> {
             exclude_filesystems: config.exclude_filesystem.clone(),
             qga_hold_ms: config.qga_hold_ms,
             state_dir: config.state_dir.clone(),
+            not_to_snapshot_dir: config.not_to_snapshot_dir.clone(),
+            keep_swap: config.keep_swap,
         },
         holder,
         Arc::clone(&alarm),

@@ -93,6 +93,12 @@ pub struct Agent {
     /// Files that allow users other than root to be writers.
     #[arg(long, default_value = "/etc/vmshadow/writers.d")]
     pub allow_dir: PathBuf,
+    /// Patterns of files that need not be in a copy: `*.conf`, one path a line (VSS: FilesNotToSnapshot).
+    #[arg(long, default_value = "/etc/vmshadow/files-not-to-snapshot.d")]
+    pub not_to_snapshot_dir: PathBuf,
+    /// Copies have the content of swap partitions and swap files, too.
+    #[arg(long)]
+    pub keep_swap: bool,
     /// Socket for writers; by default writers.sock in the state directory.
     #[arg(long)]
     pub writer_socket: Option<PathBuf>,

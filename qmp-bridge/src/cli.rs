@@ -152,9 +152,13 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Revert { id } => {
+            let copies = backend.copies(id).await?;
+            let bytes = copies.iter().map(|copy| copy.left_out_bytes).sum();
             backend.revert(id).await?;
-            let answer = serde_json::json!({"reverted": id});
-            print(json, &answer, |_| format!("reverted to {id}\n"))?;
+            let answer = serde_json::json!({"reverted": id, "left-out-bytes": bytes});
+            print(json, &answer, |_| {
+                format!("reverted to {id}\n{}", show::left_out(bytes))
+            })?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Complete {

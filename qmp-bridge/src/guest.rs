@@ -26,6 +26,8 @@ use std::time::Duration;
 const WRITERS_MAX: usize = 1024;
 const FILESYSTEMS_MAX: usize = 4096;
 const EXEMPT_MAX: usize = 256;
+/// Places of what need not be in a copy.
+const LEFT_OUT_MAX: usize = 4096;
 
 /// Why the agent gave no answer.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -159,6 +161,12 @@ impl GuestClient {
     ) -> Result<Frozen, GuestError> {
         let frozen: Frozen = self.call("freeze", Command::Freeze(freeze), limit).await?;
         bounded("freeze", "exempt extents", frozen.exempt.len(), EXEMPT_MAX)?;
+        if let Some(found) = &frozen.not_to_snapshot {
+            let what = "extents of what need not be in a copy";
+            bounded("freeze", what, found.extents.len(), LEFT_OUT_MAX)?;
+            let told = found.names.len() + found.reasons.len();
+            bounded("freeze", "names of it", told, EXEMPT_MAX)?;
+        }
         bounded("freeze", "writers", frozen.writers.len(), WRITERS_MAX)?;
         let filesystems = frozen.filesystems.len();
         bounded("freeze", "file systems", filesystems, FILESYSTEMS_MAX)?;

@@ -4,13 +4,14 @@
 mod fakes;
 
 use fakes::{Fault, World, short_limits};
+use guest_agent_wire::host::NotToSnapshot;
 use guest_agent_wire::types::DiskExtent;
 use qmp_bridge::error::Error;
-use qmp_bridge::snapshot::document::{CreateRequest, Outcome, ReasonCode, SetDocument};
+use qmp_bridge::snapshot::document::{Copy, CreateRequest, Outcome, ReasonCode, SetDocument};
 use qmp_bridge::snapshot::level::Level;
 use qmp_bridge::snapshot::step::Step;
 use qmp_bridge::snapshot::witness::Word;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -293,6 +294,81 @@ async fn swap_is_not_watched_but_a_frozen_file_system_cannot_be_hidden() {
     assert_eq!(document.outcome, Outcome::Refused);
     assert_eq!(document.witnesses.host.value, Word::Disagrees);
     world.assert_nothing_left();
+}
+
+fn not_to_snapshot() -> Option<Box<NotToSnapshot>> {
+    Some(Box::new(NotToSnapshot {
+        patterns: 1,
+        files: 1,
+        names: vec!["/var/cache/big".to_owned()],
+        bytes: 8192,
+        extents: vec![DiskExtent {
+            serial: "ser-data".to_owned(),
+            disk: "vd1".to_owned(),
+            start_bytes: 4096,
+            length_bytes: 8192,
+        }],
+        ..NotToSnapshot::default()
+    }))
+}
+
+#[tokio::test]
+async fn what_need_not_be_in_a_copy_is_left_out_and_told() {
+    let world = World::new();
+    world
+        .agent
+        .change(|guest| guest.not_to_snapshot = not_to_snapshot());
+    let document = world.create(application()).await;
+    assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+    assert_eq!(
+        world.storages[0].left_out(),
+        json!([{"volume": "data", "ranges": [{"offset-bytes": 4096, "length-bytes": 8192}]}])
+    );
+    let left_out = |copy: &Copy| (copy.serial == "ser-data").then_some(copy.left_out_bytes);
+    assert_eq!(document.copies.iter().find_map(left_out), Some(8192));
+    let told = document.not_to_snapshot.as_ref().unwrap();
+    assert_eq!((told.bytes, told.extents.len()), (8192, 0));
+    assert!(
+        document
+            .notes
+            .iter()
+            .any(|note| note.contains("/var/cache/big"))
+    );
+}
+
+#[tokio::test]
+async fn nothing_is_left_out_of_a_copy_whose_file_systems_were_not_held() {
+    let world = World::new();
+    world.agent.change(|guest| {
+        guest.not_to_snapshot = not_to_snapshot();
+        guest.thawed_by_others = vec!["/m0".to_owned()];
+    });
+    let document = world.create(best_effort()).await;
+    assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+    assert_eq!(document.level_reached, Some(Level::Crash));
+    assert_eq!(world.storages[0].left_out(), Value::Null);
+    assert!(document.copies.iter().all(|copy| copy.left_out_bytes == 0));
+}
+
+#[tokio::test]
+async fn a_store_that_cannot_leave_out_keeps_the_set_whole() {
+    let world = World::new();
+    world
+        .agent
+        .change(|guest| guest.not_to_snapshot = not_to_snapshot());
+    world.storages[0]
+        .peer
+        .on("snapshot-set-leave-out", Fault::Refuse("CommandNotFound"));
+    let document = world.create(application()).await;
+    assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+    assert!(document.finished);
+    assert!(document.copies.iter().all(|copy| copy.left_out_bytes == 0));
+    assert!(
+        document
+            .notes
+            .iter()
+            .any(|note| note.contains("are, or are not"))
+    );
 }
 
 #[tokio::test]

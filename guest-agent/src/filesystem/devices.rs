@@ -118,6 +118,26 @@ impl BlockDevices {
         }
     }
 
+    /// Where a device lies if its addresses are those of one disk, shifted by the start of its partition: nothing is
+    /// stacked beneath it, and the disk has a serial by which the host knows it.
+    #[must_use]
+    pub fn exact(&self, device: DeviceNumber) -> Option<DiskExtent> {
+        let node = self.node(device).canonicalize().ok()?;
+        let exact = if node.join("partition").exists() {
+            let disk = node.parent()?;
+            if is_stacked(disk) {
+                return None;
+            }
+            let start = read_sectors(&node.join("start"));
+            extent(disk, start, read_sectors(&node.join("size")))
+        } else if is_stacked(&node) {
+            return None;
+        } else {
+            extent(&node, 0, read_sectors(&node.join("size")))
+        };
+        (!exact.serial.is_empty()).then_some(exact)
+    }
+
     /// Block devices that a mounted file system lies on.
     #[must_use]
     pub fn of_mount(&self, mount: &Mount) -> Vec<DeviceNumber> {

@@ -1,4 +1,4 @@
-//! FIFREEZE, FITHAW and FIEMAP: with `trim`, the only unsafe code of the agent.
+//! FIFREEZE and FITHAW: with `trim` and `not_to_snapshot::blocks`, the only unsafe code of the agent.
 //!
 //! Called by the hold helper, by the agent when the helper died, and at start. Freeze and thaw allocate nothing.
 //! A user-space freeze does not nest and has no owner: EBUSY means that somebody else froze, EINVAL at the thaw that

@@ -5,5 +5,6 @@
 pub mod devices;
 pub mod freeze;
 pub mod mounts;
+pub mod not_to_snapshot;
 pub mod plan;
 pub mod trim;

@@ -8,6 +8,7 @@
 
 use super::devices::{BlockDevices, parse_swaps};
 use super::mounts::{DeviceNumber, Mount, mount_of, parse};
+use super::not_to_snapshot::Swap;
 use guest_agent_wire::host::FilesystemInfo;
 use guest_agent_wire::types::DiskExtent;
 use std::collections::{BTreeMap, BTreeSet};
@@ -151,6 +152,22 @@ impl Sources {
             extents.extend(devices.beneath(device, &mounts).extents);
         }
         Ok(extents)
+    }
+
+    /// Swap that is in use.
+    #[must_use]
+    pub fn swap(&self) -> Swap {
+        let swaps = std::fs::read_to_string(self.proc.join("swaps")).unwrap_or_default();
+        let devices = BlockDevices::new(&self.sys);
+        let mut swap = Swap::default();
+        for area in parse_swaps(&swaps) {
+            if area.is_file {
+                swap.files.push(area.path.into());
+            } else {
+                swap.devices.extend(devices.by_name(&area.path));
+            }
+        }
+        swap
     }
 
     /// Areas that are written while all is frozen: swap partitions. A swap file lies inside a file system's own extents and

@@ -13,6 +13,7 @@ use super::state::{Effect, Event, Machine, Owner, Phase, Refusal};
 use super::step::Step;
 use super::writers::{LEVELS, OnFailure};
 use crate::clock::{Alarm, BootTime};
+use crate::filesystem::not_to_snapshot::{Candidates, KeptOpen};
 use crate::filesystem::plan::Sources;
 use crate::hold::client::{FromHelper, Holder, Sink};
 use crate::hold::ledger;
@@ -55,6 +56,10 @@ pub struct Settings {
     pub qga_hold_ms: u64,
     /// Directory for state, on a tmpfs.
     pub state_dir: PathBuf,
+    /// Directory of patterns of files that need not be in a copy.
+    pub not_to_snapshot_dir: PathBuf,
+    /// Swap is in the copies, too.
+    pub keep_swap: bool,
 }
 
 /// What a step hears while it waits.
@@ -82,6 +87,10 @@ pub(super) struct Set {
     pub(super) hold_us: u64,
     pub(super) hold_end: Option<BootTime>,
     pub(super) freeze_asked: bool,
+    /// Files that need not be in the copies.
+    pub(super) not_to_snapshot: Option<Arc<Candidates>>,
+    /// Those of them that were opened while all was frozen.
+    pub(super) kept_open: KeptOpen,
     /// Why the hold is lost although it goes on.
     pub(super) broken: Option<Cause>,
 }
@@ -360,7 +369,12 @@ impl Actor {
                 self.settle(identified, answer);
             }
             Request::Prepare(prepare) => {
+                let until = BootTime::now().plus_ms(prepare.limit_ms);
                 let prepared = self.prepare(&prepare);
+                if prepared.is_ok() {
+                    // A client of QEMU's protocol could not be told, and waits for its freeze.
+                    self.find_not_to_snapshot(until);
+                }
                 self.settle(prepared, answer);
             }
             Request::Freeze(freeze) => {
@@ -590,11 +604,13 @@ impl Actor {
         let writers_frozen = BootTime::now();
         self.freeze_filesystems(generation)?;
         self.find_missed(choice)?;
+        let not_to_snapshot = self.place_not_to_snapshot();
         Ok(Frozen {
             generation,
             writers: self.writer_reports(LEVELS.into_iter()),
             filesystems: self.reports_after_freeze(),
             exempt,
+            not_to_snapshot,
             writers_ms: writers_frozen.ms_since(start),
             filesystems_ms: BootTime::now().ms_since(writers_frozen),
         })
@@ -604,6 +620,7 @@ impl Actor {
         self.interruptible = false;
         let generation = self.machine.generation();
         self.thaw_filesystems(generation);
+        self.set.kept_open = KeptOpen::default();
         // Open directories would keep people from unmounting.
         self.holder.close();
         let broken = self.set.broken.clone().or_else(|| self.window_cause());

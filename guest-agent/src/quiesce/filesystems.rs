@@ -6,6 +6,7 @@
 use super::actor::{Actor, Heard};
 use super::cause::Cause;
 use crate::clock::BootTime;
+use crate::filesystem::mounts::DeviceNumber;
 use crate::filesystem::plan::Filesystem;
 use crate::hold::helper::THAW_STEP_MS;
 use crate::hold::message::{Ask, Tell};
@@ -395,6 +396,12 @@ impl Actor {
             self.holder.close();
             self.set.filesystems.clear();
         }
+    }
+
+    /// Devices of the file systems that are frozen.
+    pub(super) fn frozen_devices(&self) -> Vec<DeviceNumber> {
+        let frozen = self.slots().filter(|held| held.is_frozen());
+        frozen.map(|held| held.filesystem.device).collect()
     }
 
     /// Why the file systems did not hold; `None` if they did.

@@ -7,6 +7,7 @@
 pub mod actor;
 pub mod cause;
 mod filesystems;
+mod not_to_snapshot;
 mod participant;
 pub mod service;
 mod session;

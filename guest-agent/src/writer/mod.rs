@@ -28,6 +28,8 @@ pub struct Identity {
     pub prepare_timeout_ms: u64,
     /// Who holds its writes.
     pub hold: Hold,
+    /// The user it runs as.
+    pub uid: u32,
 }
 
 /// Takes the answer to one event; called at most once, from any thread.

@@ -340,6 +340,7 @@ fn register(line: &[u8], stream: &UnixStream, allow_dir: &Path) -> Result<Identi
         freeze_timeout_ms: registration.freeze_timeout_ms,
         prepare_timeout_ms: registration.prepare_timeout_ms,
         hold: registration.hold,
+        uid,
     })
 }
 

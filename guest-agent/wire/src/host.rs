@@ -294,6 +294,40 @@ pub struct Prepared {
     pub sync_ms: u64,
 }
 
+/// Files that need not be in the copies, and where they lie while all is frozen (VSS: `FilesNotToSnapshot`). Best effort.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct NotToSnapshot {
+    /// Patterns, of writers' `exclude_from_snapshot` and of the agent's own configuration.
+    pub patterns: u64,
+    /// Files that were placed.
+    pub files: u64,
+    /// Patterns and files that could not be placed for certain.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub unresolved: u64,
+    /// Why, for the first of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reasons: Vec<String>,
+    /// The largest of the files, and swap devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<String>,
+    /// Bytes on the disks of the set, all extents together, also those that are not told.
+    pub bytes: u64,
+    /// Where they lie, the largest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extents: Vec<DiskExtent>,
+    /// Extents that would have been too many to tell.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub extents_not_told: u64,
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde calls it with a reference"
+)]
+fn is_zero(value: &u64) -> bool {
+    *value == 0
+}
+
 /// Arguments of `freeze`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Freeze {
@@ -319,6 +353,9 @@ pub struct Frozen {
     pub filesystems: Vec<FilesystemReport>,
     /// Areas of the disks that may still be written.
     pub exempt: Vec<DiskExtent>,
+    /// What need not be in the copies; absent if nothing is named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_to_snapshot: Option<Box<NotToSnapshot>>,
     /// Milliseconds from the first writer to the last.
     pub writers_ms: u64,
     /// Milliseconds from the first file system to the last.

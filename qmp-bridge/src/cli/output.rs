@@ -5,6 +5,7 @@
 
 use super::args::Read;
 use super::backend::Backend;
+use super::show::left_out;
 use super::table::size;
 use crate::error::Error;
 use crate::snapshot::document::Copy;
@@ -60,14 +61,16 @@ pub(super) async fn read(backend: &Backend, read: &Read, json: bool) -> Result<(
         "output": read.output,
         "length-bytes": done.length_bytes,
         "data-bytes": done.data_bytes,
+        "left-out-bytes": copy.left_out_bytes,
     });
     super::print(json, &answer, |_| {
         format!(
-            "{}: {} of {}, {} of them not zero\n",
+            "{}: {} of {}, {} of them not zero\n{}",
             read.output.display(),
             size(done.length_bytes),
             copy.volume,
-            size(done.data_bytes)
+            size(done.data_bytes),
+            left_out(copy.left_out_bytes)
         )
     })
 }

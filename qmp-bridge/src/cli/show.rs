@@ -63,6 +63,17 @@ pub(crate) fn sets(sets: &[ListedSet]) -> String {
     table(&columns, &rows)
 }
 
+/// What the reader of copies has to know of what is not in them; empty if nothing is missing.
+pub(crate) fn left_out(bytes: u64) -> String {
+    if bytes == 0 {
+        return String::new();
+    }
+    let bytes = size(bytes);
+    format!(
+        "{bytes} of files that need not be in a copy, and of swap, are not in it: they read as zeroes\n"
+    )
+}
+
 /// One set with all that matters.
 pub(crate) fn set(document: &SetDocument) -> String {
     let mut text = String::new();
@@ -141,6 +152,7 @@ pub(crate) fn set(document: &SetDocument) -> String {
             ("SNAPSHOT", Align::Left),
             ("METHOD", Align::Left),
             ("SIZE", Align::Right),
+            ("LEFT OUT", Align::Right),
             ("READ WITH", Align::Left),
         ];
         let rows: Vec<Vec<String>> = document
@@ -152,6 +164,7 @@ pub(crate) fn set(document: &SetDocument) -> String {
                     copy.snapshot.to_string(),
                     method(copy.method).to_owned(),
                     size(copy.size_bytes),
+                    size(copy.left_out_bytes),
                     copy.read_with.clone(),
                 ]
             })

@@ -10,7 +10,7 @@ use super::witness::Witnesses;
 use crate::guest::{AgentAddress, StockGuest};
 use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::host::{
-    FilesystemInfo, FilesystemReport, WriterComponents, WriterInfo, WriterReport,
+    FilesystemInfo, FilesystemReport, NotToSnapshot, WriterComponents, WriterInfo, WriterReport,
 };
 use guest_agent_wire::metadata::{Metadata, WriterRestoreEvents};
 use guest_agent_wire::types::{BackupType, DiskExtent};
@@ -394,6 +394,17 @@ pub struct Copy {
     pub created_unix_ms: u64,
     /// The command that reads it.
     pub read_with: String,
+    /// Bytes of files that need not be in a copy (VSS: FilesNotToSnapshot) and of swap that are not in it: they read as zeroes.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub left_out_bytes: u64,
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde calls it with a reference"
+)]
+fn is_zero(value: &u64) -> bool {
+    *value == 0
 }
 
 /// A disk of the VM that is not in the set.
@@ -460,6 +471,9 @@ pub struct SetDocument {
     /// Areas of the disks that the host's witness did not watch (swap).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exempt: Vec<DiskExtent>,
+    /// What need not be in the copies by the guest's word, without its places. What came of it stands with each copy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_to_snapshot: Option<Box<NotToSnapshot>>,
     /// Disks of the VM that are not in the set.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub uncovered_disks: Vec<UncoveredDisk>,
@@ -496,6 +510,7 @@ impl SetDocument {
             filesystems: Vec::new(),
             qemu_guest_agent: None,
             exempt: Vec::new(),
+            not_to_snapshot: None,
             uncovered_disks: Vec::new(),
             notes: Vec::new(),
             undone: Vec::new(),

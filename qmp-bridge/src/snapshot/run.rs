@@ -7,6 +7,7 @@
 mod daemons;
 mod ending;
 mod failure;
+mod left_out;
 mod stock;
 mod undoing;
 mod watch;
@@ -193,6 +194,7 @@ impl Run<'_> {
         self.passed(Step::Verdict);
         self.now_at = Step::Kept;
         self.keep().await?;
+        self.leave_out().await;
         self.now_at = Step::Finished;
         self.finish().await;
         Ok(())

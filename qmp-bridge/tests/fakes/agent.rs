@@ -4,8 +4,8 @@ use super::{Fault, Peer};
 use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::host::{
     AgentError, Command, ErrorCode, FilesystemInfo, FilesystemReport, FilesystemResult, Frozen,
-    Hello, Identified, Outcome, Prepared, Request, Response, Restore, Thawed, WriterComponents,
-    WriterInfo, WriterOutcomes, WriterReport, WritersSaid,
+    Hello, Identified, NotToSnapshot, Outcome, Prepared, Request, Response, Restore, Thawed,
+    WriterComponents, WriterInfo, WriterOutcomes, WriterReport, WritersSaid,
 };
 use guest_agent_wire::metadata::Metadata;
 use guest_agent_wire::types::{DiskExtent, Hold, Level, WriterState};
@@ -26,6 +26,8 @@ pub(crate) struct Guest {
     pub(crate) mountpoints: Vec<String>,
     pub(crate) serials: Vec<String>,
     pub(crate) exempt: Vec<DiskExtent>,
+    /// What need not be in a copy.
+    pub(crate) not_to_snapshot: Option<Box<NotToSnapshot>>,
     /// Mount points that are writable, on a covered disk, and do not freeze.
     pub(crate) unfreezable: Vec<String>,
     /// Writers that say at the thaw that they did not hold.
@@ -72,6 +74,7 @@ impl FakeAgent {
                     .collect(),
                 serials,
                 exempt: Vec::new(),
+                not_to_snapshot: None,
                 unfreezable: Vec::new(),
                 not_held: Vec::new(),
                 silent: Vec::new(),
@@ -212,6 +215,7 @@ impl FakeAgent {
                 guest.left_out = freeze.exclude_filesystems;
                 let filesystems = guest.filesystems(FilesystemResult::Frozen);
                 to_value(&Frozen {
+                    not_to_snapshot: guest.not_to_snapshot.clone(),
                     generation: 5,
                     writers: guest.reports(WriterState::WaitingForThaw, None, 1),
                     filesystems,

@@ -30,6 +30,7 @@ struct Store {
     connections: u64,
     /// Exempt ranges of the last mark.
     exempt: Value,
+    left_out: Value,
     limit_ms: u64,
 }
 
@@ -117,6 +118,11 @@ impl FakeStorage {
 
     pub(crate) fn exempt(&self) -> Value {
         self.store.lock().unwrap().exempt.clone()
+    }
+
+    /// What was to be left out of the last set.
+    pub(crate) fn left_out(&self) -> Value {
+        self.store.lock().unwrap().left_out.clone()
     }
 
     /// Limit that the last commit was given.
@@ -282,6 +288,13 @@ impl FakeStorage {
                     }
                 }
                 Ok(json!({}))
+            }
+            "snapshot-set-leave-out" => {
+                store.left_out = arguments["areas"].clone();
+                let volumes: Vec<Value> = store.left_out.as_array().unwrap().iter().map(
+                    |area| json!({"volume": area["volume"], "left-out-bytes": area["ranges"][0]["length-bytes"]}),
+                ).collect();
+                Ok(json!({ "volumes": volumes }))
             }
             "snapshot-set-abort" => {
                 let set = open.ok_or("SetNotFound")?;

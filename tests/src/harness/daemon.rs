@@ -89,6 +89,15 @@ impl VhostBlk {
             .context("query-snapshots answers a list")
     }
 
+    /// Its volumes.
+    pub fn volumes(&self) -> Result<Vec<Value>> {
+        let answer = Qmp::connect(&self.control)?.execute("query-volumes", json!({}))?;
+        answer
+            .as_array()
+            .cloned()
+            .context("query-volumes answers a list")
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.process.signal(signal)

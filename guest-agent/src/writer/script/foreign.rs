@@ -113,6 +113,7 @@ impl<'a> Found<'a> {
             freeze_timeout_ms: self.freeze_timeout_ms,
             prepare_timeout_ms: PREPARE_MS_MAX,
             hold: Hold::Filesystem,
+            uid: 0,
         };
         Directory::Writer(Box::new(recipe), identity)
     }

@@ -80,6 +80,7 @@ fn identify(top: &Path, path: &Path, name: &str) -> Result<(Recipe, Identity), S
         prepare_timeout_ms: PREPARE_MS_MAX,
         // A script is not there while the hold lasts, so it can keep no lock by itself.
         hold: settings.hold.unwrap_or(Hold::Filesystem),
+        uid: 0,
     };
     Ok((recipe, identity))
 }

@@ -72,6 +72,7 @@ fn sample() -> SetDocument {
         method: Method::Cow,
         created_unix_ms: 5,
         read_with: "vmshadow read ID --output FILE".to_owned(),
+        left_out_bytes: 4096,
     }];
     document.uncovered_disks = vec![UncoveredDisk {
         device: "cd".to_owned(),

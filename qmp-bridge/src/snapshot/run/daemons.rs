@@ -95,6 +95,7 @@ pub(super) fn copies(plan: &Plan, commits: &[DaemonCommit]) -> Vec<Copy> {
                 method: snapshot.method,
                 created_unix_ms: snapshot.created_unix_ms,
                 read_with: format!("vmshadow read {} --output FILE", snapshot.snapshot),
+                left_out_bytes: 0,
             });
         }
     }

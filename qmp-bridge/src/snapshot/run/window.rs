@@ -11,6 +11,7 @@ use super::super::witness::DaemonCommit;
 use super::Run;
 use super::daemons::{all, exempt_of};
 use super::failure::{Failure, guest_failure, internal, vm_failure};
+use super::left_out::without_places;
 use crate::guest::Guest;
 use guest_agent_wire::host::{
     Freeze, Frozen, Identified, Prepare, Prepared, Thawed, WRITER_MS_MAX,
@@ -227,6 +228,7 @@ impl Run<'_> {
             }
         }
         self.doc.exempt.clone_from(&frozen.exempt);
+        self.doc.not_to_snapshot = frozen.not_to_snapshot.as_deref().map(without_places);
         self.window.frozen = Some(frozen);
         self.hold_left().map(drop)
     }

@@ -89,6 +89,7 @@ fn all_agree() -> Said {
             sync_ms: 0,
         },
         frozen: Frozen {
+            not_to_snapshot: None,
             generation: 1,
             writers: vec![writer(None)],
             filesystems: vec![filesystem(FilesystemResult::Frozen)],

@@ -1,0 +1,242 @@
+//! Places of files: merging, and FIEMAP where the file system under the tests can.
+
+use super::*;
+use std::io::Write;
+
+fn extent(serial: &str, start_bytes: u64, length_bytes: u64) -> DiskExtent {
+    DiskExtent {
+        serial: serial.to_owned(),
+        disk: "vda".to_owned(),
+        start_bytes,
+        length_bytes,
+    }
+}
+
+#[test]
+fn an_area_is_counted_once_however_often_it_was_named() {
+    let all = vec![
+        extent("b", 0, 10),
+        extent("a", 20, 10),
+        extent("a", 0, 10),
+        extent("a", 5, 5),
+        extent("a", 10, 2),
+    ];
+    let expected = [extent("a", 0, 12), extent("a", 20, 10), extent("b", 0, 10)];
+    assert_eq!(merged(all), expected);
+}
+
+/// A directory, and a system in which its file system lies on a partition that begins at a mebibyte.
+struct Guest {
+    place: tempfile::TempDir,
+    sys: tempfile::TempDir,
+    number: DeviceNumber,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let place = tempfile::tempdir().unwrap();
+        let sys = tempfile::tempdir().unwrap();
+        let device = rustix::fs::stat(place.path()).unwrap().st_dev;
+        let number = number(device);
+        let partition = sys.path().join("devices/vda/vda1");
+        let links = sys.path().join("dev/block");
+        std::fs::create_dir_all(&partition).unwrap();
+        std::fs::create_dir_all(&links).unwrap();
+        std::fs::write(sys.path().join("devices/vda/serial"), "ser").unwrap();
+        std::fs::write(partition.join("partition"), "1").unwrap();
+        std::fs::write(partition.join("start"), "2048").unwrap();
+        std::fs::write(partition.join("size"), u64::from(u32::MAX).to_string()).unwrap();
+        std::os::unix::fs::symlink(&partition, links.join(number.to_string())).unwrap();
+        Self { place, sys, number }
+    }
+
+    fn devices(&self) -> BlockDevices {
+        BlockDevices::new(self.sys.path())
+    }
+
+    fn mounts(&self, fstype: &str) -> Vec<Mount> {
+        vec![Mount {
+            device: self.number,
+            root: "/".into(),
+            mountpoint: "/".into(),
+            fstype: fstype.to_owned(),
+            source: "/dev/vda1".to_owned(),
+            read_only: false,
+        }]
+    }
+
+    fn write(&self, name: &str, bytes: usize) -> PathBuf {
+        let path = self.place.path().join(name);
+        let mut file = std::fs::File::create(&path).unwrap();
+        file.write_all(&vec![7; bytes]).unwrap();
+        file.sync_all().unwrap();
+        path
+    }
+
+    fn wish(&self, spec: &str, owner: Option<u32>) -> Wish {
+        let set = FileSet::new(self.place.path().to_str().unwrap(), spec);
+        Wish { set, owner }
+    }
+
+    fn find(&self, wishes: &[Wish], swap_files: &[PathBuf], disks: &[&str]) -> Candidates {
+        let disks: Vec<String> = disks.iter().map(|&disk| disk.to_owned()).collect();
+        find(
+            wishes,
+            swap_files,
+            &self.mounts("ext4"),
+            &self.devices(),
+            &disks,
+        )
+    }
+
+    fn place(&self, found: &Candidates, frozen: &[DeviceNumber]) -> NotToSnapshot {
+        let until = Instant::now() + std::time::Duration::from_secs(600);
+        place(found, &[], &self.devices(), &[], frozen, until).0
+    }
+
+    /// Where the file system under the tests says that this file lies; `None`, with the reason, if it cannot.
+    fn can_tell(&self, path: &Path) -> bool {
+        match blocks::of(std::fs::File::open(path).unwrap()) {
+            Ok(_) => true,
+            Err(why) => {
+                eprintln!("skipped: the file system under the tests cannot tell: {why}");
+                false
+            }
+        }
+    }
+}
+
+fn names(found: &Candidates) -> Vec<String> {
+    let mut names: Vec<String> = found
+        .files
+        .iter()
+        .map(|file| {
+            file.path
+                .file_name()
+                .unwrap()
+                .to_string_lossy()
+                .into_owned()
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn what_cannot_be_placed_is_told_and_gives_no_files() {
+    let devices = BlockDevices::new(Path::new("/nowhere"));
+    let guest = Guest::new();
+    for (path, fstype, why) in [
+        ("/tmp", "btrfs", "cannot be placed"),
+        ("/tmp", "ext4", "not on a disk or partition"),
+        ("/tmp/../etc", "ext4", "not an absolute path"),
+        ("tmp", "ext4", "not an absolute path"),
+    ] {
+        let set = FileSet::tree(path);
+        let wish = Wish { set, owner: None };
+        let found = find(&[wish], &[], &guest.mounts(fstype), &devices, &[]);
+        assert_eq!(
+            (found.unresolved, found.files.len()),
+            (1, 0),
+            "{path} {fstype}"
+        );
+        assert!(found.reasons.iter().all(|r| r.contains(why)), "{found:?}");
+    }
+}
+
+#[test]
+fn a_user_names_only_files_of_its_own() {
+    let guest = Guest::new();
+    guest.write("a.tmp", 9_000);
+    let own = rustix::process::geteuid().as_raw();
+    let theirs = guest.find(&[guest.wish("*", Some(own + 1))], &[], &[]);
+    assert_eq!((theirs.files.len(), theirs.unresolved), (0, 1));
+    let ours = guest.find(&[guest.wish("*", Some(own))], &[], &[]);
+    assert_eq!(names(&ours), ["a.tmp"]);
+    let roots = guest.find(&[guest.wish("*", None)], &[], &[]);
+    assert_eq!(names(&roots), ["a.tmp"]);
+}
+
+#[test]
+fn only_files_without_other_names_on_disks_of_the_set_are_found() {
+    let guest = Guest::new();
+    guest.write("a.tmp", 9_000);
+    guest.write("b.log", 9_000);
+    let linked = guest.write("c.tmp", 9_000);
+    std::fs::hard_link(&linked, guest.place.path().join("c2.tmp")).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", guest.place.path().join("d.tmp")).unwrap();
+    let found = guest.find(&[guest.wish("*.tmp", None)], &[], &["ser", "other"]);
+    assert_eq!(names(&found), ["a.tmp"]);
+    assert_eq!(found.unresolved, 2, "{found:?}");
+    let elsewhere = guest.find(&[guest.wish("*.tmp", None)], &[], &["other"]);
+    assert_eq!((elsewhere.files.len(), elsewhere.unresolved), (0, 0));
+}
+
+#[test]
+fn a_file_lies_where_it_lies_when_it_is_frozen_and_not_where_it_was_found() {
+    let guest = Guest::new();
+    let path = guest.write("a.tmp", 1 << 20);
+    if !guest.can_tell(&path) {
+        return;
+    }
+    let found = guest.find(&[guest.wish("*", None)], &[], &[]);
+    let placed = guest.place(&found, &[guest.number]);
+    assert_eq!((placed.files, placed.unresolved), (1, 0), "{placed:?}");
+    assert_eq!(placed.bytes, 1 << 20);
+    let all_behind = placed.extents.iter().all(|e| e.start_bytes >= 1 << 20);
+    assert!(all_behind, "in the partition: {placed:?}");
+    assert_eq!(placed.names, [path.display().to_string()]);
+    // Cut short since it was found: what it gave back may be somebody else's.
+    std::fs::File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+    assert_eq!(guest.place(&found, &[guest.number]).bytes, 4096);
+    // Its file system is not frozen.
+    let thawed = guest.place(&found, &[]);
+    assert_eq!((thawed.bytes, thawed.unresolved), (0, 1));
+    // Another name has come, and then another file.
+    let link = guest.place.path().join("b");
+    std::fs::hard_link(&path, &link).unwrap();
+    assert_eq!(guest.place(&found, &[guest.number]).bytes, 0);
+    std::fs::remove_file(&path).unwrap();
+    guest.write("a.tmp", 8192);
+    assert_eq!(guest.place(&found, &[guest.number]).bytes, 0);
+}
+
+#[test]
+fn swap_keeps_its_header() {
+    let guest = Guest::new();
+    let path = guest.write("swapfile", 1 << 20);
+    let found = guest.find(&[], std::slice::from_ref(&path), &[]);
+    assert_eq!(names(&found), ["swapfile"]);
+    let until = Instant::now() + std::time::Duration::from_secs(600);
+    let none = Candidates::default();
+    let swap = [guest.number];
+    let (placed, _open) = place(&none, &swap, &guest.devices(), &[], &[], until);
+    let [area] = placed.extents.as_slice() else {
+        panic!("{placed:?}");
+    };
+    assert_eq!(area.start_bytes, (1 << 20) + SWAP_HEADER_BYTES);
+    assert_eq!(
+        area.length_bytes,
+        u64::from(u32::MAX) * 512 - SWAP_HEADER_BYTES
+    );
+    if guest.can_tell(&path) {
+        let placed = guest.place(&found, &[guest.number]);
+        assert_eq!(placed.bytes, (1 << 20) - SWAP_HEADER_BYTES, "{placed:?}");
+    }
+}
+
+#[test]
+fn no_time_left_places_nothing() {
+    let guest = Guest::new();
+    guest.write("a.tmp", 9_000);
+    let found = guest.find(&[guest.wish("*", None)], &[], &[]);
+    let now = Instant::now();
+    let frozen = [guest.number];
+    let (placed, _open) = place(&found, &[], &guest.devices(), &[], &frozen, now);
+    assert_eq!((placed.bytes, placed.unresolved), (0, 1));
+}

@@ -1,0 +1,183 @@
+//! FilesNotToSnapshot and swap, under load: what a set leaves out, what it saves, and that everything else is whole.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use vmshadow_tests::harness::bridge::Answer;
+use vmshadow_tests::harness::disk::FileSystem;
+use vmshadow_tests::harness::load::Load;
+use vmshadow_tests::harness::oracle::{self, Restored};
+use vmshadow_tests::harness::requires;
+use vmshadow_tests::harness::site::Site;
+
+const MIB: u64 = 1 << 20;
+/// The swap disk: an ext4 disk of this size, taken for swap in the guest.
+const SWAP_BYTES: u64 = vmshadow_tests::harness::disk::EXT4_BYTES;
+/// What swap keeps: its header.
+const HEADER_BYTES: u64 = 64 << 10;
+
+/// What needs not be in a copy: a cache on ext4 that is rewritten all the time, one on XFS that is not, a swap disk and a swap file.
+const SETUP: &str = "set -e
+    mkdir -p /mnt/a/cache /mnt/b/cache /etc/vmshadow/files-not-to-snapshot.d
+    dd if=/dev/urandom of=/mnt/a/kept bs=64k count=64 2>/dev/null
+    dd if=/dev/urandom of=/mnt/a/cache/big bs=1M count=32 2>/dev/null
+    dd if=/dev/urandom of=/mnt/b/cache/big bs=1M count=32 2>/dev/null
+    dd if=/dev/zero of=/mnt/b/swapfile bs=1M count=16 2>/dev/null
+    sync
+    chmod 600 /mnt/b/swapfile
+    mkswap /mnt/b/swapfile >/dev/null
+    swapon /mnt/b/swapfile
+    swap=$(awk '$2 == \"/mnt/s\" {print $1}' /proc/mounts)
+    umount /mnt/s
+    mkswap $swap >/dev/null
+    swapon $swap
+    printf '# caches\\n/mnt/a/cache/**\\n/mnt/b/cache/b*g\\n' >/etc/vmshadow/files-not-to-snapshot.d/caches.conf
+    chmod 644 /etc/vmshadow/files-not-to-snapshot.d/caches.conf
+    sha256sum /mnt/a/kept | cut -d ' ' -f 1";
+
+/// Bytes that the copy of a disk does not have.
+fn left_out(set: &Answer, disk: &str) -> Result<u64> {
+    let copies = set.at("/copies")?.as_array().context("copies")?;
+    let copy = copies.iter().find(|copy| copy["volume"] == disk);
+    let copy = copy.with_context(|| format!("no copy of {disk}: {set:#?}"))?;
+    Ok(copy["left-out-bytes"].as_u64().unwrap_or(0))
+}
+
+/// A file of an ext4 image, with the file system's own tool.
+fn file_of(image: &Path, name: &str, to: &Path) -> Result<()> {
+    let request = format!("dump {name} {}", to.display());
+    let output = Command::new("debugfs")
+        .args(["-R", &request])
+        .arg(image)
+        .output()?;
+    ensure!(output.status.success() && to.exists(), "{output:?}");
+    Ok(())
+}
+
+fn sha256(path: &Path) -> Result<String> {
+    let output = Command::new("sha256sum").arg(path).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    Ok(text.split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// Bytes of a file, from `start` on, that are not zero.
+fn not_zero(path: &Path, start: u64) -> Result<u64> {
+    let file = File::open(path)?;
+    let mut buffer = vec![0; 1 << 20];
+    let (mut at, mut found) = (start, 0);
+    loop {
+        let length = file.read_at(&mut buffer, at)?;
+        if length == 0 {
+            return Ok(found);
+        }
+        let bytes = buffer.get(..length).unwrap_or_default();
+        found += bytes.iter().filter(|byte| **byte != 0).count() as u64;
+        at += length as u64;
+    }
+}
+
+#[test]
+fn caches_and_swap_are_left_out_of_sets_under_load_and_nothing_else_is() -> Result<()> {
+    if !requires::machines() {
+        return Ok(());
+    }
+    let disks = [
+        ("a", FileSystem::Ext4),
+        ("b", FileSystem::Xfs),
+        ("s", FileSystem::Ext4),
+    ];
+    let site = Site::start("not-to-snapshot", &disks)?;
+    let kept = site.vm.shell(SETUP)?;
+    let load = Load::start(&site.vm, &["/mnt/a/load.db", "/mnt/b/load.db"])?;
+    site.willing_writer()?;
+    // The same blocks again and again: the first half of it.
+    let rewriting = site.vm.guest()?.start(
+        "while [ ! -e /tmp/enough ]; do \
+            dd if=/dev/urandom of=/mnt/a/cache/big bs=64k count=256 conv=notrunc,fsync 2>/dev/null; done",
+    )?;
+    load.wait_for_more(20)?;
+    let mut sets = Vec::new();
+    for method in ["row", "cow"] {
+        let set = site.create(&["--method", method])?;
+        let told = set.answer.at("/not-to-snapshot")?;
+        ensure!(
+            told["unresolved"].is_null() && told["files"] == 3,
+            "{told:#?}"
+        );
+        let names = told["names"].to_string();
+        ensure!(names.contains("/mnt/b/cache/big"), "{names}");
+        let [a, b, s] = ["a", "b", "s"].map(|disk| left_out(&set.answer, disk));
+        let (a, b, s) = (a?, b?, s?);
+        println!("{method}: {a} of a, {b} of b, {s} of s left out");
+        // A write that came first has kept some of what is rewritten all the time. The swap file's header is in one piece with
+        // its first blocks or not.
+        ensure!(a >= 15 * MIB && a <= 32 * MIB, "{method}: {a} of a");
+        let most = 32 * MIB + 16 * MIB - HEADER_BYTES;
+        ensure!(b >= most - MIB, "{method}: {b} of b");
+        ensure!(s == SWAP_BYTES - HEADER_BYTES, "{method}: {s} of s");
+        sets.push(set);
+        load.wait_for_more(40)?;
+    }
+    ensure!(rewriting.still_runs(), "nothing is rewritten any more");
+    site.vm.shell("touch /tmp/enough")?;
+    rewriting.wait(vmshadow_tests::harness::wait::STEP)?;
+    // What was left out costs nothing when it is overwritten.
+    let used = |site: &Site| -> Result<u64> {
+        let volumes = site.daemon.volumes()?;
+        let swap = volumes.iter().find(|volume| volume["volume"] == "s");
+        let swap = swap.and_then(|swap| swap["shadow-used-bytes"].as_u64());
+        swap.context("no volume s")
+    };
+    let before = used(&site)?;
+    site.vm.shell(
+        "swap=$(awk '/^.dev.vd/ {print $1}' /proc/swaps) && swapoff $swap && \
+         dd if=/dev/urandom of=$swap bs=1M seek=1 count=32 conv=notrunc,fsync 2>/dev/null",
+    )?;
+    let after = used(&site)?;
+    ensure!(after <= before, "{before} bytes before, {after} after");
+    let acks = load.stop(&site.vm)?;
+    for (number, set) in sets.iter().enumerate() {
+        let files = site.read_back(&set.answer, &format!("set{number}"))?;
+        let [a, b, s] = files.as_slice() else {
+            anyhow::bail!("{files:?}");
+        };
+        let found = oracle::judge(&[
+            Restored {
+                image: a,
+                file_system: FileSystem::Ext4,
+                database: "load.db",
+            },
+            Restored {
+                image: b,
+                file_system: FileSystem::Xfs,
+                database: "load.db",
+            },
+        ])?;
+        for (number, database) in found.iter().enumerate() {
+            oracle::compare(database, number, &acks, &set.window)?;
+        }
+        let copy = site.directory().join(format!("kept{number}"));
+        file_of(a, "/kept", &copy)?;
+        ensure!(
+            sha256(&copy)? == kept.trim(),
+            "another file is not what it was"
+        );
+        // The swap disk has its header, by which it is found at the next boot, and nothing more.
+        let mut header = [0; 10];
+        File::open(s)?.read_exact_at(&mut header, 4086)?;
+        ensure!(&header == b"SWAPSPACE2", "{header:?}");
+        ensure!(not_zero(s, HEADER_BYTES)? == 0, "something of swap is left");
+        let big = site.directory().join(format!("big{number}"));
+        file_of(a, "/cache/big", &big)?;
+        let most = 32 * MIB - left_out(&set.answer, "a")?;
+        let rest = not_zero(&big, 0)?;
+        ensure!(
+            rest <= most,
+            "{rest} bytes of the cache are in the copy, {most} were not left out"
+        );
+    }
+    Ok(())
+}
