@@ -114,7 +114,7 @@ fn caches_and_swap_are_left_out_of_sets_under_load_and_nothing_else_is() -> Resu
         println!("{method}: {a} of a, {b} of b, {s} of s left out");
         // A write that came first has kept some of what is rewritten all the time. The swap file's header is in one piece with
         // its first blocks or not.
-        ensure!(a >= 15 * MIB && a <= 32 * MIB, "{method}: {a} of a");
+        ensure!((15 * MIB..=32 * MIB).contains(&a), "{method}: {a} of a");
         let most = 32 * MIB + 16 * MIB - HEADER_BYTES;
         ensure!(b >= most - MIB, "{method}: {b} of b");
         ensure!(s == SWAP_BYTES - HEADER_BYTES, "{method}: {s} of s");

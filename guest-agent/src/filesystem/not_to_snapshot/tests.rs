@@ -69,7 +69,7 @@ impl Guest {
         let path = self.place.path().join(name);
         let mut file = std::fs::File::create(&path).unwrap();
         file.write_all(&vec![7; bytes]).unwrap();
-        file.sync_all().unwrap();
+        rustix::fs::fsync(&file).unwrap();
         path
     }
 
