@@ -3,9 +3,10 @@
 //! Called by `quiesce`: [`find`] while a set is prepared, with the patterns of writers' metadata and of `/etc/vmshadow`, and [`place`]
 //! when all is frozen. Best effort: what cannot be placed for certain is counted as unresolved, never guessed.
 //! Invariants: only what `place` says names places, for a file that is cut short gives its blocks to others; no symbolic link is
-//! followed and no file system left on the way down; a file with another name, blocks that it shares with another file, file systems
-//! that are not frozen, and those whose addresses are not those of one disk give no extents; a pattern of a writer that is not root
-//! names that user's files alone.
+//! followed, in no part of a path (whoever owns a directory on the way could make a pattern mean files of others), and no mount
+//! entered on the way down; a file with another name, blocks that it shares with another file, file systems that are not frozen, and
+//! those whose addresses are not those of one disk give no extents; a pattern of a writer that is not root names that user's files
+//! alone.
 #![deny(clippy::indexing_slicing)]
 
 mod blocks;
@@ -18,8 +19,12 @@ use super::mounts::{DeviceNumber, Mount, mount_of};
 use guest_agent_wire::host::NotToSnapshot;
 use guest_agent_wire::metadata::FileSet;
 use guest_agent_wire::types::DiskExtent;
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, fstat, openat, statat};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2, statat,
+};
+use rustix::io::Errno;
 use std::cmp::Reverse;
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
@@ -34,6 +39,8 @@ const NAMES_MAX: u64 = 200_000;
 const FILES_MAX: usize = 512;
 /// Most extents that are told, the largest.
 const EXTENTS_MAX: usize = 1024;
+/// Most extents that are looked at.
+const PIECES_MAX: usize = 65_536;
 /// Most reasons that are told, and names of files.
 const TOLD_MAX: usize = 16;
 /// Deepest directory below a pattern's own.
@@ -117,7 +124,11 @@ struct Search<'a> {
     mounts: &'a [Mount],
     devices: &'a BlockDevices,
     disks: &'a [String],
+    mountpoints: HashSet<&'a Path>,
+    until: Instant,
     names: u64,
+    /// Device and inode of the files found, which two patterns may name.
+    seen: HashSet<(u64, u64)>,
     found: Candidates,
 }
 
@@ -128,8 +139,23 @@ struct Hunt<'a> {
     disk: DiskExtent,
 }
 
+/// Opens what has this path if no symbolic link is on the way.
+fn open(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
+}
+
+fn not_opened(errno: Errno) -> String {
+    match errno {
+        Errno::LOOP => "a symbolic link is on the way".to_owned(),
+        // Linux before 5.6.
+        Errno::NOSYS => "this kernel cannot open it without following symbolic links".to_owned(),
+        other => other.to_string(),
+    }
+}
+
 /// Finds the files that the patterns name on these disks (all if none is named), and swap files. Touches the disks; it may take
-/// long on a large tree.
+/// long on a large tree, and ends at `until` with what it has by then.
 #[must_use]
 pub fn find(
     wishes: &[Wish],
@@ -137,26 +163,31 @@ pub fn find(
     mounts: &[Mount],
     devices: &BlockDevices,
     disks: &[String],
+    until: Instant,
 ) -> Candidates {
     let mut search = Search {
         mounts,
         devices,
         disks,
+        mountpoints: mounts.iter().map(|m| m.mountpoint.as_path()).collect(),
+        until,
         names: 0,
+        seen: HashSet::new(),
         found: Candidates::default(),
     };
-    for wish in wishes {
-        search.found.patterns += 1;
-        if let Err(why) = search.wish(wish) {
-            let FileSet { path, spec, .. } = &wish.set;
-            search.found.unresolved(format!("{path}/{spec}: {why}"));
-        }
-    }
+    // Before a pattern names one, which would not keep its header.
     for path in swap_files {
         if let Err(why) = search.swap_file(path) {
             search
                 .found
                 .unresolved(format!("{}: {why}", path.display()));
+        }
+    }
+    for wish in wishes {
+        search.found.patterns += 1;
+        if let Err(why) = search.wish(wish) {
+            let FileSet { path, spec, .. } = &wish.set;
+            search.found.unresolved(format!("{path}/{spec}: {why}"));
         }
     }
     let mut found = search.found;
@@ -188,15 +219,14 @@ impl Search<'_> {
             return Ok(());
         };
         let expected = mount.device;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let directory = match openat(CWD, path, flags, Mode::empty()) {
+        let directory = match open(path, OFlags::DIRECTORY) {
             Ok(directory) => directory,
-            Err(rustix::io::Errno::NOENT) => return Ok(()),
-            Err(error) => return Err(error.to_string()),
+            Err(Errno::NOENT) => return Ok(()),
+            Err(errno) => return Err(not_opened(errno)),
         };
         let device = fstat(&directory).map_err(|e| e.to_string())?.st_dev;
         if number(device) != expected {
-            return Err("a symbolic link on the way leads to another file system".to_owned());
+            return Err("its file system was mounted or unmounted meanwhile".to_owned());
         }
         let hunt = Hunt { wish, device, disk };
         self.directory(&directory, path, &hunt, DEPTH_MAX)
@@ -221,6 +251,9 @@ impl Search<'_> {
             if self.names > NAMES_MAX {
                 return Err(format!("more than {NAMES_MAX} names to look at"));
             }
+            if Instant::now() >= self.until {
+                return Err("no time left to look for it".to_owned());
+            }
             let Ok(stat) = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) else {
                 // It has gone.
                 continue;
@@ -230,6 +263,10 @@ impl Search<'_> {
             }
             let kind = FileType::from_raw_mode(stat.st_mode);
             let here = path.join(OsStr::from_bytes(name.to_bytes()));
+            if self.mountpoints.contains(here.as_path()) {
+                // Also one of the same file system.
+                continue;
+            }
             if kind == FileType::RegularFile {
                 if patterns::matches(&hunt.wish.set.spec, &name.to_string_lossy()) {
                     self.file(here, &stat, hunt.wish.owner, false, &hunt.disk);
@@ -266,7 +303,7 @@ impl Search<'_> {
         let bytes = u64::try_from(stat.st_blocks)
             .unwrap_or(0)
             .saturating_mul(512);
-        if bytes == 0 {
+        if bytes == 0 || !self.seen.insert((stat.st_dev, stat.st_ino)) {
             return;
         }
         self.found.files.push(Candidate {
@@ -359,6 +396,8 @@ pub fn place(
     for file in &candidates.files {
         let placed = if Instant::now() >= until {
             Err("no time left to place it".to_owned())
+        } else if found.extents.len() >= PIECES_MAX {
+            Err(format!("there are {PIECES_MAX} pieces already"))
         } else if frozen.contains(&number(file.device)) {
             file.place(&mut open)
         } else {
@@ -373,7 +412,7 @@ pub fn place(
             Err(why) => unresolved(&mut found, format!("{}: {why}", file.path.display())),
         }
     }
-    // Two patterns may name one file.
+    // Neighbours become one, so that more can be told.
     found.extents = merged(found.extents);
     found.bytes = found.extents.iter().map(|e| e.length_bytes).sum();
     found.extents.sort_by_key(|e| Reverse(e.length_bytes));
@@ -395,11 +434,10 @@ fn unresolved(found: &mut NotToSnapshot, why: String) {
 }
 
 impl Candidate {
-    fn place(&self, open: &mut KeptOpen) -> Result<Vec<DiskExtent>, String> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = openat(CWD, &self.path, flags, Mode::empty()).map_err(|e| e.to_string())?;
+    fn place(&self, kept: &mut KeptOpen) -> Result<Vec<DiskExtent>, String> {
+        let file = open(&self.path, OFlags::NONBLOCK).map_err(not_opened)?;
         let looked_at = self.look_at(&file);
-        open.0.push(file);
+        kept.0.push(file);
         looked_at
     }
 

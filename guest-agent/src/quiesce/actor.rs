@@ -369,12 +369,7 @@ impl Actor {
                 self.settle(identified, answer);
             }
             Request::Prepare(prepare) => {
-                let until = BootTime::now().plus_ms(prepare.limit_ms);
                 let prepared = self.prepare(&prepare);
-                if prepared.is_ok() {
-                    // A client of QEMU's protocol could not be told, and waits for its freeze.
-                    self.find_not_to_snapshot(until);
-                }
                 self.settle(prepared, answer);
             }
             Request::Freeze(freeze) => {
@@ -571,6 +566,11 @@ impl Actor {
         self.leave_out();
         let who = self.everyone();
         self.round(&who, &Step::PrepareSnapshot, Some(until), OnFailure::Stop)?;
+        // A client of QEMU's protocol could not be told, and waits for its freeze.
+        if prepare.set != QGA_SET {
+            // It may read much, and leave times of access to be written back.
+            self.find_not_to_snapshot(until)?;
+        }
         let start = BootTime::now();
         let all = Choice {
             exclude: &[],

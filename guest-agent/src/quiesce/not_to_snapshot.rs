@@ -1,39 +1,60 @@
 //! Asks `filesystem` what need not be in the copies of a set: which files while it is prepared, where they lie when all is frozen.
 //!
 //! Called by the actor. Invariants: it costs a set at most [`FIND_MAX`] before the freeze and [`PLACE_MAX`] in it, whatever the
-//! patterns name; a search that is not done by then goes on by itself and is heard by nobody; nothing of it can keep the thaw waiting.
+//! patterns name; work that hangs in a file system is left to itself and heard by nobody; an abort and `status` need not wait for a
+//! search; nothing of it can keep the thaw waiting.
 
-use super::actor::Actor;
+use super::actor::{Actor, Heard};
+use super::cause::Cause;
 use crate::clock::BootTime;
 use crate::filesystem::devices::BlockDevices;
 use crate::filesystem::not_to_snapshot::{
     Candidates, KeptOpen, Swap, Wish, find, place, read_directory,
 };
 use guest_agent_wire::host::NotToSnapshot;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 /// Longest time to look for files, before anything is frozen.
 const FIND_MAX: Duration = Duration::from_secs(5);
 /// Longest time to place them, while all is frozen. One takes some ten microseconds.
 const PLACE_MAX: Duration = Duration::from_millis(300);
+/// Of the time that is left to freeze and copy, placing may take this part.
+const PLACE_PART: u32 = 10;
+/// Time to hear what is to be heard meanwhile.
+const LISTEN: Duration = Duration::from_millis(20);
 
-/// Runs `work` on a thread, since what it touches may hang; what it said within `limit`.
-fn within<T: Send + 'static>(
-    limit: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Option<T> {
-    let (sender, receiver) = mpsc::channel();
-    std::thread::Builder::new()
-        .name("not-to-snapshot".to_owned())
-        .spawn(move || drop(sender.send(work())))
-        .ok()?;
-    receiver.recv_timeout(limit).ok()
+/// Work on a thread, since what it touches may hang. It is told to end when four fifths of the limit are over, with what it has by then.
+struct Work<T> {
+    result: Receiver<T>,
+    end: Instant,
+}
+
+impl<T: Send + 'static> Work<T> {
+    /// `None`: the guest has no thread to spare.
+    fn start(limit: Duration, work: impl FnOnce(Instant) -> T + Send + 'static) -> Option<Self> {
+        let (sender, result) = mpsc::channel();
+        let start = Instant::now();
+        let until = start + limit * 4 / 5;
+        std::thread::Builder::new()
+            .name("not-to-snapshot".to_owned())
+            .spawn(move || drop(sender.send(work(until))))
+            .ok()?;
+        let end = start + limit;
+        Some(Self { result, end })
+    }
+
+    /// What came of it within `wait`, or by its end.
+    fn within(&self, wait: Duration) -> Option<T> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        self.result.recv_timeout(wait.min(left)).ok()
+    }
 }
 
 impl Actor {
     /// Patterns of the writers in scope and of the configuration, and swap. Remembered until the freeze.
-    pub(super) fn find_not_to_snapshot(&mut self, until: BootTime) {
+    pub(super) fn find_not_to_snapshot(&mut self, until: BootTime) -> Result<(), Cause> {
         let (sets, wrong) = read_directory(&self.settings.not_to_snapshot_dir);
         let mut wishes: Vec<Wish> = sets
             .into_iter()
@@ -51,16 +72,21 @@ impl Actor {
         }
         let swap = self.swap();
         if wishes.is_empty() && wrong.is_empty() && swap == Swap::default() {
-            return;
+            return Ok(());
         }
         let patterns = u64::try_from(wishes.len()).unwrap_or(u64::MAX);
         let mounts = self.sources.mounts().unwrap_or_default();
         let devices = BlockDevices::new(&self.sources.sys);
         let disks = self.set.disks.clone();
-        let limit = FIND_MAX.min(until.remaining());
-        let found = within(limit, move || {
-            find(&wishes, &swap.files, &mounts, &devices, &disks)
+        // The file systems are still to be written back.
+        let limit = FIND_MAX.min(until.remaining() / 2);
+        let work = Work::start(limit, move |until| {
+            find(&wishes, &swap.files, &mounts, &devices, &disks, until)
         });
+        let found = match work {
+            Some(work) => self.listening_to(&work)?,
+            None => None,
+        };
         let mut found = found.unwrap_or_else(|| {
             let why = format!("not found within {} ms", limit.as_millis());
             Candidates::none_of(patterns, why)
@@ -69,6 +95,23 @@ impl Actor {
             found.unresolved(why);
         }
         self.set.not_to_snapshot = Some(Arc::new(found));
+        Ok(())
+    }
+
+    /// Waits for the end of a search; what else comes meanwhile is dealt with.
+    fn listening_to<T: Send + 'static>(&mut self, work: &Work<T>) -> Result<Option<T>, Cause> {
+        loop {
+            if let Some(found) = work.within(LISTEN) {
+                return Ok(Some(found));
+            }
+            match self.wait(BootTime::now()) {
+                Heard::Interrupted(cause) => return Err(cause),
+                Heard::HelperDied => return Err(Cause::HelperDied),
+                Heard::Late if Instant::now() >= work.end => return Ok(None),
+                // Nothing is asked of writers and of the helper, so this is an answer that came too late.
+                Heard::Late | Heard::Helper(..) | Heard::Writer(..) => {}
+            }
+        }
     }
 
     /// Where that lies now that all is frozen; `None` if nothing was named.
@@ -79,15 +122,17 @@ impl Actor {
         let swap = self.swap();
         let devices = BlockDevices::new(&self.sources.sys);
         let disks = self.set.disks.clone();
-        let until = Instant::now() + PLACE_MAX;
+        let left = self.set.hold_end.map(BootTime::remaining);
+        let limit = PLACE_MAX.min(left.unwrap_or_default() / PLACE_PART);
         let known = Arc::clone(&candidates);
-        let placed = within(PLACE_MAX, move || {
+        let work = Work::start(limit, move |until| {
             place(&known, &swap.devices, &devices, &disks, &frozen, until)
         });
+        let placed = work.and_then(|work| work.within(limit));
         let (found, open) = placed.unwrap_or_else(|| {
             let none = NotToSnapshot {
                 unresolved: 1,
-                reasons: vec![format!("not placed within {} ms", PLACE_MAX.as_millis())],
+                reasons: vec![format!("not placed within {} ms", limit.as_millis())],
                 ..NotToSnapshot::default()
             };
             (none, KeptOpen::default())

@@ -6,17 +6,20 @@
     reason = "no safe wrapper of these ioctls exists in rustix"
 )]
 
+use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, Updater, ioctl, opcode};
 use std::os::fd::AsFd;
 
 /// Extents by one call.
 const AT_ONCE: u32 = 64;
 /// Most extents of a file.
-const EXTENTS_MAX: usize = 65_536;
+const EXTENTS_MAX: usize = 8192;
 /// The last one of the file (FIEMAP_EXTENT_LAST).
 const LAST: u32 = 1;
-/// FIEMAP_EXTENT_ENCODED, DATA_ENCRYPTED, UNKNOWN, DELALLOC: no place, or not a plain one.
-const NO_PLACE: u32 = 0x2 | 0x4 | 0x8 | 0x80;
+/// FIEMAP_EXTENT_DELALLOC: room that is promised and not chosen, as XFS does behind a file's end. Nothing is on the disk.
+const PROMISED: u32 = 0x4;
+/// FIEMAP_EXTENT_ENCODED, DATA_ENCRYPTED, UNKNOWN: no place, or not a plain one.
+const NO_PLACE: u32 = 0x2 | 0x8 | 0x80;
 /// FIEMAP_EXTENT_NOT_ALIGNED, DATA_INLINE, DATA_TAIL: in a block with something else.
 const IN_COMPANY: u32 = 0x100 | 0x200 | 0x400;
 /// FIEMAP_EXTENT_SHARED: another file has them, too.
@@ -59,7 +62,7 @@ pub(super) struct Piece {
     pub(super) length_bytes: u64,
 }
 
-/// All that the file has. Nothing is written back for it: what has no place yet is an error.
+/// All that the file has on the disk. Nothing is written back for it.
 pub(super) fn of(file: impl AsFd) -> Result<Vec<Piece>, String> {
     if is_realtime(&file) {
         return Err("lies on the realtime device".to_owned());
@@ -87,6 +90,11 @@ pub(super) fn of(file: impl AsFd) -> Result<Vec<Piece>, String> {
         };
         let mut last = extents.is_empty();
         for extent in extents {
+            start = extent.logical.saturating_add(extent.length);
+            last |= extent.flags & LAST != 0;
+            if extent.flags & PROMISED != 0 {
+                continue;
+            }
             if extent.flags & NO_PLACE != 0 {
                 return Err("has blocks without a plain place".to_owned());
             }
@@ -104,10 +112,8 @@ pub(super) fn of(file: impl AsFd) -> Result<Vec<Piece>, String> {
             if found.len() > EXTENTS_MAX {
                 return Err(format!("has more than {EXTENTS_MAX} pieces"));
             }
-            start = extent.logical.saturating_add(extent.length);
-            last |= extent.flags & LAST != 0;
         }
-        if last {
+        if last || start == u64::MAX {
             return Ok(found);
         }
     }
@@ -118,10 +124,13 @@ const FSGETXATTR: Opcode = opcode::read::<[u32; 7]>(b'X', 31);
 /// FS_XFLAG_REALTIME.
 const REALTIME: u32 = 1;
 
-/// Whether the file's addresses are those of another device (XFS). A file system that cannot tell has no such device.
+/// Whether the file's addresses may be those of another device (XFS). A file system that does not know the question has no such device.
 fn is_realtime(file: impl AsFd) -> bool {
     // SAFETY: FSGETXATTR writes one `struct fsxattr` (linux/fs.h), 28 bytes.
     let request = unsafe { Getter::<FSGETXATTR, [u32; 7]>::new() };
     // SAFETY: the opcode matches the pattern, see above; the descriptor is borrowed for the whole call.
-    unsafe { ioctl(file, request) }.is_ok_and(|[flags, ..]| flags & REALTIME != 0)
+    match unsafe { ioctl(file, request) } {
+        Ok([flags, ..]) => flags & REALTIME != 0,
+        Err(errno) => !matches!(errno, Errno::NOTTY | Errno::OPNOTSUPP),
+    }
 }

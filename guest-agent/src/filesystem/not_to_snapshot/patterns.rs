@@ -9,6 +9,8 @@ use std::path::{Component, Path};
 
 /// Largest file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Longest names that are looked for: no file has a longer one, and asterisks cost time.
+const SPEC_BYTES_MAX: usize = 512;
 /// Most patterns.
 const PATTERNS_MAX: usize = 4096;
 
@@ -26,6 +28,7 @@ pub fn read_directory(directory: &Path) -> (Vec<FileSet>, Vec<String>) {
     files.sort();
     for path in files {
         let text = match std::fs::metadata(&path) {
+            Ok(metadata) if !metadata.is_file() => Err("is no file".to_owned()),
             Ok(metadata) if metadata.len() > FILE_BYTES_MAX => Err("too large".to_owned()),
             Ok(metadata) if metadata.mode() & 0o022 != 0 || metadata.uid() != own => {
                 Err("others can change it".to_owned())
@@ -70,8 +73,11 @@ pub(super) fn is_plain(path: &Path) -> bool {
             .all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
 }
 
-/// A name fits a pattern with `*` (any characters) and `?` (one).
+/// A name fits a pattern with `*` (any characters) and `?` (one). Nothing fits one that is longer than any name.
 pub(super) fn matches(pattern: &str, name: &str) -> bool {
+    if pattern.len() > SPEC_BYTES_MAX {
+        return false;
+    }
     let name: Vec<char> = name.chars().collect();
     // Which beginnings of the name fit the pattern so far.
     let mut fits = vec![false; name.len() + 1];

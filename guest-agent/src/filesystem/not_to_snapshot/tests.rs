@@ -25,6 +25,10 @@ fn an_area_is_counted_once_however_often_it_was_named() {
     assert_eq!(merged(all), expected);
 }
 
+fn later() -> Instant {
+    Instant::now() + std::time::Duration::from_secs(600)
+}
+
 /// A directory, and a system in which its file system lies on a partition that begins at a mebibyte.
 struct Guest {
     place: tempfile::TempDir,
@@ -86,12 +90,12 @@ impl Guest {
             &self.mounts("ext4"),
             &self.devices(),
             &disks,
+            later(),
         )
     }
 
     fn place(&self, found: &Candidates, frozen: &[DeviceNumber]) -> NotToSnapshot {
-        let until = Instant::now() + std::time::Duration::from_secs(600);
-        place(found, &[], &self.devices(), &[], frozen, until).0
+        place(found, &[], &self.devices(), &[], frozen, later()).0
     }
 
     /// Where the file system under the tests says that this file lies; `None`, with the reason, if it cannot.
@@ -134,7 +138,7 @@ fn what_cannot_be_placed_is_told_and_gives_no_files() {
     ] {
         let set = FileSet::tree(path);
         let wish = Wish { set, owner: None };
-        let found = find(&[wish], &[], &guest.mounts(fstype), &devices, &[]);
+        let found = find(&[wish], &[], &guest.mounts(fstype), &devices, &[], later());
         assert_eq!(
             (found.unresolved, found.files.len()),
             (1, 0),
@@ -212,10 +216,9 @@ fn swap_keeps_its_header() {
     let path = guest.write("swapfile", 1 << 20);
     let found = guest.find(&[], std::slice::from_ref(&path), &[]);
     assert_eq!(names(&found), ["swapfile"]);
-    let until = Instant::now() + std::time::Duration::from_secs(600);
     let none = Candidates::default();
     let swap = [guest.number];
-    let (placed, _open) = place(&none, &swap, &guest.devices(), &[], &[], until);
+    let (placed, _open) = place(&none, &swap, &guest.devices(), &[], &[], later());
     let [area] = placed.extents.as_slice() else {
         panic!("{placed:?}");
     };
@@ -239,4 +242,73 @@ fn no_time_left_places_nothing() {
     let frozen = [guest.number];
     let (placed, _open) = place(&found, &[], &guest.devices(), &[], &frozen, now);
     assert_eq!((placed.bytes, placed.unresolved), (0, 1));
+}
+
+#[test]
+fn no_time_left_finds_nothing_and_says_so() {
+    let guest = Guest::new();
+    guest.write("a.tmp", 9_000);
+    let wish = [guest.wish("*", None)];
+    let mounts = guest.mounts("ext4");
+    let found = find(&wish, &[], &mounts, &guest.devices(), &[], Instant::now());
+    assert_eq!((found.files.len(), found.unresolved), (0, 1), "{found:?}");
+}
+
+#[test]
+fn a_symbolic_link_on_the_way_makes_no_pattern_mean_other_files() {
+    let guest = Guest::new();
+    let real = guest.place.path().join("etc/cache");
+    std::fs::create_dir_all(&real).unwrap();
+    std::fs::write(real.join("secret"), [7; 9_000]).unwrap();
+    std::os::unix::fs::symlink("etc", guest.place.path().join("home")).unwrap();
+    let tree = |path: &str| Wish {
+        set: FileSet::tree(guest.place.path().join(path).to_str().unwrap()),
+        owner: None,
+    };
+    let led = guest.find(&[tree("home/cache")], &[], &[]);
+    assert_eq!((led.files.len(), led.unresolved), (0, 1), "{led:?}");
+    assert_eq!(
+        names(&guest.find(&[tree("etc/cache")], &[], &[])),
+        ["secret"]
+    );
+    // A directory that was one when the file was found.
+    let found = guest.find(&[tree("etc")], &[], &[]);
+    assert_eq!(names(&found), ["secret"]);
+    std::fs::rename(&real, guest.place.path().join("moved")).unwrap();
+    std::os::unix::fs::symlink("../moved", &real).unwrap();
+    let placed = guest.place(&found, &[guest.number]);
+    assert_eq!((placed.files, placed.unresolved), (0, 1), "{placed:?}");
+}
+
+#[test]
+fn a_mount_below_a_pattern_is_not_entered_even_of_the_same_file_system() {
+    let guest = Guest::new();
+    let below = guest.place.path().join("bound");
+    std::fs::create_dir(&below).unwrap();
+    std::fs::write(below.join("theirs"), [7; 9_000]).unwrap();
+    guest.write("ours", 9_000);
+    let mut mounts = guest.mounts("ext4");
+    let set = FileSet::tree(guest.place.path().to_str().unwrap());
+    let wishes = [Wish { set, owner: None }];
+    let all = find(&wishes, &[], &mounts, &guest.devices(), &[], later());
+    assert_eq!(names(&all), ["ours", "theirs"]);
+    let bound = Mount {
+        mountpoint: below,
+        ..mounts.first().unwrap().clone()
+    };
+    mounts.push(bound);
+    let ours = find(&wishes, &[], &mounts, &guest.devices(), &[], later());
+    assert_eq!(names(&ours), ["ours"]);
+}
+
+#[test]
+fn a_file_is_placed_once_and_swap_keeps_its_header_whoever_names_it() {
+    let guest = Guest::new();
+    let path = guest.write("swapfile", 1 << 20);
+    let wishes = [guest.wish("*", None), guest.wish("swap*", None)];
+    let found = guest.find(&wishes, std::slice::from_ref(&path), &[]);
+    assert_eq!(names(&found), ["swapfile"]);
+    assert!(found.files.iter().all(|file| file.is_swap));
+    let twice = guest.find(&wishes, &[], &[]);
+    assert_eq!(names(&twice), ["swapfile"]);
 }
