@@ -53,6 +53,10 @@ fn the_dead_man_thaws_at_the_limit_and_a_late_thaw_hears_of_it() {
         "thawed too early: {:?}",
         start.elapsed()
     );
+    // A thaw that the agent reads before its helper's word of the end succeeds, and says that the hold did not.
+    wait_until("the agent has heard of the end", || {
+        bridge.status()["frozen"] == false
+    });
     let generation = frozen["generation"].clone();
     let error = bridge.error("thaw", json!({"set": "s", "generation": generation}));
     assert_eq!(error["code"], "HOLD_BROKEN");
