@@ -113,11 +113,15 @@ impl Group {
     /// Returns when all of them stand still.
     ///
     /// # Errors
-    /// They did not in time: one of them is inside the kernel and does not come out. They are not let go.
+    /// They did not in time: one of them is inside the kernel and does not come out; they are not let go. Or somebody else, such
+    /// as the watch whose time is over, let them go.
     pub fn freeze(&self, call: &Call<'_>) -> Result<(), Veto> {
         self.set("1")
             .map_err(|error| Veto::retryable(format!("{}: {error}", self.name())))?;
         while !self.is_frozen()? {
+            if self.read("cgroup.freeze")?.trim() == "0" {
+                return Err(Veto::retryable(format!("{} was let go", self.name())));
+            }
             if call.is_over() {
                 return Err(Veto::timeout(format!(
                     "{} does not stand still",

@@ -1,14 +1,19 @@
-//! A snapshot writer for a service that knows nothing of snapshots: its control group is frozen, so that it writes nothing.
+//! A snapshot writer for a service that knows nothing of snapshots: it stands still meanwhile, so that it writes nothing.
 //!
-//! Called through the writer library (`guest_agent_wire::sdk`). All processes of the unit stand still from the answer to `freeze`
-//! until `thaw` (`hold: app`); evidence is which they are. The copy is of one instant between two of their steps, which is what
-//! the service would find after it was killed there: it must stand that, as it must stand a power cut, but no request that it
-//! has answered is lost. What its clients see is a pause.
+//! Called through the writer library (`guest_agent_wire::sdk`). From the answer to `freeze` until `thaw` (`hold: app`) either
 //!
-//! A control group stays frozen when its freezer dies. So the writer starts a second process of itself (`watch`), outside of the
-//! frozen group, that lets go when the time is over or the writer is gone.
+//! * all processes of the unit are frozen: the copy is of one instant between two of their steps, which is what the service would
+//!   find after it was killed there. It must stand that, as it must stand a power cut; no request that it has answered is lost,
+//!   and what its clients see is a pause. Evidence is which processes they are; or
+//! * the service is stopped, as late as can be, and started again at the thaw: the copy is what it leaves behind when it ends
+//!   in order. Its clients lose it meanwhile. Evidence is when it was stopped. That it is up again is told after the snapshot.
+//!
+//! Neither ends with the one who began it. So the writer starts a second process of itself (`watch`), outside of the
+//! unit, that lets go when the time is over or the writer is gone.
 
 pub mod group;
+pub mod service;
+pub mod still;
 pub mod watch;
 
 use database_writer::{Disks, Identity};
@@ -17,10 +22,14 @@ use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::metadata::{Component, FileSet, Metadata, Source};
 use guest_agent_wire::sdk::{Call, Held, Veto, Writer};
 use guest_agent_wire::types::Hold;
-use guest_agent_wire::writer::{BackupShutdown, Freeze, PrepareBackup, Registration, Thaw};
-use serde_json::{Value, json};
+use guest_agent_wire::writer::{
+    BackupShutdown, Freeze, PostSnapshot, PrepareBackup, Registration, Thaw,
+};
+use serde_json::Value;
+use service::Service;
 use std::path::PathBuf;
 use std::time::Duration;
+use still::Still;
 use watch::Watch;
 
 /// Class of this writer; allow files name it.
@@ -32,22 +41,24 @@ pub struct UnitWriter {
     identity: Identity,
     /// Name for people, and of the unit that a restore stops and starts.
     unit: String,
-    /// Finds the unit's control group: it may be another after each start of the unit.
-    find: Find,
+    way: Way,
     /// Where the service keeps its files.
     files: Vec<PathBuf>,
     disks: Disks,
     watch: Watch,
-    frozen: Option<Group>,
+    /// From before it is made to stand still until it is let go.
+    still: Option<Still>,
 }
 
-/// How a unit's control group is found.
+/// How a service is made to stand still.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Find {
-    /// systemd is asked.
-    Systemd,
-    /// It is this directory.
-    Directory(PathBuf),
+pub enum Way {
+    /// The control group of the unit is frozen: systemd is asked which, for it may be another after each start.
+    FreezeUnit,
+    /// The control group in this directory is frozen.
+    FreezeGroup(PathBuf),
+    /// The unit is stopped and started.
+    StopUnit,
 }
 
 impl UnitWriter {
@@ -56,7 +67,7 @@ impl UnitWriter {
     pub fn new(
         identity: Identity,
         unit: String,
-        find: Find,
+        way: Way,
         files: Vec<PathBuf>,
         disks: Disks,
         watch: Watch,
@@ -64,29 +75,37 @@ impl UnitWriter {
         Self {
             identity,
             unit,
-            find,
+            way,
             files,
             disks,
             watch,
-            frozen: None,
+            still: None,
         }
     }
 
-    fn group(&self) -> Result<Group, Veto> {
-        match &self.find {
-            Find::Systemd => Group::of_unit(&self.unit),
-            Find::Directory(path) => Group::at(path),
+    /// What is to stand still, found anew; it does not yet.
+    fn find(&self) -> Result<Still, Veto> {
+        match &self.way {
+            Way::FreezeUnit => Group::of_unit(&self.unit).map(Still::Frozen),
+            Way::FreezeGroup(path) => Group::at(path).map(Still::Frozen),
+            Way::StopUnit => {
+                let service = Service::named(&self.unit)?;
+                service.may_be_stopped()?;
+                Ok(Still::Stopped(service))
+            }
         }
     }
 
     fn let_go(&mut self) -> Result<(), Veto> {
-        let Some(group) = self.frozen.take() else {
+        let Some(still) = self.still.take() else {
             return Ok(());
         };
-        let thawed = group.thaw();
-        // Only after it: a watch that is told early could not let go any more.
-        self.watch.forget();
-        thawed
+        let let_go = still.let_go();
+        if let_go.is_ok() {
+            // Only after it: a watch that is told early could not let go any more. After a failure it tries in its turn.
+            self.watch.forget();
+        }
+        let_go
     }
 }
 
@@ -117,8 +136,8 @@ impl Writer for UnitWriter {
         _: &Call<'_>,
         backup: &PrepareBackup,
     ) -> Result<Vec<ComponentReply>, Veto> {
-        // A unit that is not running, or is no unit, is refused before any effect.
-        self.group()?;
+        // A unit that is not running, is no unit, or may not be stopped, is refused before any effect.
+        self.find()?;
         match self.disks.not_held(&backup.disks, &self.files) {
             Some(why) => Err(Veto::inconsistent(why)),
             None => Ok(Vec::new()),
@@ -126,29 +145,43 @@ impl Writer for UnitWriter {
     }
 
     fn freeze(&mut self, call: &Call<'_>, hold: &Freeze) -> Result<Value, Veto> {
-        let group = self.group()?;
+        // What an earlier set left is not this one's.
+        self.let_go()?;
+        let still = self.find()?;
         self.watch
-            .keep(&group, Duration::from_millis(hold.hold_ms))?;
-        let frozen = group.freeze(call).and_then(|()| evidence(&group));
-        self.frozen = Some(group);
-        if frozen.is_err() {
+            .keep(&still, Duration::from_millis(hold.hold_ms))?;
+        let stands = still.make(call).and_then(|()| still.evidence());
+        self.still = Some(still);
+        if stands.is_err() {
             self.let_go()?;
         }
-        frozen
+        stands
     }
 
     fn thaw(&mut self, _: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
-        let Some(group) = &self.frozen else {
-            return Err(Veto::retryable("it was not frozen"));
+        let Some(still) = &self.still else {
+            return Err(Veto::retryable("it does not stand still"));
         };
         // Asked for before it goes on.
-        let held = group.is_frozen();
-        let evidence = evidence(group);
+        let held = still.is();
+        let evidence = still.evidence();
         self.let_go()?;
         Ok(Held {
             held: held?,
             evidence: evidence?,
         })
+    }
+
+    fn post_snapshot(
+        &mut self,
+        call: &Call<'_>,
+        _: &PostSnapshot,
+    ) -> Result<Vec<ComponentReply>, Veto> {
+        if self.way == Way::StopUnit {
+            // A start takes longer than a thaw may.
+            Service::named(&self.unit)?.wait_until_up(call)?;
+        }
+        Ok(Vec::new())
     }
 
     fn backup_shutdown(&mut self, _: &BackupShutdown) -> Result<(), Veto> {
@@ -159,8 +192,4 @@ impl Writer for UnitWriter {
         // If it fails, the watch tries.
         drop(self.let_go());
     }
-}
-
-fn evidence(group: &Group) -> Result<Value, Veto> {
-    Ok(json!({ "group": group.name(), "processes": group.processes()? }))
 }

@@ -1,6 +1,6 @@
 //! `unit-writer`: the part in snapshot sets of a service that knows nothing of them.
 //!
-//! Runs in the guest beside the agent, as root: it freezes control groups.
+//! Runs in the guest beside the agent, as root: it freezes control groups, or has systemd stop and start a service.
 
 use clap::Parser;
 use database_writer::{Disks, Identity};
@@ -8,7 +8,7 @@ use guest_agent_wire::sdk;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use unit_writer::watch::{Watch, serve};
-use unit_writer::{Find, UnitWriter};
+use unit_writer::{UnitWriter, Way};
 
 /// The part in snapshot sets of a service that knows nothing of them: it stands still meanwhile.
 #[derive(Debug, Parser)]
@@ -20,6 +20,10 @@ struct Arguments {
     /// Its control group's directory, where there is no systemd to ask.
     #[arg(long)]
     cgroup: Option<PathBuf>,
+    /// Stop the unit and start it again instead of freezing it: its clients lose it meanwhile, but the copy holds what it leaves
+    /// behind when it ends in order. Only a service that nobody else needs or starts.
+    #[arg(long, conflicts_with = "cgroup")]
+    stop: bool,
     /// A directory where the service keeps its files; may be repeated. A set without its disk is refused.
     #[arg(long)]
     files: Vec<PathBuf>,
@@ -49,12 +53,16 @@ fn run(arguments: Arguments) -> std::io::Result<ExitCode> {
     let mut command = Command::new("/proc/self/exe");
     command.arg("--watch");
     let watch = Watch::start(command)?;
-    let find = arguments.cgroup.map_or(Find::Systemd, Find::Directory);
+    let way = match arguments.cgroup {
+        Some(path) => Way::FreezeGroup(path),
+        None if arguments.stop => Way::StopUnit,
+        None => Way::FreezeUnit,
+    };
     let socket = arguments.identity.socket.clone();
     let mut writer = UnitWriter::new(
         arguments.identity,
         arguments.unit.unwrap_or_default(),
-        find,
+        way,
         arguments.files,
         Disks::default(),
         watch,

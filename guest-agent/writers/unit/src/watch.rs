@@ -1,14 +1,13 @@
-//! The process that lets a control group go when the writer cannot: when the time is over, or the writer is gone.
+//! The process that lets a service go on when the writer cannot: when the time is over, or the writer is gone.
 //!
 //! The writer tells it of each freeze before it begins ([`Watch::keep`]) and of each end ([`Watch::forget`]), over a pipe; its end is
 //! the writer's. [`serve`] is that process's whole work. It touches no disk.
 
-use crate::group::Group;
+use crate::still::Still;
 use guest_agent_wire::sdk::Veto;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -37,17 +36,17 @@ impl Watch {
         Ok(Self { child, orders })
     }
 
-    /// Sees to it that the group goes on after `hold`.
+    /// Sees to it that the service goes on after `hold`.
     ///
     /// # Errors
     /// The other process does not answer: without it nothing may be frozen.
-    pub fn keep(&mut self, group: &Group, hold: Duration) -> Result<(), Veto> {
-        let order = format!("{} {}\n", hold.as_millis(), group.name());
+    pub fn keep(&mut self, still: &Still, hold: Duration) -> Result<(), Veto> {
+        let order = format!("{} {}\n", hold.as_millis(), still.order());
         self.tell(&order)
             .map_err(|error| Veto::retryable(format!("the watch: {error}")))
     }
 
-    /// The group was let go.
+    /// The service was let go on.
     pub fn forget(&mut self) {
         // A watch that is gone keeps nothing.
         drop(self.tell("\n"));
@@ -80,31 +79,30 @@ impl Drop for Watch {
 /// The pipe's.
 pub fn serve(orders: impl Read + AsFd, mut answers: impl Write) -> io::Result<()> {
     let mut orders = BufReader::new(orders);
-    let mut kept: Option<(Group, Instant)> = None;
+    let mut kept: Option<(Still, Instant)> = None;
     loop {
-        if let Some((group, until)) = &kept {
+        if let Some((still, until)) = &kept {
             let left = until.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
             let mut descriptors = [PollFd::new(orders.get_ref(), PollFlags::IN)];
             if poll(&mut descriptors, Some(&timeout))? == 0 {
-                let_go(group);
+                let_go(still);
                 kept = None;
                 continue;
             }
         }
         let mut order = String::new();
         if orders.read_line(&mut order)? == 0 {
-            if let Some((group, _)) = &kept {
-                let_go(group);
+            if let Some((still, _)) = &kept {
+                let_go(still);
             }
             return Ok(());
         }
         kept = match order.trim_end().split_once(' ') {
-            Some((hold_ms, directory)) => {
+            Some((hold_ms, order)) => {
                 let hold = hold_ms.parse().map_err(|_| io::ErrorKind::InvalidData)?;
-                let group = Group::at(Path::new(directory))
-                    .map_err(|veto| io::Error::other(veto.message))?;
-                Some((group, Instant::now() + Duration::from_millis(hold)))
+                let still = Still::ordered(order).map_err(|veto| io::Error::other(veto.message))?;
+                Some((still, Instant::now() + Duration::from_millis(hold)))
             }
             None => None,
         };
@@ -113,8 +111,8 @@ pub fn serve(orders: impl Read + AsFd, mut answers: impl Write) -> io::Result<()
     }
 }
 
-fn let_go(group: &Group) {
-    if let Err(veto) = group.thaw() {
+fn let_go(still: &Still) {
+    if let Err(veto) = still.let_go() {
         eprintln!("unit-writer: {}", veto.message);
     }
 }
