@@ -170,7 +170,13 @@ build_usr() { # build_usr OUTPUT MANIFEST
 build_databases() { # build_databases OUTPUT SMALL USR
     local work=$1.work program
     rm -rf "$work" && mkdir -p "$work/root/bin" "$work/root/etc/vmshadow/writers.d" "$work/out"
-    cp "$databases/database" "$work/root/bin/"
+    cp "$databases"/{database,start-systemd} "$work/root/bin/"
+    mkdir -p "$work/root/etc/systemd/system"
+    local unit
+    for unit in "$top"/guest-agent/writers/systemd/*.service; do
+        # A guest's packages would put the programs there; its /usr is not ours to write to.
+        sed 's,/usr/libexec/vmshadow/,/bin/,' "$unit" >"$work/root/etc/systemd/system/${unit##*/}"
+    done
     cp "$databases"/{passwd,group} "$work/root/etc/"
     # These writers are no root: their servers ask who they are.
     # Nobody else may write to them, whatever the checkout allows.
@@ -219,7 +225,7 @@ usr=$cache/usr-$(cat "$cache/usr.new" "$databases/packages" "$here/build.sh" | s
 if [ ! -d "$usr" ]; then
     build_usr "$usr" "$cache/usr.new"
 fi
-guest=$cache/databases-$({ echo "$image" "$usr"; cat "$databases"/{database,passwd,group,writers.d/*} "${database_programs[@]/#/$programs/}"; } | sha256sum | head -c 16)
+guest=$cache/databases-$({ echo "$image" "$usr"; cat "$databases"/{database,start-systemd,passwd,group,writers.d/*} "$top"/guest-agent/writers/systemd/*.service "${database_programs[@]/#/$programs/}"; } | sha256sum | head -c 16)
 if [ ! -d "$guest" ]; then
     say "packing $(basename "$guest")"
     build_databases "$guest" "$image" "$usr"

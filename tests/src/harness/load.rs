@@ -42,7 +42,9 @@ impl Load {
         Self::start_command(vm, "guest-database-load", &command)
     }
 
-    fn start_command(vm: &Vm, program: &'static str, command: &str) -> Result<Self> {
+    /// Starts it by a command of the caller's, which runs as long as the load does; `program` acknowledges, and is killed at the
+    /// end.
+    pub fn start_command(vm: &Vm, program: &'static str, command: &str) -> Result<Self> {
         let port = UnixStream::connect(vm.port(LOAD_PORT))?;
         let acks = Arc::<Mutex<Vec<Ack>>>::default();
         let list = Arc::clone(&acks);

@@ -66,6 +66,11 @@ impl Site {
         Self::start_with(name, disks, false, Ok)
     }
 
+    /// The same in the databases' guest, with no server started.
+    pub fn start_in_databases_guest(name: &str, disks: &[(&str, FileSystem)]) -> Result<Self> {
+        Self::start_with(name, disks, false, |machine| Ok(machine.with_databases()))
+    }
+
     /// The same with a vsock device, over which `vmshadow` speaks to the agent. `more` is added to the machine.
     pub fn start_on_vsock(
         name: &str,
@@ -209,6 +214,11 @@ impl Site {
     /// kills it.
     pub fn writer(&self, command: &str, name: &str) -> Result<()> {
         drop(self.vm.guest()?.start(&format!("exec {command}"))?);
+        self.wait_for_writer(name)
+    }
+
+    /// Waits until the agent knows a writer of this name.
+    pub fn wait_for_writer(&self, name: &str) -> Result<()> {
         let what = format!("the writer for {name} to register");
         wait::until(&what, wait::STEP, || {
             let writers = self.bridge.run(&["list", "writers"])?;
