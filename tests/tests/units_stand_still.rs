@@ -120,6 +120,17 @@ fn a_frozen_unit_loses_nothing_and_a_stopped_one_has_ended_in_order() -> Result<
     )?;
     writer(&site, "frozen", "--files /mnt/a")?;
     writer(&site, "stopped", "--stop --files /mnt/b")?;
+    // All that follows works with no power of root's but the one that the unit leaves: CAP_DAC_OVERRIDE.
+    let powers = site
+        .vm
+        .shell("for p in $(pidof unit-writer); do grep CapEff /proc/$p/status; done")?;
+    ensure!(
+        powers.contains("CapEff")
+            && powers
+                .lines()
+                .all(|line| line.ends_with("\t0000000000000002")),
+        "{powers}"
+    );
 
     // Another would go down with it, and nobody would start that one again.
     let refused = site.try_create(&[])?;
