@@ -3,11 +3,10 @@
 //!
 //! Started by make; writes `target/bench/writer-figures.json` and prints a table for each database. The four take turns of equal
 //! length in one machine under one load, so that what else the host does meets all of them. Times are the guest's.
+//! `VMSHADOW_FIGURE_ROUNDS` says how often, 10 by default.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,6 +16,7 @@ use vmshadow_tests::harness::database::Kind;
 use vmshadow_tests::harness::figures::Figures;
 use vmshadow_tests::harness::image;
 use vmshadow_tests::harness::load::Load;
+use vmshadow_tests::harness::qga::QgaClient;
 use vmshadow_tests::harness::site::Site;
 use vmshadow_tests::harness::wait;
 
@@ -57,49 +57,40 @@ impl Way {
     }
 }
 
-/// The stock agent of a machine, on its port.
-struct StockAgent {
-    port: UnixStream,
-    answers: BufReader<UnixStream>,
+/// Has QEMU's agent take this port over from ours, which stays on the others. Returns a client that it has answered.
+fn stock_agent(site: &Site) -> Result<QgaClient> {
+    site.vm
+        .shell("echo '--qga-port none' >/etc/vmshadow/agent.args && killall guest-agent")?;
+    // The port is one program's at a time: it begins when ours has let go. Asked earlier, ours might answer, or take the
+    // request with it.
+    let port = format!("/dev/virtio-ports/{QGA_PORT}");
+    let command = format!(
+        "until /usr/sbin/qemu-ga -m virtio-serial -p {port} -t /run >/tmp/qemu-ga.log 2>&1; do usleep 100000; done"
+    );
+    drop(site.vm.guest()?.start(&command)?);
+    site.vm
+        .shell(
+            "until for p in $(pidof qemu-ga); do ls -l /proc/$p/fd; done 2>&1 | grep -q vport; do usleep 100000; done",
+        )
+        .with_context(|| site.vm.shell("cat /tmp/qemu-ga.log").unwrap_or_default())?;
+    QgaClient::connect(&site.vm.port(QGA_PORT)).with_context(|| site.log())
 }
 
-impl StockAgent {
-    /// Starts it instead of our agent's part for this port.
-    fn start(site: &Site) -> Result<Self> {
-        site.vm
-            .shell("echo '--qga-port none' >/etc/vmshadow/agent.args && killall guest-agent")?;
-        let command = format!(
-            "until /usr/sbin/qemu-ga -m virtio-serial -p /dev/virtio-ports/{QGA_PORT} -t /run; do usleep 100000; done"
-        );
-        drop(site.vm.guest()?.start(&command)?);
-        let port = UnixStream::connect(site.vm.port(QGA_PORT))?;
-        port.set_read_timeout(Some(wait::STEP))?;
-        let answers = BufReader::new(port.try_clone()?);
-        let mut agent = Self { port, answers };
-        agent.ask("guest-ping")?;
-        Ok(agent)
-    }
-
-    fn ask(&mut self, command: &str) -> Result<Value> {
-        let request = json!({ "execute": command }).to_string() + "\n";
-        self.port.write_all(request.as_bytes())?;
-        let mut line = String::new();
-        self.answers.read_line(&mut line)?;
-        let answer: Value = serde_json::from_str(&line).with_context(|| line.clone())?;
-        ensure!(answer.get("return").is_some(), "{command}: {line}");
-        Ok(answer)
-    }
+fn ask(agent: &mut QgaClient, command: &str) -> Result<()> {
+    let reply = agent.ask(command, json!({}))?;
+    ensure!(reply.get("return").is_some(), "{command}: {reply}");
+    Ok(())
 }
 
-fn set(site: &Site, agent: &mut StockAgent, way: Way) -> Result<()> {
+fn set(site: &Site, agent: &mut QgaClient, way: Way) -> Result<()> {
     match way {
         Way::NoSet => {}
         Way::Writer => drop(site.create(&[])?),
         Way::NoWriter => drop(site.try_create(&["--level", "filesystem"])?.succeeded()?),
         Way::StockAgent => {
-            agent.ask("guest-fsfreeze-freeze")?;
+            ask(agent, "guest-fsfreeze-freeze")?;
             let made = site.try_create(&["--level", "crash"]);
-            agent.ask("guest-fsfreeze-thaw")?;
+            ask(agent, "guest-fsfreeze-thaw")?;
             drop(made?.succeeded()?);
         }
     }
@@ -119,7 +110,7 @@ fn longest_stall_ms(acks: &[Ack], from: usize) -> f64 {
     Duration::from_micros(longest).as_secs_f64() * 1e3
 }
 
-fn turn(site: &Site, agent: &mut StockAgent, load: &Load, way: Way) -> Result<(f64, f64)> {
+fn turn(site: &Site, agent: &mut QgaClient, load: &Load, way: Way) -> Result<(f64, f64)> {
     let from = load.acks().len();
     let begin = Instant::now();
     set(site, agent, way)?;
@@ -136,13 +127,13 @@ fn turn(site: &Site, agent: &mut StockAgent, load: &Load, way: Way) -> Result<(f
     Ok((f64::from(count) / took, longest_stall_ms(&acks, from)))
 }
 
-fn measure(kind: Kind) -> Result<Value> {
+fn measure(kind: Kind, rounds: usize) -> Result<Value> {
     let site = Site::start_database(kind)?;
-    let mut agent = StockAgent::start(&site)?;
+    let mut agent = stock_agent(&site)?;
     site.database_writer(kind)?;
     let load = Load::start_clients(&site.vm, kind.name(), CLIENTS)?;
     let (mut rates, mut stalls) = (Figures::default(), Figures::default());
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         for way in Way::ALL {
             let (rate, stall) = turn(&site, &mut agent, &load, way)?;
             rates.add(way.name(), rate);
@@ -173,16 +164,20 @@ fn measure(kind: Kind) -> Result<Value> {
 }
 
 fn main() -> Result<()> {
+    let rounds = match std::env::var("VMSHADOW_FIGURE_ROUNDS") {
+        Ok(text) => text.parse().context("VMSHADOW_FIGURE_ROUNDS")?,
+        Err(_) => ROUNDS,
+    };
     let mut report = serde_json::Map::new();
     for kind in KINDS {
-        report.insert(kind.name().to_owned(), measure(kind)?);
+        report.insert(kind.name().to_owned(), measure(kind, rounds)?);
     }
     let directory = image::target().join("bench");
     fs::create_dir_all(&directory)?;
     let path = directory.join("writer-figures.json");
     let whole = json!({
         "accelerator": image::accelerator()?.name(),
-        "rounds": ROUNDS,
+        "rounds": rounds,
         "clients": CLIENTS,
         "turn-s": TURN.as_secs(),
         "databases": report,

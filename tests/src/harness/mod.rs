@@ -18,6 +18,7 @@ pub mod load;
 pub mod oracle;
 pub mod process;
 pub mod proof;
+pub mod qga;
 pub mod qmp;
 pub mod requires;
 pub mod site;

@@ -5,9 +5,8 @@
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use vmshadow_tests::harness::qga::QgaClient;
 use vmshadow_tests::harness::wait;
-
-use super::Agent;
 
 /// A step's reply.
 #[derive(Debug)]
@@ -70,13 +69,13 @@ chmod 755 /tmp/shutdown.sh
 type Shell<'a> = &'a dyn Fn(&str) -> Result<String>;
 
 struct Script<'a> {
-    agent: &'a mut Agent,
+    agent: &'a mut QgaClient,
     shell: Shell<'a>,
     replies: Vec<Reply>,
 }
 
 /// Asks everything.
-pub(crate) fn script(agent: &mut Agent, shell: Shell<'_>) -> Result<Vec<Reply>> {
+pub(crate) fn script(agent: &mut QgaClient, shell: Shell<'_>) -> Result<Vec<Reply>> {
     let mut script = Script {
         agent,
         shell,
