@@ -103,14 +103,13 @@ impl Shared {
             self.begin_reclaim(work, true)?;
             return Ok(Maintenance::More);
         }
-        let (full, garbage, unmerged) = {
+        let (full, garbage) = {
             let core = self.core();
             let discarded = core.discarded_blocks * BLOCK_BYTES;
             let garbage = core.reclaim || discarded > self.options.segment_bytes / 4;
             (
                 core.is_over_bounds(&self.options, 1),
                 garbage && core.sweep == Sweep::Idle,
-                core.state.index.memtable_records() > 0,
             )
         };
         if full {
@@ -126,7 +125,7 @@ impl Shared {
             return Ok(Maintenance::More);
         }
         if garbage {
-            Shared::begin_sweep(&mut self.core());
+            let unmerged = Shared::begin_sweep(&mut self.core());
             work.sweep_due = true;
             if unmerged {
                 self.begin_checkpoint(work, Turn::Keep)?;

@@ -182,8 +182,10 @@ impl Shared {
         Ok(())
     }
 
-    /// Begins a sweep: from now on every log block is a candidate, but those that plans have reserved.
-    pub(crate) fn begin_sweep(core: &mut Core) {
+    /// Begins a sweep: from now on every log block is a candidate, but those that plans have reserved. `true`: records name some that
+    /// are in no run yet, so a checkpoint comes before the merge. That is seen under the same lock: what is recorded behind it
+    /// was reserved before, or is allocated later.
+    pub(crate) fn begin_sweep(core: &mut Core) -> bool {
         core.sweep = Sweep::Marking;
         core.space.begin_sweep();
         for (start, count) in &core.reserved {
@@ -199,6 +201,7 @@ impl Shared {
         core.reclaim = false;
         core.discarded_blocks = 0;
         core.settled = false;
+        core.state.index.memtable_records() > 0
     }
 
     /// Goes on with the scan by about `budget_pages`.
@@ -333,6 +336,62 @@ mod tests {
         let last = core.journal.last();
         core.confirm(last);
         assert_eq!(core.space.used_blocks(), 64);
+    }
+
+    /// A write may be recorded at any moment of the step that begins a sweep: its block stays in use. The moment that matters is short,
+    /// so it is tried often.
+    #[test]
+    fn sweep_frees_nothing_that_is_recorded_while_it_begins() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let volume = volume_with_snapshot(64, OpenOptions::default().memtable_records);
+        let shared = &volume.shared;
+        let settled =
+            || while volume.maintain(1024).expect("a step") == crate::Maintenance::More {};
+        for (times, number) in (0..64).cycle().take(4096).enumerate() {
+            let range = crate::ByteRange::new(number * BLOCK_BYTES, BLOCK_BYTES);
+            volume.discard_at(range).expect("a discard");
+            {
+                let mut work = crate::volume::lock(&shared.maintenance);
+                shared
+                    .begin_checkpoint(&mut work, Turn::Keep)
+                    .expect("begun");
+                shared.run_checkpoint(&mut work).expect("a checkpoint");
+            }
+            shared.core().reclaim = true;
+            let (ready, go) = (AtomicBool::new(false), AtomicBool::new(false));
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    ready.store(true, Ordering::SeqCst);
+                    while !go.load(Ordering::SeqCst) {
+                        std::hint::spin_loop();
+                    }
+                    let written = volume.write_at(range.offset_bytes, &[7; 4096]);
+                    written.expect("a write");
+                });
+                while !ready.load(Ordering::SeqCst) {
+                    std::hint::spin_loop();
+                }
+                go.store(true, Ordering::SeqCst);
+                // Earlier or later than the write's record.
+                (0..times % 512).for_each(|_| std::hint::spin_loop());
+                settled();
+            });
+            settled();
+            let mut core = shared.core();
+            let live = core
+                .state
+                .index
+                .live(crate::units::Block(number))
+                .expect("known");
+            let crate::index::Location::Log(at) = live else {
+                panic!("{live:?}");
+            };
+            let free = core.space.allocate(64).expect("room");
+            let is_free =
+                |run: &crate::space::LogRun| run.start <= at && at < run.start.plus(run.count);
+            assert!(!free.iter().any(is_free), "{at:?} is in use and free");
+            free.into_iter().for_each(|run| core.space.free(run));
+        }
     }
 
     /// Which runs are merged hangs on their sizes: a merge that leaves an older one alone is made here on purpose.
