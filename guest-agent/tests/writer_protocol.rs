@@ -243,7 +243,12 @@ fn the_state_of_a_failed_set_outlives_it_and_another_identify_until_the_next_set
     no_more(&mut writer, &mut bridge);
     assert_eq!(state(&mut bridge, "db"), "FAILED_AT_PREPARE_SNAPSHOT");
     bridge.send("prepare", json!({"set": "s", "limit_ms": 20_000}));
-    writer.agree_to_prepare();
+    writer.agree("prepare_backup");
+    // It is asked for the snapshot when its answer has been taken; `status` is answered meanwhile.
+    let asked = writer.event();
+    assert_eq!(asked["event"], "prepare_snapshot", "{asked}");
+    assert_eq!(state(&mut bridge, "db"), "STABLE");
+    writer.write(&json!({"seq": asked["seq"], "ok": true}));
     returned(&mut bridge);
     assert_eq!(state(&mut bridge, "db"), "WAITING_FOR_FREEZE");
 }

@@ -110,13 +110,15 @@ impl Step {
     /// State after it.
     pub(super) fn succeeded(&self) -> WriterState {
         match self {
+            // VSS: stable as long as PrepareSnapshot has not been called.
             Self::Identify
+            | Self::PrepareBackup(_)
             | Self::BackupComplete(_)
             | Self::BackupShutdown
             | Self::PreRestore
             | Self::PostRestore
             | Self::Abort { .. } => WriterState::Stable,
-            Self::PrepareBackup(_) | Self::PrepareSnapshot => WriterState::WaitingForFreeze,
+            Self::PrepareSnapshot => WriterState::WaitingForFreeze,
             Self::Freeze { .. } => WriterState::WaitingForThaw,
             Self::Thaw { .. } => WriterState::WaitingForPostSnapshot,
             Self::PostSnapshot(_) => WriterState::WaitingForBackupComplete,
