@@ -141,6 +141,9 @@ impl Shared {
             self.relieve()?;
         }
         self.announce_leave_out()?;
+        // A revert makes another epoch of what it found when it began: nothing is recorded beside it.
+        let _work = lock(&self.maintenance);
+        self.check_writable()?;
         let mut core = self.core();
         let Some((newest, older)) = self.newest_and_older(&core, id)? else {
             wanted.rest.clear();

@@ -38,10 +38,15 @@ impl Drop for Hold<'_> {
 }
 
 impl Shared {
-    /// Appends and commits records of the table.
+    /// Appends and commits records of the table, then makes their changes: what a snapshot sees is spared until its deletion is durable,
+    /// or after a power cut it could be there again without its blocks (I3). The caller holds `maintenance`, so no checkpoint begins in
+    /// between.
     fn change_table(&self, records: &[Record]) -> Result<()> {
-        self.core().record(self, records)?;
-        self.commit_records()
+        self.core().append(self, records)?;
+        self.commit_records()?;
+        let mut core = self.core();
+        records.iter().for_each(|record| core.state.apply(record));
+        Ok(())
     }
 }
 

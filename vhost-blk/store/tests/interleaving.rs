@@ -416,6 +416,31 @@ fn blocks_preserved_ahead_are_written_once_they_are_durable_and_not_before() {
 }
 
 #[test]
+fn deletion_that_is_not_durable_yet_lets_nothing_be_overwritten() {
+    for method in [Method::RedirectOnWrite, Method::CopyOnWrite] {
+        let (_disk, hook, mut world) = interrupted();
+        let only = snapshot(&mut world, method);
+        let volume = Arc::new(world.volume.take().unwrap());
+        let is_spared = move |volume: &Volume| {
+            let plan = volume.plan_write(block(3), WriteKind::Write).unwrap();
+            let in_log = plan.extents().iter().all(|one| one.source == Source::Log);
+            in_log || plan.needs_preserve()
+        };
+        assert!(is_spared(&volume));
+        let (weak, syncs) = (Arc::downgrade(&volume), Arc::new(AtomicU64::new(0)));
+        let counted = Arc::clone(&syncs);
+        let interrupt = move || {
+            assert!(is_spared(&weak.upgrade().unwrap()), "{method:?}");
+            counted.fetch_add(1, Ordering::SeqCst);
+        };
+        assert!(hook.set(Box::new(interrupt)).is_ok());
+        volume.delete_snapshot(only).unwrap();
+        assert!(syncs.load(Ordering::SeqCst) > 0);
+        assert!(!is_spared(&volume), "nobody sees it any more");
+    }
+}
+
+#[test]
 fn write_that_completes_during_a_flush_is_not_committed_by_it() {
     let (disk, hook, mut world) = interrupted();
     snapshot(&mut world, Method::RedirectOnWrite);
