@@ -11,9 +11,10 @@ use anyhow::Result;
 use super::Bench;
 use super::contestants::{Arrangement, Ours, OursSpec, Peer};
 use super::daemon;
-use super::job::Job;
+use super::job::{DENSE_BYTES, Job};
 use super::peers::Overlay;
-use super::place::Place;
+use super::place::{Files, Place};
+use super::relay::Relay;
 use super::report::{Goal, Quantity};
 use super::rounds::{Contestant, interleaved};
 
@@ -127,7 +128,17 @@ pub fn copy(bench: &mut Bench) -> Result<()> {
     }
     bench.report.note(3, "QEMU's copy-before-write does not sync the copy before it overwrites: after a power cut its snapshot may be lost, ours may not. The sync calls beside the rates are that difference");
     bench.report.note(3, "\"order relaxed\": ours told to overwrite before the copy is durable, as QEMU's does; the copy still goes by the threads that would wait for its sync, so this is not the most that could be had without an order");
+    bench.report.note(3, "\"relay\" copies, syncs and overwrites by plain calls of one thread, and keeps no index: the least that the durable order takes");
     Ok(())
+}
+
+/// The least that copying in durable order takes.
+fn relay(place: &Place, size_bytes: u64) -> Result<(Relay, Files)> {
+    let files = place.directory(Relay::NAME)?;
+    let (base, log) = (files.path().join("base.raw"), files.path().join("log"));
+    place.file(&base, size_bytes)?;
+    place.file(&log, DENSE_BYTES)?;
+    Ok((Relay::copying(&base, &log), files))
 }
 
 fn first_touch(
@@ -174,17 +185,26 @@ fn first_touch(
         }
         let job = job.limit(Duration::from_millis(600));
         ours.snapshot = Some(method);
+        let mut relay = (method == "cow" && workload.depth == 1)
+            .then(|| relay(place, size_bytes))
+            .transpose()?;
         let mut all: Vec<&mut dyn Contestant> = vec![&mut ours];
         all.extend(others.iter_mut().map(|peer| peer as &mut dyn Contestant));
         if let Some(relaxed) = &mut relaxed {
             relaxed.snapshot = Some(method);
             all.push(relaxed);
         }
+        all.extend(
+            relay
+                .as_mut()
+                .map(|(relay, _)| relay as &mut dyn Contestant),
+        );
         let measured = interleaved(bench, &mut all, &job, device)?;
         let name = format!("{} after a {method} snapshot, {}", job.name, place.name);
         bench
             .report
             .contest(figure, &name, &measured, workload.goals);
+        bench.report.limit(figure, &name, &measured, Relay::NAME);
         for ours in std::iter::once(&mut ours).chain(&mut relaxed) {
             ours.daemon.delete_snapshots()?;
         }

@@ -121,19 +121,17 @@ impl Report {
         }
     }
 
-    /// Says of a workload's rates what the file itself allows, a value per round; the first of `measured` is ours. Of several limits the tightest stays.
-    pub fn limit(
-        &mut self,
-        figure: u8,
-        workload: &str,
-        measured: &[Measured],
-        by: &str,
-        allowed: &[f64],
-    ) {
+    /// Says of a workload's rates that none can exceed those of the contestant `by`, if it took part; the first of `measured` is ours. Of
+    /// several limits the tightest stays.
+    pub fn limit(&mut self, figure: u8, workload: &str, measured: &[Measured], by: &str) {
         let Some((ours, peers)) = measured.split_first() else {
             return;
         };
+        let Some(limit) = peers.iter().find(|peer| peer.name == by) else {
+            return;
+        };
         let rates = |one| Quantity::Rate.values(one);
+        let allowed = &rates(limit);
         let Some(reached) = ratio(&rates(ours), allowed) else {
             return;
         };
@@ -266,7 +264,7 @@ impl Report {
         let met = with_goals().filter(|line| line.met() == Some(true)).count();
         let beyond = with_goals().filter(|line| line.is_beyond()).count();
         format!(
-            "\nGoals met: {met} of {}; not met but beyond the file itself: {beyond}\n\n{}",
+            "\nGoals met: {met} of {}; not met but beyond what the file, or a client and a file, allow: {beyond}\n\n{}",
             with_goals().count(),
             aligned(&rows)
         )

@@ -19,7 +19,7 @@ pub(super) fn reached(line: &Line) -> Option<String> {
     let verdict = match (line.met(), &line.limit) {
         (Some(true), _) => "met".to_owned(),
         (Some(false), Some(limit)) if line.is_beyond() => format!(
-            "beyond the file: {} itself is {:.2}x, ours {:.2}x of that",
+            "beyond {}: that is {:.2}x, ours {:.2}x of it",
             limit.by, limit.ratio, limit.reached
         ),
         (Some(false), _) => "NOT MET".to_owned(),
