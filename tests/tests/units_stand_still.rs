@@ -117,6 +117,7 @@ fn a_frozen_unit_loses_nothing_and_a_stopped_one_has_ended_in_order() -> Result<
         &site.vm,
         "guest-load",
         "start-systemd ask start frozen && while killall -0 guest-load; do usleep 100000; done",
+        1,
     )?;
     writer(&site, "frozen", "--files /mnt/a")?;
     writer(&site, "stopped", "--stop --files /mnt/b")?;

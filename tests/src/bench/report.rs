@@ -121,8 +121,8 @@ impl Report {
         }
     }
 
-    /// Says of a workload's rates that none can exceed those of the contestant `by`, if it took part; the first of `measured` is ours. Of
-    /// several limits the tightest stays.
+    /// Says of a workload's rates that none can exceed those of the contestant `by`, if it took part and ours, the first of `measured`, does
+    /// not exceed them. Of several limits the tightest stays.
     pub fn limit(&mut self, figure: u8, workload: &str, measured: &[Measured], by: &str) {
         let Some((ours, peers)) = measured.split_first() else {
             return;
@@ -135,6 +135,10 @@ impl Report {
         let Some(reached) = ratio(&rates(ours), allowed) else {
             return;
         };
+        // What we exceed is no limit.
+        if reached.median > 1.0 {
+            return;
+        }
         for line in &mut self.lines {
             let is_one = line.figure == figure
                 && line.workload == workload

@@ -24,6 +24,7 @@ pub struct Load {
     running: Running,
     port: UnixStream,
     program: &'static str,
+    databases: usize,
 }
 
 impl Load {
@@ -33,18 +34,23 @@ impl Load {
             "exec guest-load /dev/virtio-ports/{LOAD_PORT} {}",
             databases.join(" ")
         );
-        Self::start_command(vm, "guest-load", &command)
+        Self::start_command(vm, "guest-load", &command, databases.len())
     }
 
     /// Starts the load of a database server that runs; each of its clients takes the place of a database.
     pub fn start_clients(vm: &Vm, kind: &str, clients: usize) -> Result<Self> {
         let command = format!("database load {kind} - /dev/virtio-ports/{LOAD_PORT} {clients}");
-        Self::start_command(vm, "guest-database-load", &command)
+        Self::start_command(vm, "guest-database-load", &command, clients)
     }
 
-    /// Starts it by a command of the caller's, which runs as long as the load does; `program` acknowledges, and is killed at the
-    /// end.
-    pub fn start_command(vm: &Vm, program: &'static str, command: &str) -> Result<Self> {
+    /// Starts it by a command of the caller's, which runs as long as the load does; `program` acknowledges transactions of
+    /// so many databases, and is killed at the end.
+    pub fn start_command(
+        vm: &Vm,
+        program: &'static str,
+        command: &str,
+        databases: usize,
+    ) -> Result<Self> {
         let port = UnixStream::connect(vm.port(LOAD_PORT))?;
         let acks = Arc::<Mutex<Vec<Ack>>>::default();
         let list = Arc::clone(&acks);
@@ -65,6 +71,7 @@ impl Load {
             running: vm.guest()?.start(command)?,
             port,
             program,
+            databases,
         };
         load.wait_for_more(20).with_context(|| vm.log())?;
         Ok(load)
@@ -89,26 +96,24 @@ impl Load {
             .map_or(0, |ack| ack.id)
     }
 
-    /// Waits until `count` more transactions are acknowledged: the load is alive.
+    /// Waits until `count` more transactions are acknowledged, one of each database among them: the load is alive.
     pub fn wait_for_more(&self, count: usize) -> Result<()> {
         self.wait_for_more_within(count, wait::STEP)
     }
 
     /// The same with a deadline of the caller's.
     pub fn wait_for_more_within(&self, count: usize, deadline: Duration) -> Result<()> {
-        let length = || {
-            self.acks
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .len()
-        };
-        let goal = length() + count;
+        let known = self.acks().len();
         wait::until("transactions to be acknowledged", deadline, || {
             if !self.running.still_runs() {
                 let answer = self.running.wait(wait::STEP);
                 bail!("the load has ended: {answer:?}");
             }
-            Ok((length() >= goal).then_some(()))
+            let acks = self.acks.lock().unwrap_or_else(PoisonError::into_inner);
+            let more = acks.get(known..).unwrap_or_default();
+            let is_of = |database| more.iter().any(|ack| ack.database == database);
+            let is_enough = more.len() >= count && (0..self.databases).all(is_of);
+            Ok(is_enough.then_some(()))
         })
     }
 

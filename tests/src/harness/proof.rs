@@ -54,7 +54,7 @@ fn batch(site: &Site, kind: Kind, first: usize, count: usize) -> Result<()> {
     let mut taken = Vec::new();
     for number in first..first + count {
         taken.push(site.create(&["--method", method(number)])?);
-        // What was begun after the set is acknowledged, by every client.
+        // What was begun after the set is acknowledged, to every client.
         load.wait_for_more(20 * CLIENTS)?;
     }
     let acks = load.stop(&site.vm)?;

@@ -158,13 +158,23 @@ fn a_goal_above_what_the_file_gives_is_told_apart() {
     let slower = [
         one("vmshadow", 90.0),
         one("QSD raw", 100.0),
-        one("fio", 80.0),
+        one("fio", 95.0),
+        one("relay", 89.0),
     ];
     let mut report = Report::default();
     let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.0))];
     report.contest(1, "read", &slower, &goals);
     report.limit(1, "read", &slower, "fio");
-    assert_eq!(report.lines().first().map(Line::is_beyond), Some(false));
+    let is_beyond = |report: &Report| report.lines().first().map(Line::is_beyond);
+    assert_eq!(is_beyond(&report), Some(false));
+    // What we exceed is no limit, whatever the goal.
+    let goals = [(Quantity::Rate, "QSD raw", Goal::RatioAtLeast(1.5))];
+    let mut report = Report::default();
+    report.contest(1, "read", &slower, &goals);
+    report.limit(1, "read", &slower, "relay");
+    assert_eq!(is_beyond(&report), Some(false));
+    report.limit(1, "read", &slower, "fio");
+    assert_eq!(is_beyond(&report), Some(true));
 }
 
 #[test]
