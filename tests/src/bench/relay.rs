@@ -13,8 +13,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::fs::{OFlags, fdatasync};
+use rustix::time::{ClockId, clock_gettime};
 
 use self::channel::Channel;
 use super::client::Run;
@@ -77,17 +78,26 @@ impl Contestant for Relay {
         let requests = Channel::new(job.depth)?;
         let answers = Channel::new(job.depth)?;
         thread::scope(|scope| {
-            let backend = scope.spawn(|| match (job.depth, log) {
-                (1, log) => serve(&file, log, job, &requests, &answers),
-                (_, None) => deep::serve(&file, job, &requests, &answers),
-                (_, Some(_)) => Err(anyhow!("the relay copies one block at a time")),
+            let backend = scope.spawn(|| {
+                match (job.depth, log) {
+                    (1, log) => serve(&file, log, job, &requests, &answers)?,
+                    (_, None) => deep::serve(&file, job, &requests, &answers)?,
+                    (_, Some(_)) => bail!("the relay copies one block at a time"),
+                }
+                // The thread is as old as the round.
+                let spent = clock_gettime(ClockId::ThreadCPUTime);
+                Duration::try_from(spent).context("a thread's processor time")
             });
             let run = drive(job, seed, &requests, &answers);
             requests.send(END)?;
             requests.ring()?;
             let served = backend.join();
-            served.map_err(|_| anyhow!("the relay's thread has panicked"))??;
-            Ok(Turn::from(&run?))
+            let spent = served.map_err(|_| anyhow!("the relay's thread has panicked"))??;
+            let run = run?;
+            Ok(Turn {
+                processor_us: Some(spent.as_secs_f64() * 1e6 / run.ios as f64),
+                ..Turn::from(&run)
+            })
         })
     }
 }

@@ -121,43 +121,45 @@ impl Report {
         }
     }
 
-    /// Says of a workload's rates that none can exceed those of the contestant `by`, if it took part and ours, the first of `measured`, does
-    /// not exceed them. Of several limits the tightest stays.
+    /// Says of a workload's rates and processor time that none can do better than the contestant `by`, if it took part and ours, the
+    /// first of `measured`, does not. Of several limits the tightest stays.
     pub fn limit(&mut self, figure: u8, workload: &str, measured: &[Measured], by: &str) {
         let Some((ours, peers)) = measured.split_first() else {
             return;
         };
-        let Some(limit) = peers.iter().find(|peer| peer.name == by) else {
+        let named = |name: &str| peers.iter().find(|peer| peer.name == name);
+        let Some(limit) = named(by) else {
             return;
         };
-        let rates = |one| Quantity::Rate.values(one);
-        let allowed = &rates(limit);
-        let Some(reached) = ratio(&rates(ours), allowed) else {
-            return;
-        };
-        // What we exceed is no limit.
-        if reached.median > 1.0 {
-            return;
-        }
         for line in &mut self.lines {
-            let is_one = line.figure == figure
-                && line.workload == workload
-                && line.unit == Quantity::Rate.unit()
-                && matches!(line.goal, Some(Goal::RatioAtLeast(_)));
-            let Some((name, _)) = line.peer.as_ref().filter(|peer| is_one && peer.0 != by) else {
+            let (Some(goal), Some((name, _))) = (line.goal, &line.peer) else {
                 continue;
             };
-            let peer = peers.iter().find(|peer| peer.name == *name);
-            let Some(ratio) = peer.and_then(|peer| ratio(allowed, &rates(peer))) else {
+            let quantity = [Quantity::Rate, Quantity::Processor]
+                .into_iter()
+                .find(|quantity| quantity.unit() == line.unit);
+            let (Some(quantity), Some(peer)) = (quantity, named(name)) else {
                 continue;
             };
-            let is_tighter = |limit: &Limit| ratio.median < limit.ratio;
-            if line.limit.as_ref().is_none_or(is_tighter) {
-                line.limit = Some(Limit {
-                    by: by.to_owned(),
-                    ratio: ratio.median,
-                    reached: reached.median,
-                });
+            if line.figure != figure || line.workload != workload || name == by {
+                continue;
+            }
+            let allowed = quantity.values(limit);
+            let reached = ratio(&quantity.values(ours), &allowed);
+            let ratio = ratio(&allowed, &quantity.values(peer));
+            let (Some(reached), Some(ratio)) = (reached, ratio) else {
+                continue;
+            };
+            let found = Limit {
+                by: by.to_owned(),
+                ratio: ratio.median,
+                reached: reached.median,
+            };
+            // What ours does better than is no limit.
+            let holds = !goal.is_better(found.reached, 1.0);
+            let is_tighter = |old: &Limit| goal.is_better(old.ratio, found.ratio);
+            if holds && line.limit.as_ref().is_none_or(is_tighter) {
+                line.limit = Some(found);
             }
         }
     }

@@ -42,6 +42,7 @@ fn every_block_is_written_once_at_any_depth() -> Result<()> {
         assert!(written.iter().all(|byte| *byte == 0x5a), "depth {depth}");
         let turn = Relay::over(&base).run(&pass(Op::Read, depth), 1)?;
         assert_eq!(turn.ios, BLOCKS);
+        assert!(turn.processor_us.is_some_and(|spent| spent > 0.0));
     }
     Ok(())
 }

@@ -99,6 +99,14 @@ impl Goal {
         }
     }
 
+    /// Whether the first is further on the goal's side than the second.
+    pub(super) fn is_better(self, one: f64, other: f64) -> bool {
+        match self {
+            Self::RatioAtLeast(_) | Self::AtLeast(_) => one > other,
+            Self::RatioAtMost(_) | Self::AtMost(_) => one < other,
+        }
+    }
+
     pub(super) fn met(self, ours: f64, ratio: Option<f64>) -> Option<bool> {
         match self {
             Self::RatioAtLeast(bound) => ratio.map(|ratio| ratio >= bound),
@@ -109,12 +117,12 @@ impl Goal {
     }
 }
 
-/// What nobody can exceed in this run, beside a goal.
+/// What nobody does better than in this run, beside a goal.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limit {
     /// What sets it: `fio`.
     pub by: String,
-    /// It by the peer's: a goal above this is beyond the file.
+    /// It by the peer's: a goal that asks for more is out of reach.
     pub ratio: f64,
     /// Ours by it.
     pub reached: f64,
@@ -137,7 +145,7 @@ pub struct Line {
     pub ratio: Option<Spread>,
     /// What it should reach.
     pub goal: Option<Goal>,
-    /// What the file itself allows, where that was measured beside it.
+    /// What can be reached, where that was measured beside it.
     pub limit: Option<Limit>,
 }
 
@@ -152,12 +160,11 @@ impl Line {
     /// Not met, and neither does what sets the limit reach the goal; nor does the peer, which reaches equality.
     #[must_use]
     pub fn is_beyond(&self) -> bool {
-        let bound = match self.goal {
-            Some(Goal::RatioAtLeast(bound)) => bound,
-            Some(Goal::RatioAtMost(_) | Goal::AtLeast(_) | Goal::AtMost(_)) | None => return false,
+        let (Some(goal), Some(limit)) = (self.goal, &self.limit) else {
+            return false;
         };
-        let is_below = |limit: &Limit| limit.ratio.max(1.0) < bound;
-        self.met() == Some(false) && self.limit.as_ref().is_some_and(is_below)
+        let reached = [1.0, limit.ratio].map(|ratio| goal.met(ratio, Some(ratio)));
+        self.met() == Some(false) && !reached.contains(&Some(true))
     }
 
     pub(super) fn json(&self) -> Value {

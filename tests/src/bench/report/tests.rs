@@ -175,6 +175,27 @@ fn a_goal_above_what_the_file_gives_is_told_apart() {
     assert_eq!(is_beyond(&report), Some(false));
     report.limit(1, "read", &slower, "fio");
     assert_eq!(is_beyond(&report), Some(true));
+    // Of processor time less is better.
+    let spending = |name: &str, processor_us: f64| {
+        let mut measured = one(name, 100.0);
+        for turn in &mut measured.turns {
+            turn.processor_us = Some(processor_us);
+        }
+        measured
+    };
+    for (of_relay, beyond) in [(7.7, true), (7.4, false), (8.1, false)] {
+        let all = [
+            spending("vmshadow", 8.0),
+            spending("QSD raw", 10.0),
+            spending("relay", of_relay),
+        ];
+        let goals = [(Quantity::Processor, "QSD raw", Goal::RatioAtMost(0.75))];
+        let mut report = Report::default();
+        report.contest(1, "read", &all, &goals);
+        report.limit(1, "read", &all, "relay");
+        let line = report.lines().iter().find(|line| line.goal.is_some());
+        assert_eq!(line.map(Line::is_beyond), Some(beyond), "{of_relay}");
+    }
 }
 
 #[test]
