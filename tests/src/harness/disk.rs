@@ -4,6 +4,7 @@
 //! room's business.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -81,6 +82,62 @@ pub fn create_sized(
         FileSystem::Xfs => {
             run("mkfs.xfs", &["-q", "-f"], &path)?;
         }
+    }
+    Ok(path)
+}
+
+/// A partition of a disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Partition {
+    /// First byte, a multiple of 512.
+    pub start_bytes: u64,
+    /// Its size, a multiple of 512.
+    pub bytes: u64,
+    /// The code of its type: 0x83 gets an empty ext4, any other nothing.
+    pub code: u8,
+}
+
+/// The code of a partition with a file system.
+pub const LINUX: u8 = 0x83;
+/// The code of one for swap.
+pub const LINUX_SWAP: u8 = 0x82;
+
+/// Makes `DIRECTORY/NAME.raw` with a table of up to four partitions (MBR).
+pub fn create_partitioned(
+    directory: &Path,
+    name: &str,
+    partitions: &[Partition],
+) -> Result<PathBuf> {
+    let path = directory.join(format!("{name}.raw"));
+    let end = partitions.iter().map(|one| one.start_bytes + one.bytes);
+    let mut table = vec![0; 446];
+    for one in partitions {
+        let sectors = |bytes: u64| u32::try_from(bytes / 512);
+        // Addresses by cylinder are out of use: all ones says so.
+        table.extend([0, 0xff, 0xff, 0xff, one.code, 0xff, 0xff, 0xff]);
+        table.extend(sectors(one.start_bytes)?.to_le_bytes());
+        table.extend(sectors(one.bytes)?.to_le_bytes());
+    }
+    ensure!(table.len() <= 510, "more than four partitions");
+    table.resize(510, 0);
+    table.extend([0x55, 0xaa]);
+    let file = File::create(&path)?;
+    file.set_len(end.max().unwrap_or(0))?;
+    file.write_all_at(&table, 0)?;
+    for one in partitions.iter().filter(|one| one.code == LINUX) {
+        let options = format!(
+            "offset={},lazy_itable_init=0,lazy_journal_init=0",
+            one.start_bytes
+        );
+        // A whole number of its blocks.
+        let size = format!("{}k", (one.bytes >> 12) << 2);
+        let output = Command::new(requires::find("mke2fs").context("mke2fs is not installed")?)
+            // A file system this small would have blocks of 1 KiB.
+            .args(["-q", "-t", "ext4", "-b", "4096", "-E", &options])
+            .arg(&path)
+            .arg(size)
+            .output()?;
+        ensure!(output.status.success(), "{output:?}");
     }
     Ok(path)
 }

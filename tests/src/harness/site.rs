@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::bridge::{Answer, Bridge};
 use super::daemon::VhostBlk;
 use super::database::{self, Kind};
-use super::disk::{self, FileSystem};
+use super::disk::{self, FileSystem, Partition};
 use super::load::Load;
 use super::oracle::{self, Found, Restored, Window};
 use super::qmp::Qmp;
@@ -103,7 +103,23 @@ impl Site {
                 base,
             });
         }
-        Self::assemble(VmBuilder::new(name), directory, made, on_vsock, more)
+        Self::assemble(VmBuilder::new(name), directory, made, true, on_vsock, more)
+    }
+
+    /// The same on disks with a partition table. The guest mounts nothing by itself.
+    pub fn start_partitioned(name: &str, disks: &[(&str, &[Partition])]) -> Result<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix("vmshadow-site-")
+            .tempdir()?;
+        let mut made = Vec::new();
+        for (name, partitions) in disks {
+            made.push(SiteDisk {
+                name: (*name).to_owned(),
+                file_system: FileSystem::Ext4,
+                base: disk::create_partitioned(directory.path(), name, partitions)?,
+            });
+        }
+        Self::assemble(VmBuilder::new(name), directory, made, false, false, Ok)
     }
 
     /// A machine with database servers and one disk, which holds an empty data directory.
@@ -118,7 +134,7 @@ impl Site {
         };
         database::copy(&kind.empty_disk()?, &disk.base)?;
         let machine = VmBuilder::new(kind.name()).with_databases();
-        let site = Self::assemble(machine, directory, vec![disk], false, Ok)?;
+        let site = Self::assemble(machine, directory, vec![disk], true, false, Ok)?;
         kind.run(&site.vm, "start", "/mnt/a")?;
         Ok(site)
     }
@@ -127,15 +143,17 @@ impl Site {
         machine: VmBuilder,
         directory: TempDir,
         made: Vec<SiteDisk>,
+        mounted: bool,
         on_vsock: bool,
         more: impl FnOnce(VmBuilder) -> Result<VmBuilder>,
     ) -> Result<Self> {
         let daemon = VhostBlk::start(directory.path(), &made)?;
         let mut machine = machine.with_agent();
         for disk in &made {
-            machine = machine
-                .vhost_user(&disk.name, &daemon.socket(&disk.name))
-                .mounted(&format!("/mnt/{}", disk.name), disk.file_system);
+            machine = machine.vhost_user(&disk.name, &daemon.socket(&disk.name));
+            if mounted {
+                machine = machine.mounted(&format!("/mnt/{}", disk.name), disk.file_system);
+            }
         }
         let mut vsock = None;
         if on_vsock {
