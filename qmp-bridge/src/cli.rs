@@ -10,7 +10,7 @@ mod show;
 mod table;
 
 use crate::error::Error;
-use crate::protocol::SetPreRestore;
+use crate::protocol::{RestoreBegun, SetPreRestore};
 use crate::sets::backup::build_on;
 use crate::shown;
 use crate::snapshot::document::{Outcome, SetDocument, StepTime};
@@ -174,6 +174,7 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
         Command::Restore {
             id,
             writers,
+            components,
             additional_restores,
             options,
             command,
@@ -181,6 +182,7 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
             let what = SetPreRestore {
                 id: id.clone(),
                 writers: writers.clone(),
+                components: components.clone(),
                 additional_restores: *additional_restores,
                 options: options.clone(),
             };
@@ -232,7 +234,11 @@ async fn restore(
     let Some((program, arguments)) = command.split_first() else {
         return Err(Error::Usage("no command".to_owned()));
     };
-    let (restoring, before) = backend.pre_restore(what).await?;
+    let (restoring, begun) = backend.pre_restore(what).await?;
+    // Now, while somebody can still see to it.
+    for need in &begun.needs {
+        eprintln!("vmshadow: {}", show::need(need));
+    }
     let status = tokio::process::Command::new(program)
         .args(arguments)
         .env("VMSHADOW_SET", &what.id)
@@ -251,7 +257,9 @@ async fn restore(
         source,
     })?;
     let is_whole = after.writers.iter().all(|writer| writer.failure.is_none());
-    let answer = serde_json::json!({"restored": restored, "before": before, "after": after});
+    let RestoreBegun { said, needs } = begun;
+    let answer =
+        serde_json::json!({"restored": restored, "before": said, "needs": needs, "after": after});
     print(json, &answer, |_| show::restored(&after))?;
     Ok(if succeeded && is_whole {
         ExitCode::SUCCESS

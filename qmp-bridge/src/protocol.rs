@@ -8,7 +8,7 @@
 use crate::sets::ListedSet;
 use crate::snapshot::document::{CreateRequest, SetDocument, VmTarget};
 use guest_agent_wire::components::FilesRestored;
-use guest_agent_wire::host::{Identified, WriterOutcomes, WritersSaid};
+use guest_agent_wire::host::{Identified, WriterComponents, WriterOutcomes, WritersSaid};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use vhost_blk_wire::command::{Command, Empty, QmpCapabilities, QueryCommands, QueryVersion};
@@ -141,7 +141,8 @@ pub struct SetComplete {
 command!("set-complete", SetComplete, SetDocument);
 
 /// Tells writers that their files will be replaced by those of a set. The restore is open until `set-post-restore` on the same
-/// connection, or the connection's end; nothing else goes on meanwhile on this VM but `set-revert`. Answers with what writers said.
+/// connection, or the connection's end; nothing else goes on meanwhile on this VM but `set-revert`. Answers with what writers said,
+/// and what else the restored components need.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct SetPreRestore {
@@ -150,6 +151,9 @@ pub struct SetPreRestore {
     /// Only these, by instance id, class id or name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub writers: Vec<String>,
+    /// Only these components of their writers; beside those of `writers`, which are restored whole.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub components: Vec<WriterComponents>,
     /// A later backup is restored on top of this one: applications do not roll forward yet.
     #[serde(default)]
     pub additional_restores: bool,
@@ -157,7 +161,30 @@ pub struct SetPreRestore {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub options: String,
 }
-command!("set-pre-restore", SetPreRestore, WritersSaid);
+command!("set-pre-restore", SetPreRestore, RestoreBegun);
+
+/// A restore that writers agreed to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RestoreBegun {
+    /// What they said.
+    #[serde(flatten)]
+    pub said: WritersSaid,
+    /// What the restored components depend on that is not restored with them. As in VSS it is told, and not picked along.
+    #[serde(default)]
+    pub needs: Vec<Need>,
+}
+
+/// A component that is restored, and one that it depends on, which is not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Need {
+    /// The component that is restored, as `WRITER=PATH/NAME`.
+    pub component: String,
+    /// The other, in the same form; the writer is its instance in the set, or its class if the set has none.
+    pub needs: String,
+    /// The set has it, so that it can be restored from the set, too.
+    pub is_in_set: bool,
+}
 
 /// Tells the same writers how it went. Answers with what they said.
 #[derive(Clone, Debug, Serialize, Deserialize)]

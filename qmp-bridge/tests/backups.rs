@@ -6,7 +6,7 @@ mod fakes;
 use fakes::World;
 use guest_agent_wire::components::FilesRestored;
 use guest_agent_wire::metadata::{
-    Component, Metadata, RestoreMethod, Restoring, WriterRestoreEvents,
+    Component, Dependency, Metadata, RestoreMethod, Restoring, WriterRestoreEvents,
 };
 use guest_agent_wire::types::BackupType;
 use qmp_bridge::error::Error;
@@ -208,6 +208,191 @@ async fn the_command_completes_and_restores() {
     let outcomes = world.agent.guest.lock().unwrap().outcomes.clone();
     assert_eq!(outcomes[0].components[0].name, "orders");
     assert!(!outcomes[0].components[0].succeeded);
+}
+
+/// Components and writers that are picked, components that are heard of, what they need and whether the set has it.
+type Case = (
+    &'static [&'static str],
+    &'static [&'static str],
+    &'static [&'static str],
+    &'static [(&'static str, bool)],
+);
+
+/// A server with three databases; one depends on another of them, and on a component of a writer that is not there.
+fn three_databases() -> Metadata {
+    let mut orders = Component::database("main", "orders");
+    for (class_id, logical_path, name) in [("db", "main", "customers"), ("ldap", "", "people")] {
+        orders.dependencies.push(Dependency {
+            class_id: class_id.to_owned(),
+            logical_path: logical_path.to_owned(),
+            name: name.to_owned(),
+        });
+    }
+    Metadata {
+        restore_method: Some(Restoring::by(RestoreMethod::RestoreIfCanReplace)),
+        components: vec![
+            orders,
+            Component::database("main", "customers"),
+            Component::database("", "log"),
+        ],
+        ..Metadata::default()
+    }
+}
+
+#[tokio::test]
+async fn a_restore_of_components_is_theirs_alone_and_tells_what_they_depend_on() {
+    let world = World::new();
+    world
+        .agent
+        .change(|guest| guest.metadata = Some(Box::new(three_databases())));
+    let document = world.create(CreateRequest::default()).await;
+    let id = document.set.to_string();
+    let sets = world.sets();
+    let cases: [Case; 5] = [
+        (&["db=log"], &[], &["log"], &[]),
+        (
+            &["db=main/orders"],
+            &[],
+            &["orders"],
+            &[("db=main/customers", true), ("ldap=people", false)],
+        ),
+        (
+            &["db=main/orders", "db=main/customers"],
+            &[],
+            &["orders", "customers"],
+            &[("ldap=people", false)],
+        ),
+        (
+            &["db=log"],
+            &["db"],
+            &["orders", "customers", "log"],
+            &[("ldap=people", false)],
+        ),
+        (
+            &[],
+            &[],
+            &["orders", "customers", "log"],
+            &[("ldap=people", false)],
+        ),
+    ];
+    for (picked, writers, heard, missing) in cases {
+        let what = SetPreRestore {
+            components: picked
+                .iter()
+                .map(|text| parse_component(text).unwrap())
+                .collect(),
+            ..restoring(&id, writers)
+        };
+        let (session, begun) = sets.restore(&what).await.unwrap();
+        session.end(FilesRestored::All).await.unwrap();
+        for said in &world.agent.guest.lock().unwrap().restores {
+            let components = said.writers.iter().flat_map(|writer| &writer.components);
+            let names: Vec<_> = components.map(|one| one.name.as_str()).collect();
+            assert_eq!(names, heard, "{picked:?}");
+        }
+        let needs: Vec<_> = begun
+            .needs
+            .iter()
+            .map(|need| (need.needs.as_str(), need.is_in_set))
+            .collect();
+        assert_eq!(needs, missing, "{picked:?}");
+        assert!(
+            begun
+                .needs
+                .iter()
+                .all(|need| need.component == "db=main/orders")
+        );
+    }
+    world.agent.change(|guest| guest.restores.clear());
+    for picked in ["db=main/log", "db=orders", "web=main/orders"] {
+        let what = SetPreRestore {
+            components: vec![
+                parse_component("db=log").unwrap(),
+                parse_component(picked).unwrap(),
+            ],
+            ..restoring(&id, &[])
+        };
+        let refused = sets.restore(&what).await;
+        let Err(Error::NotFound(text)) = refused else {
+            panic!("{picked}: {refused:?}");
+        };
+        assert!(text.contains(&format!("no component {picked};")), "{text}");
+        assert!(
+            text.contains("db=main/orders, db=main/customers, db=log"),
+            "{text}"
+        );
+    }
+    assert!(world.agent.guest.lock().unwrap().restores.is_empty());
+}
+
+#[tokio::test]
+async fn a_component_that_the_set_was_not_made_of_cannot_be_restored_from_it() {
+    let world = World::new();
+    world
+        .agent
+        .change(|guest| guest.metadata = Some(Box::new(three_databases())));
+    let document = world.create(full()).await;
+    let id = document.set.to_string();
+    let what = SetPreRestore {
+        components: vec![parse_component("db=log").unwrap()],
+        ..restoring(&id, &[])
+    };
+    let refused = world.sets().restore(&what).await;
+    let Err(Error::NotFound(text)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(text.ends_with("it has: db=main/orders"), "{text}");
+    // Customers are in the writer's document, but not in the set.
+    let (session, begun) = world.sets().restore(&restoring(&id, &[])).await.unwrap();
+    session.end(FilesRestored::All).await.unwrap();
+    let needs: Vec<_> = begun
+        .needs
+        .iter()
+        .map(|need| (need.needs.as_str(), need.is_in_set))
+        .collect();
+    assert_eq!(
+        needs,
+        [("db=main/customers", false), ("ldap=people", false)]
+    );
+}
+
+#[tokio::test]
+async fn the_command_restores_components_and_tells_what_they_need() {
+    let world = World::new();
+    world
+        .agent
+        .change(|guest| guest.metadata = Some(Box::new(three_databases())));
+    let document = world.create(CreateRequest::default()).await;
+    let id = document.set.to_string();
+    let one = [
+        "restore",
+        &id,
+        "--component",
+        "db=main/orders",
+        "--json",
+        "--",
+        "true",
+    ];
+    let output = world.vmshadow(&one).output().await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answer["needs"][0]["component"], "db=main/orders");
+    assert_eq!(answer["needs"][0]["needs"], "db=main/customers");
+    assert_eq!(answer["needs"][0]["is-in-set"], true);
+    assert_eq!(answer["needs"][1]["is-in-set"], false);
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        told.contains("db=main/orders depends on db=main/customers, which is in the set and not restored with it"),
+        "{told}"
+    );
+    let none = ["restore", &id, "--component", "db=nothing", "--", "true"];
+    let output = world.vmshadow(&none).output().await.unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        told.contains("it has: db=main/orders, db=main/customers, db=log"),
+        "{told}"
+    );
 }
 
 #[test]

@@ -51,7 +51,8 @@ const SCRIPTS: &[(&str, &str)] = &[
  "restore_method": {"method": "RESTORE_IF_CAN_REPLACE"},
  "components": [
   {"type": "database", "logical_path": "srv", "name": "notes", "selectable_for_restore": true,
-   "database_files": [{"path": "/mnt/b", "spec": "notes"}]},
+   "database_files": [{"path": "/mnt/b", "spec": "notes"}],
+   "dependencies": [{"class_id": "command:notes", "logical_path": "srv", "name": "index"}, {"class_id": "users", "name": "people"}]},
   {"type": "filegroup", "logical_path": "srv", "name": "index", "files": [{"path": "/mnt/b", "spec": "index"}]}]}
 END"#,
     ),
@@ -262,12 +263,21 @@ fn restores(notes: &Notes, full: &Value) -> Result<()> {
     let began = site.directory().join("began");
     let done = site.directory().join("done");
     let command = wait_for(&began, &done);
-    let restore = [
-        "restore", set, "--writer", "notes", "--", "sh", "-c", &command,
-    ];
+    let of = |component| {
+        let begin = ["restore", set, "--component", component];
+        [&begin[..], &["--", "sh", "-c", &command]].concat()
+    };
+    let restore = of("notes=srv/notes");
 
     site.vm.shell("touch /run/notes/busy")?;
     for bridge in [&site.bridge, &daemon] {
+        // There is no such component: the writer hears nothing.
+        let unknown = bridge.run(&of("notes=srv/drafts"))?;
+        let there = "command:notes=srv/notes, command:notes=srv/index";
+        ensure!(
+            unknown.code == 1 && unknown.stderr.contains(there),
+            "{unknown:#?}"
+        );
         let refused = bridge.run(&restore)?;
         ensure!(refused.code == 1, "{refused:#?}");
         ensure!(
@@ -301,6 +311,12 @@ fn restores(notes: &Notes, full: &Value) -> Result<()> {
     std::fs::write(&done, "")?;
     let restored = restoring.wait(Duration::from_secs(180))?.succeeded()?;
     ensure!(restored.at("/restored")? == "ALL", "{restored:#?}");
+    // What the component depends on was not restored with it, and that is told.
+    let needs = restored.at("/needs")?;
+    let expected = [("command:notes=srv/index", true), ("users=people", false)].map(|(other, is_in_set)| {
+        json!({"component": "command:notes=srv/notes", "needs": other, "is-in-set": is_in_set})
+    });
+    ensure!(needs == &json!(expected), "{needs:#}");
 
     let heard = notes.heard()?;
     ensure!(
@@ -310,9 +326,11 @@ fn restores(notes: &Notes, full: &Value) -> Result<()> {
     let stored = component(full)?;
     for (event, restored) in [("pre-restore", Value::Null), ("post-restore", json!("ALL"))] {
         let components = &said(&heard, event)?["components"];
-        let of_notes = components.as_array().into_iter().flatten();
-        let of_notes = of_notes.clone().find(|one| one["name"] == "notes");
-        let of_notes = of_notes.with_context(|| format!("{components:#}"))?;
+        let components = components.as_array().context("components")?;
+        let [of_notes] = components.as_slice() else {
+            anyhow::bail!("not the one component: {components:#?}");
+        };
+        ensure!(of_notes["name"] == "notes", "{of_notes:#}");
         ensure!(of_notes["stamp"] == stored["stamp"], "{of_notes:#}");
         ensure!(of_notes["metadata"] == stored["metadata"], "{of_notes:#}");
         ensure!(of_notes["restored"] == restored, "{of_notes:#}");

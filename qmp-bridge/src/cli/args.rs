@@ -85,6 +85,9 @@ pub(crate) enum Command {
         /// Only these writers, by instance id, class id or name; all of the set if not given.
         #[arg(long = "writer", value_delimiter = ',')]
         writers: Vec<String>,
+        /// Only this component, as WRITER=NAME or WRITER=PATH/NAME; may be repeated. What it depends on is told, not picked along.
+        #[arg(long = "component", value_parser = parse_component)]
+        components: Vec<WriterComponents>,
         /// A later backup is restored on top of this one: applications do not roll forward yet.
         #[arg(long)]
         additional_restores: bool,

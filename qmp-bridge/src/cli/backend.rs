@@ -7,8 +7,8 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::guest::AgentAddress;
 use crate::protocol::{
-    ListedVolume, QueryVolumes, QueryWriters, SET_PROGRESS, SetComplete, SetCreate, SetDelete,
-    SetList, SetPostRestore, SetPreRestore, SetRecover, SetRevert, SetShow,
+    ListedVolume, QueryVolumes, QueryWriters, RestoreBegun, SET_PROGRESS, SetComplete, SetCreate,
+    SetDelete, SetList, SetPostRestore, SetPreRestore, SetRecover, SetRevert, SetShow,
 };
 use crate::qmp::{CallError, QmpClient};
 use crate::sets::backup::RestoreSession;
@@ -247,11 +247,11 @@ impl Backend {
     pub(crate) async fn pre_restore(
         &self,
         what: &SetPreRestore,
-    ) -> Result<(Restoring, WritersSaid), Error> {
+    ) -> Result<(Restoring, RestoreBegun), Error> {
         match self {
             Self::Alone { sets, .. } => {
-                let (session, said) = sets.restore(what).await?;
-                Ok((Restoring::Alone(Box::new(session)), said))
+                let (session, begun) = sets.restore(what).await?;
+                Ok((Restoring::Alone(Box::new(session)), begun))
             }
             Self::Daemon { .. } => Ok((Restoring::Daemon, self.ask(what).await?)),
         }

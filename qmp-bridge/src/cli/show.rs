@@ -3,7 +3,7 @@
 //! Called by `cli`. Programs get JSON instead, so these texts may change.
 
 use super::table::{Align, size, table, time};
-use crate::protocol::ListedVolume;
+use crate::protocol::{ListedVolume, Need};
 use crate::sets::ListedSet;
 use crate::shown::plain;
 use crate::snapshot::document::{Outcome, SetDocument, StepTime};
@@ -245,6 +245,19 @@ fn components(identified: &Identified) -> String {
         return String::new();
     }
     format!("\n{}", table(&columns, &rows))
+}
+
+/// What a restored component lacks.
+pub(crate) fn need(need: &Need) -> String {
+    let place = if need.is_in_set {
+        "is in the set and not restored with it"
+    } else {
+        "is not in the set"
+    };
+    plain(&format!(
+        "{} depends on {}, which {place}",
+        need.component, need.needs
+    ))
 }
 
 /// What writers said of a restore.

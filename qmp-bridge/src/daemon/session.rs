@@ -6,8 +6,8 @@
 use super::Shared;
 use crate::error::Error;
 use crate::protocol::{
-    COMMAND_NAMES, QueryVms, QueryVolumes, QueryWriters, SET_PROGRESS, SetComplete, SetCreate,
-    SetDelete, SetList, SetPostRestore, SetPreRestore, SetRecover, SetRevert, SetShow,
+    COMMAND_NAMES, QueryVms, QueryVolumes, QueryWriters, RestoreBegun, SET_PROGRESS, SetComplete,
+    SetCreate, SetDelete, SetList, SetPostRestore, SetPreRestore, SetRecover, SetRevert, SetShow,
 };
 use crate::sets::backup::RestoreSession;
 use crate::shown::plain;
@@ -288,16 +288,16 @@ async fn execute(request: Request, negotiated: bool, context: Context) -> Result
     }
 }
 
-async fn pre_restore(context: &Context, command: &SetPreRestore) -> Result<WritersSaid, Error> {
+async fn pre_restore(context: &Context, command: &SetPreRestore) -> Result<RestoreBegun, Error> {
     let mut cancel = context.cancel.clone();
     let sets = &context.shared.sets;
-    let (session, said) = tokio::select! {
+    let (session, begun) = tokio::select! {
         begun = sets.restore(command) => begun?,
         // Writers have half an hour. The conversation with the guest ends here, and with it the restore.
         _ = cancel.changed() => return Err(Error::InvalidState("cancelled".to_owned())),
     };
     *context.restore.lock().await = Some(session);
-    Ok(said)
+    Ok(begun)
 }
 
 async fn post_restore(context: &Context, restored: FilesRestored) -> Result<WritersSaid, Error> {

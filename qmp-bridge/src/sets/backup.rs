@@ -2,17 +2,19 @@
 //!
 //! Called by `daemon` and `cli`. The writers' part alone; copying and replacing files is the requester's own.
 
+mod restorable;
+
+use self::restorable::{check_restorable, what_it_needs, what_to_restore};
 use super::{Found, Sets};
 use crate::error::Error;
 use crate::guest::{GuestClient, GuestError};
-use crate::protocol::SetPreRestore;
+use crate::protocol::{RestoreBegun, SetPreRestore};
 use crate::snapshot::document::{SetDocument, WriterRecord};
 use crate::snapshot::intent::{Purpose, VmLock};
 use crate::snapshot::{run, undo};
-use guest_agent_wire::components::{FilesRestored, RestoreComponent, SelectedComponent};
+use guest_agent_wire::components::{FilesRestored, SelectedComponent};
 use guest_agent_wire::host::{
-    BackupComplete, ErrorCode, Restore, WriterComponents, WriterOutcomes, WriterRestore,
-    WritersSaid,
+    BackupComplete, ErrorCode, Restore, WriterComponents, WriterOutcomes, WritersSaid,
 };
 use std::time::Duration;
 
@@ -87,16 +89,17 @@ impl Sets {
         }
     }
 
-    /// Tells the writers of a set that their files will be replaced by those of its copies; of these writers alone, if any
-    /// are named. A set may have no writer that wants to know; the VM is kept free of sets all the same.
+    /// Tells the writers of a set that their files will be replaced by those of its copies; of these writers and components
+    /// alone, if any are named. A set may have no writer that wants to know; the VM is kept free of sets all the same.
     ///
     /// # Errors
     /// [`Error::NotFound`] if the set has none of them; [`Error::Guest`] if one refuses; [`Error::SetInProgress`].
     pub async fn restore(
         &self,
         what: &SetPreRestore,
-    ) -> Result<(RestoreSession, WritersSaid), Error> {
+    ) -> Result<(RestoreSession, RestoreBegun), Error> {
         let document = self.find(&what.id)?.document();
+        check_restorable(&document, &what.components)?;
         let restore = Restore {
             set: format!("restore-{}", document.set),
             writers: what_to_restore(&document, what),
@@ -108,6 +111,7 @@ impl Sets {
                 document.set
             )));
         }
+        let needs = what_it_needs(&document, &restore.writers);
         let lock = self.lock(&document.vm, Purpose::Restore)?;
         let guest = self.guest(&document.vm, NO_BACKUPS).await?;
         let said = guest
@@ -119,7 +123,7 @@ impl Sets {
             limit: self.limits.restore,
             _lock: lock,
         };
-        Ok((session, said))
+        Ok((session, RestoreBegun { said, needs }))
     }
 
     /// Tells writers that nothing will come of a backup, as far as they can be told. The caller holds the lock.
@@ -151,65 +155,6 @@ impl RestoreSession {
         }
         Ok(self.guest.post_restore(self.restore, self.limit).await?)
     }
-}
-
-/// Each writer of a set with its components, their stamps, and what it stored with them. One that wants no restore events gets none,
-/// unless it is named.
-fn what_to_restore(document: &SetDocument, what: &SetPreRestore) -> Vec<WriterRestore> {
-    let only = &what.writers;
-    let wanted = |record: &&WriterRecord| {
-        let is_meant = if only.is_empty() {
-            record.wants_restore_events()
-        } else {
-            only.iter().any(|name| record.is_called(name))
-        };
-        record.in_scope && is_meant
-    };
-    document
-        .writers
-        .iter()
-        .filter(wanted)
-        .map(|record| WriterRestore {
-            writer: record.instance_id.clone(),
-            components: names(document, record)
-                .into_iter()
-                .map(|(logical_path, name)| {
-                    let said = record
-                        .components()
-                        .iter()
-                        .find(|said| said.logical_path == logical_path && said.name == name);
-                    RestoreComponent {
-                        stamp: said.and_then(|said| said.stamp.clone()),
-                        metadata: said.map(|said| said.metadata.clone()).unwrap_or_default(),
-                        additional_restores: what.additional_restores,
-                        options: what.options.clone(),
-                        logical_path,
-                        name,
-                        ..RestoreComponent::default()
-                    }
-                })
-                .collect(),
-        })
-        .collect()
-}
-
-/// Logical paths and names of a writer's components in a set: those picked, or all.
-fn names(document: &SetDocument, record: &WriterRecord) -> Vec<(String, String)> {
-    let picked = document.request.components.iter();
-    let picked = picked.filter(|picked| record.is_called(&picked.writer));
-    let picked: Vec<(String, String)> = picked
-        .flat_map(|picked| &picked.components)
-        .map(|picked| (picked.logical_path.clone(), picked.name.clone()))
-        .collect();
-    if !picked.is_empty() {
-        return picked;
-    }
-    record
-        .metadata()
-        .into_iter()
-        .flat_map(|metadata| &metadata.components)
-        .map(|component| (component.logical_path.clone(), component.name.clone()))
-        .collect()
 }
 
 /// A component that was not picked would be passed over, and its writer believe that it is backed up.

@@ -293,6 +293,12 @@ impl Site {
         // /proc/uptime is cut to hundredths: the true time may be up to that much later.
         let answered_us = self.vm.guest()?.boottime_us()? + 10_000;
         ensure!(answer.at("/level-reached")? == "application", "{answer:#?}");
+        let window = Self::window(&answer, asked_us, answered_us)?;
+        Ok(Taken { answer, window })
+    }
+
+    /// What is known of when a kept set was made, besides the guest's clock before and after it.
+    pub fn window(answer: &Answer, asked_us: u64, answered_us: u64) -> Result<Window> {
         // The file system that was frozen last was held for at least this long (both are cut to milliseconds).
         let guest_ms = |name| {
             answer
@@ -301,13 +307,10 @@ impl Site {
                 .context(name)
         };
         let hold_ms = guest_ms("hold-ms")?.saturating_sub(guest_ms("filesystems-ms")? + 1);
-        Ok(Taken {
-            answer,
-            window: Window {
-                asked_us,
-                answered_us,
-                hold_ms,
-            },
+        Ok(Window {
+            asked_us,
+            answered_us,
+            hold_ms,
         })
     }
 
