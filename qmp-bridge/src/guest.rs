@@ -20,6 +20,7 @@ use guest_agent_wire::host::{
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::time::Duration;
+use tokio::time::{sleep, timeout};
 
 /// Most writers, file systems and exempt extents that are believed: each is compared with others, and the exempt ones with every
 /// request of the disks while the guest is frozen.
@@ -28,6 +29,9 @@ const FILESYSTEMS_MAX: usize = 4096;
 const EXEMPT_MAX: usize = 256;
 /// Places of what need not be in a copy.
 const LEFT_OUT_MAX: usize = 4096;
+
+/// While an answer is waited for: how often the agent is asked whether it is still the same.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// Why the agent gave no answer.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -261,8 +265,36 @@ impl GuestClient {
         limit: Duration,
     ) -> Result<T, GuestError> {
         let encode = |id| encode(id, command);
-        let answer = self.link.call(encode, None, Some(limit)).await?;
-        decode(name, answer)
+        let call = self.link.call(encode, None, Some(limit));
+        let Some(run) = &self.hello.run else {
+            return decode(name, call.await?);
+        };
+        tokio::select! {
+            // Its answer was sent before that of any status that came behind it.
+            biased;
+            answer = call => decode(name, answer?),
+            lost = self.another_run(run) => Err(lost.into()),
+        }
+    }
+
+    /// Comes back when another run of the agent answers, which knows nothing of what was asked. QEMU does not close the
+    /// connection behind a virtio-serial port when a program in the guest ends.
+    async fn another_run(&self, run: &str) -> LinkError {
+        loop {
+            sleep(LOOK_EVERY).await;
+            let status = |id| encode(id, Command::Status {});
+            let status = self.link.call(status, None, None);
+            // One that is late is not waited for: it may have been lost, and the call has a limit of its own.
+            let Ok(Ok(Ok(status))) = timeout(LOOK_EVERY, status).await else {
+                continue;
+            };
+            let now = status.get("run").and_then(Value::as_str);
+            if now.is_some_and(|now| now != run) {
+                let why = "the agent was started anew".to_owned();
+                self.link.close(&why);
+                return LinkError::Closed { why };
+            }
+        }
     }
 }
 

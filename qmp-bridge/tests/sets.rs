@@ -7,9 +7,11 @@ use fakes::{Fault, World, short_limits};
 use guest_agent_wire::host::NotToSnapshot;
 use guest_agent_wire::types::DiskExtent;
 use qmp_bridge::error::Error;
+use qmp_bridge::sets::Sets;
 use qmp_bridge::snapshot::document::{Copy, CreateRequest, Outcome, ReasonCode, SetDocument};
 use qmp_bridge::snapshot::level::Level;
-use qmp_bridge::snapshot::step::Step;
+use qmp_bridge::snapshot::run::Limits;
+use qmp_bridge::snapshot::step::{FaultPoint, Step};
 use qmp_bridge::snapshot::witness::Word;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -156,6 +158,65 @@ async fn every_failure_at_every_step_undoes_everything() {
             }
         }
     }
+}
+
+/// A virtio-serial port does not tell that the agent was killed and came back: what was asked of the old one has no answer.
+#[tokio::test]
+async fn an_agent_that_is_started_anew_while_it_is_waited_for_is_noticed() {
+    for (command, step) in [("prepare", Step::Prepared), ("freeze", Step::Frozen)] {
+        let world = World::new();
+        let run = |name: &str| {
+            let name = name.to_owned();
+            world.agent.change(move |guest| guest.run = Some(name));
+        };
+        run("1");
+        world.agent.peer.on(command, Fault::Hang);
+        let agent = world.agent.clone();
+        let another = move || agent.change(|guest| guest.run = Some("2".to_owned()));
+        world
+            .agent
+            .peer
+            .on("status", Fault::Meanwhile(Arc::new(another)));
+        let limits = Limits {
+            prepare: Duration::from_secs(600),
+            writer_ms: 60_000,
+            ..short_limits()
+        };
+        let sets = Sets::open(&world.state_dir(), limits, FaultPoint::default()).unwrap();
+        let (progress, _steps) = mpsc::unbounded_channel();
+        let (_keep, cancel) = watch::channel(false);
+        let document = sets
+            .create(world.target(), application(), progress, cancel)
+            .await
+            .unwrap();
+        let reason = document.reason.as_ref().unwrap();
+        assert_eq!(reason.code, ReasonCode::AgentUnreachable, "{reason:#?}");
+        assert_eq!(reason.step, step);
+        let text = format!("{reason:?}");
+        assert!(text.contains("started anew"), "{text}");
+        world.assert_nothing_left();
+    }
+}
+
+/// One that only takes its time is waited for, to the limit.
+#[tokio::test]
+async fn an_agent_that_is_still_the_same_is_waited_for() {
+    let world = World::new();
+    world.agent.change(|guest| guest.run = Some("1".to_owned()));
+    let late = Duration::from_millis(4_500);
+    world.agent.peer.on("prepare", Fault::Late(late));
+    let limits = Limits {
+        prepare: Duration::from_secs(60),
+        ..short_limits()
+    };
+    let sets = Sets::open(&world.state_dir(), limits, FaultPoint::default()).unwrap();
+    let (progress, _steps) = mpsc::unbounded_channel();
+    let (_keep, cancel) = watch::channel(false);
+    let document = sets
+        .create(world.target(), application(), progress, cancel)
+        .await
+        .unwrap();
+    assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
 }
 
 #[tokio::test]

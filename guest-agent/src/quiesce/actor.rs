@@ -106,6 +106,8 @@ impl Set {
 pub struct Actor {
     pub(super) service: Service,
     signals: Receiver<Signal>,
+    /// Names this run of the agent.
+    run: String,
     later: VecDeque<(Request, Answer)>,
     pub(super) machine: Machine,
     pub(super) registry: Arc<Registry>,
@@ -155,12 +157,14 @@ impl Actor {
         holder: Holder,
         alarm: Arc<Alarm>,
     ) -> Self {
+        let start_us = BootTime::now().as_us();
         Self {
             service,
             signals,
+            run: format!("{}-{start_us}", std::process::id()),
             later: VecDeque::new(),
             // Larger than any generation of an agent that ran earlier in this boot, and exact in a JSON number.
-            machine: Machine::new(BootTime::now().as_us()),
+            machine: Machine::new(start_us),
             registry,
             sources,
             settings,
@@ -309,7 +313,7 @@ impl Actor {
             Ok(Effect::Later) => self.later.push_back((request, answer)),
             Ok(Effect::Nothing) => {
                 if let Request::Hello { versions } = request {
-                    answer(hello(&versions));
+                    answer(self.hello(&versions));
                 } else {
                     answer(Ok(json!({})));
                 }
@@ -351,7 +355,7 @@ impl Actor {
         match request {
             Request::Hello { versions } => {
                 self.unwind_if(effect, || Cause::Aborted("a new conversation".to_owned()));
-                answer(hello(&versions));
+                answer(self.hello(&versions));
             }
             Request::HostGone => {
                 self.unwind_if(effect, || Cause::HostGone);
@@ -713,6 +717,7 @@ impl Actor {
         let frozen = self.machine.is_frozen();
         let left = self.set.hold_end.map(BootTime::remaining);
         Status {
+            run: Some(self.run.clone()),
             set: open.map(|(_, set)| set.to_owned()),
             frozen,
             frozen_by_qga: frozen && open.is_some_and(|(owner, _)| owner == Owner::Qga),
@@ -743,6 +748,25 @@ impl Actor {
             Request::QgaFreeze { .. } => Event::Begin(Owner::Qga, qga()),
             Request::QgaThaw => Event::Thaw(Owner::Qga, qga(), 0),
             Request::Status => return None,
+        })
+    }
+
+    fn hello(&self, versions: &[u32]) -> Result<Value, AgentError> {
+        let Some(version) = common_version(versions) else {
+            return Err(error(
+                ErrorCode::VersionMismatch,
+                format!(
+                    "this agent speaks versions {PROTOCOL_VERSIONS:?}, the bridge {versions:?}"
+                ),
+                false,
+            ));
+        };
+        let boot_id = ledger::boot_id().map_err(|error| internal(&error.to_string()))?;
+        self.reply(&Hello {
+            version,
+            agent: format!("guest-agent {}", env!("CARGO_PKG_VERSION")),
+            boot_id,
+            run: Some(self.run.clone()),
         })
     }
 
@@ -780,22 +804,6 @@ impl Actor {
             }
         }
     }
-}
-
-fn hello(versions: &[u32]) -> Result<Value, AgentError> {
-    let Some(version) = common_version(versions) else {
-        return Err(error(
-            ErrorCode::VersionMismatch,
-            format!("this agent speaks versions {PROTOCOL_VERSIONS:?}, the bridge {versions:?}"),
-            false,
-        ));
-    };
-    let hello = Hello {
-        version,
-        agent: format!("guest-agent {}", env!("CARGO_PKG_VERSION")),
-        boot_id: ledger::boot_id().map_err(|error| internal(&error.to_string()))?,
-    };
-    serde_json::to_value(hello).map_err(|error| internal(&error.to_string()))
 }
 
 fn internal(message: &str) -> AgentError {

@@ -172,6 +172,9 @@ pub struct Hello {
     pub agent: String,
     /// The guest kernel's boot id.
     pub boot_id: String,
+    /// Names this run of the agent: one that was started anew has forgotten the conversation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
 }
 
 /// Answer of `identify`.
@@ -512,6 +515,9 @@ pub enum FilesystemResult {
 /// Answer of `status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Status {
+    /// As in the answer to `hello`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
     /// Open set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub set: Option<String>,

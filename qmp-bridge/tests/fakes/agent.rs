@@ -48,6 +48,8 @@ pub(crate) struct Guest {
     pub(crate) outcomes: Vec<WriterOutcomes>,
     /// What was said before and after the last restore.
     pub(crate) restores: Vec<Restore>,
+    /// Which run of the agent it says that it is.
+    pub(crate) run: Option<String>,
     set: Option<String>,
     frozen: bool,
     in_scope: Vec<String>,
@@ -85,6 +87,7 @@ impl FakeAgent {
                 incomplete: Vec::new(),
                 outcomes: Vec::new(),
                 restores: Vec::new(),
+                run: None,
                 set: None,
                 frozen: false,
                 in_scope: Vec::new(),
@@ -189,6 +192,7 @@ impl FakeAgent {
                     version: 1,
                     agent: "fake".to_owned(),
                     boot_id: "boot".to_owned(),
+                    run: guest.run.clone(),
                 })
             }
             Command::Identify {} => to_value(&guest.identified()),
@@ -298,7 +302,7 @@ impl FakeAgent {
                 guest.frozen = false;
                 json!({})
             }
-            Command::Status {} => json!({}),
+            Command::Status {} => json!({"run": guest.run}),
         };
         Ok(value)
     }
