@@ -65,6 +65,10 @@ fn a_set_of_a_striped_logical_volume_is_one_instant_of_both_its_disks() -> Resul
     site.vm.shell(&format!("{LVM}{MAKE}"))?;
     site.willing_writer()?;
     let load = Load::start(&site.vm, &["/mnt/lv/load.db"])?;
+    // Half of the volume is no copy of it, and the document says so.
+    let half = site.create(&["--disk", "a"])?.answer;
+    let notes = half.at("/notes")?.to_string();
+    ensure!(notes.contains("/mnt/lv lies on disk b, too"), "{notes}");
     let set = site.create(&[])?;
     let filesystems = set.answer.at("/filesystems")?.as_array();
     let mut filesystems = filesystems.context("file systems")?.iter();
@@ -72,6 +76,8 @@ fn a_set_of_a_striped_logical_volume_is_one_instant_of_both_its_disks() -> Resul
     let lv = lv.with_context(|| format!("{:#?}", set.answer))?;
     ensure!(serials(lv) == ["a", "b"], "{lv:#}");
     ensure!(lv["freeze"]["result"] == "frozen", "{lv:#}");
+    let notes = set.answer.at("/notes")?.to_string();
+    ensure!(!notes.contains("not in the set"), "{notes}");
     load.wait_for_more(10)?;
     let acks = load.stop(&site.vm)?;
     let copies = site.read_back(&set.answer, "copy")?;

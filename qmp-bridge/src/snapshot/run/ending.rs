@@ -183,6 +183,24 @@ impl Run<'_> {
                 ));
             }
         }
+        let covered = self.plan.as_ref().map(Plan::serials).unwrap_or_default();
+        for record in &self.doc.filesystems {
+            let extents = record.identify.iter().flat_map(|info| &info.extents);
+            let (inside, outside): (Vec<_>, Vec<_>) =
+                extents.partition(|extent| covered.contains(&extent.serial));
+            // A logical volume, or btrfs, of several disks.
+            if let (Some(_), Some(other)) = (inside.first(), outside.first()) {
+                let other = if other.serial.is_empty() {
+                    &other.disk
+                } else {
+                    &other.serial
+                };
+                notes.push(format!(
+                    "{} lies on disk {other}, too, which is not in the set: what the copies have of it is not whole",
+                    record.mountpoint
+                ));
+            }
+        }
         for mountpoint in &self.doc.request.exclude_filesystems {
             notes.push(format!(
                 "{mountpoint} was left out by the requester: its content is only as consistent as a crash"
