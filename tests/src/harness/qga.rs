@@ -57,6 +57,12 @@ impl QgaClient {
             .with_context(|| text.chars().take(200).collect::<String>())
     }
 
+    /// A command that is not answered when it succeeds.
+    pub fn tell(&mut self, name: &str) -> Result<()> {
+        writeln!(self.port.get_mut(), "{}", json!({ "execute": name }))?;
+        Ok(())
+    }
+
     /// The next reply.
     pub fn reply(&mut self) -> Result<Value> {
         let mut line = Vec::new();

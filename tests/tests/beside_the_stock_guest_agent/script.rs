@@ -543,6 +543,11 @@ impl Script<'_> {
             "guest-suspend-hybrid",
             json!({}),
         )?;
+        self.ask(
+            "sleep on a disk without swap",
+            "guest-suspend-disk",
+            json!({}),
+        )?;
         Ok(())
     }
 
