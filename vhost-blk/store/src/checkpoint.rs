@@ -312,18 +312,25 @@ impl Shared {
             self.poison();
         }
         result?;
-        let mut core = self.core();
-        let core = &mut *core;
-        core.state.index.install(runs);
-        if let Turn::Revert(target) = checkpoint.turn {
-            core.state.table.truncate(target);
-            core.state.epoch = checkpoint.epoch;
+        {
+            let mut core = self.core();
+            let core = &mut *core;
+            core.state.index.install(runs);
+            if let Turn::Revert(target) = checkpoint.turn {
+                core.state.table.truncate(target);
+                core.state.epoch = checkpoint.epoch;
+            }
+            core.state.resize(size_bytes);
+            self.size_bytes
+                .store(size_bytes, std::sync::atomic::Ordering::SeqCst);
+            self.note_plain(core);
         }
-        core.state.resize(size_bytes);
-        self.size_bytes
-            .store(size_bytes, std::sync::atomic::Ordering::SeqCst);
-        self.note_plain(core);
         work.settle.note_checkpoint();
+        // Only a revert takes runs from the scan, and so does what is left of one that failed: their pages may be written from now on.
+        let is_scanned = |run| work.scan.as_ref().is_some_and(|scan| scan.holds(run));
+        if checkpoint.inputs.iter().any(is_scanned) {
+            self.restart_scan(work);
+        }
         Ok(())
     }
 

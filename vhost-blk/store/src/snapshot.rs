@@ -173,8 +173,8 @@ impl Volume {
         let mut work = lock(&shared.maintenance);
         let _hold = Hold::begin(shared)?;
         shared.flush()?;
-        // A checkpoint under way merges an older state: let it end first. What merges or reads runs that are about to go
-        // begins anew.
+        // A checkpoint under way merges an older state: let it end first. What merges runs that are about to go begins anew, and so
+        // does a scan of them when they are gone.
         shared.abandon_reclaim(&mut work);
         shared.run_checkpoint(&mut work)?;
         let epoch = {
@@ -191,7 +191,6 @@ impl Volume {
         };
         shared.begin_checkpoint(&mut work, Turn::Revert(epoch))?;
         let reverted = shared.run_checkpoint(&mut work);
-        shared.restart_scan(&mut work);
         shared.core().reclaim = true;
         reverted?;
         // It has happened: a base that stays too long is cut off later.

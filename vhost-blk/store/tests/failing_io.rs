@@ -382,3 +382,40 @@ fn full_log_holds_the_write_until_there_is_room() {
     volume.read_at(View::Head, 4 * 4096, &mut sector).unwrap();
     assert_eq!(sector_value(&sector), Some(u64::from_le_bytes([7; 8])));
 }
+
+/// The opening scan of what was there before goes on beside the checkpoint that a failed revert leaves.
+#[test]
+fn revert_that_fails_takes_no_run_from_under_the_scan() {
+    let model = Model::new(SECTORS);
+    let mut world = World::new(memory_files(model.bytes()), small_options(1), model);
+    world.apply(&Op::Snapshot {
+        method: vhost_blk_store::Method::RedirectOnWrite,
+        verdict: harness::Verdict::Keep,
+    });
+    world.apply(&Op::Write {
+        sector: 0,
+        count: 40,
+    });
+    world.volume.take().unwrap().close().unwrap();
+    world.model.flushed();
+    // No other file fails, and the first write to this one is the revert's.
+    let fault = Fault::new(FaultKind::WriteNoSpace, 0);
+    let index = Arc::clone(&world.files.index);
+    world.files.index = Arc::new(FailingFile::new(index, Arc::clone(&fault)));
+    world.reopen().unwrap();
+    let volume = world.volume();
+    assert!(volume.status().scanning && !fault.struck());
+    let reverted = volume.revert(world.model.snapshots[0].id);
+    assert!(matches!(reverted, Err(StoreError::NoSpace)), "{reverted:?}");
+    // The checkpoint ends, and slots are written until none names what it merged; no step of the scan is taken meanwhile.
+    volume.prepare_grow((SECTORS + 8) * 512).unwrap();
+    assert!(volume.status().scanning);
+    let mut steps = 0;
+    while volume.maintain(8).unwrap() != vhost_blk_store::Maintenance::Idle {
+        steps += 1;
+        assert!(steps < 10_000, "maintenance does not end");
+    }
+    assert!(!volume.status().scanning && !poisoned(volume));
+    world.compare();
+    world.settle_everything(1);
+}
