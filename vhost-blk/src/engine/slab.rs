@@ -51,9 +51,14 @@ impl<T> Slab<T> {
         Some(thing)
     }
 
+    /// How many things are in it.
+    pub(super) fn len(&self) -> usize {
+        self.places.len() - self.free.len()
+    }
+
     /// True if there is nothing in it.
     pub(super) fn is_empty(&self) -> bool {
-        self.free.len() == self.places.len()
+        self.len() == 0
     }
 }
 
@@ -68,6 +73,7 @@ mod tests {
         let first = slab.insert('a');
         let second = slab.insert('b');
         assert_ne!(first, second);
+        assert_eq!(slab.len(), 2);
         assert_eq!(slab.remove(first), Some('a'));
         assert_eq!(slab.remove(first), None);
         assert_eq!(slab.insert('c'), first);

@@ -4,7 +4,7 @@
 //! the ring, but not the guest's ring: it names requests by [`Token`] and may finish them in any order.
 //!
 //! * here: the queue's passes; * `start`: a request becomes a plan and transfers; * `finish`: what became of them;
-//! * `copy`: old data that has to be in the log first; * `parking`: what cannot go on now.
+//! * `copy`: old data that has to be in the log first; `alone`: who makes it durable; * `parking`: what cannot go on now.
 //!
 //! Invariants:
 //! * A request that changes the disk holds a [`Ticket`] from before it is planned until its mapping is recorded, and at
@@ -13,6 +13,7 @@
 //! * What cannot go on now is parked and tried again when the volume has news; nothing is parked without somebody who
 //!   will bring them: the barrier's release, another write's completion, or maintenance that made room.
 
+mod alone;
 mod copy;
 mod finish;
 mod parking;
@@ -28,6 +29,7 @@ use super::slab::Slab;
 use super::upkeep::Arrivals;
 use super::volume::{EngineKind, News, VolumeEngine};
 use super::witness::Arrival;
+use alone::Alone;
 use copy::Landed;
 use parking::{Parked, Parking, Waits};
 use std::sync::Arc;
@@ -54,6 +56,7 @@ pub struct Worker {
     to_prepare: Vec<(u32, WritePlan)>,
     /// Plans whose copies are done: handed over together, they share a round of syncs.
     landed: Landed,
+    alone: Alone,
     /// Flushes, and writes that need one: handed over once a pass.
     to_flush: Vec<u32>,
     done: Vec<(Token, Outcome)>,
@@ -170,6 +173,7 @@ impl Worker {
             moved: Vec::new(),
             to_prepare: Vec::new(),
             landed: Landed::default(),
+            alone: Alone::default(),
             pool: Pool::default(),
             to_flush: Vec::new(),
             done: Vec::new(),
@@ -201,7 +205,8 @@ impl Worker {
         }
     }
 
-    /// One pass: takes what is complete, starts what can start. Never waits for a disk in the io_uring engine. Completions
+    /// One pass: takes what is complete, starts what can start. Waits for no disk in the io_uring engine, but for the sync of a single copy
+    /// where that has proved to be quick. Completions
     /// that come later do not wake the kick: before the thread sleeps it calls [`Self::arm`].
     pub fn poll(&mut self) {
         self.decide_mover();
@@ -330,7 +335,13 @@ impl Worker {
         }
         if self.landed.is_due() {
             let plans = self.landed.take();
-            self.volume.mover.order(Task::Preserve(plans), &self.inbox);
+            match <[_; 1]>::try_from(plans) {
+                Ok([only]) if self.running.len() == 1 && self.alone.is_here() => {
+                    self.preserve_here(only);
+                }
+                Ok(only) => self.preserve_by_hand(only.into()),
+                Err(several) => self.preserve_by_hand(several),
+            }
         }
         if !self.to_flush.is_empty() {
             let flushes = std::mem::take(&mut self.to_flush);

@@ -144,8 +144,8 @@ fn a_second_front_end_is_turned_away_at_once_and_the_first_goes_on() {
     let mut first = Disk::attach(&served.socket, 1);
     let second = UnixStream::connect(&served.socket).unwrap();
     second.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut byte = [0];
-    let read = std::io::Read::read(&mut &second, &mut byte);
+    // Until the end, so that a signal to this process does not end it.
+    let read = std::io::Read::read_to_end(&mut &second, &mut Vec::new());
     assert!(matches!(read, Ok(0)), "closed by the daemon: {read:?}");
     let told = control.wait_for_event("FRONT_END_REFUSED");
     assert_eq!(told["volume"], "disk");

@@ -8,10 +8,12 @@
 //! * A plan whose copies have landed waits for those that were under way then, for no later ones: a round for the first alone would
 //!   let all the others wait for two.
 
+use super::super::blocking::Task;
 use super::super::pool::PRIVATE_BYTES_MAX;
 use super::super::ring::{Completed, Direction, Memory, Span};
 use super::{Mover, Running, Stage, Worker};
 use std::io::ErrorKind;
+use std::time::Instant;
 use vhost_blk_store::{BlockCopy, DataFile, Source, WritePlan};
 
 /// Plans whose copies have landed, until they go to a hand.
@@ -174,6 +176,33 @@ impl Worker {
             moves.failed = true;
         }
         going_on
+    }
+
+    /// Plans whose copies have landed are made durable in one round, while this queue goes on.
+    pub(super) fn preserve_by_hand(&mut self, plans: Vec<(u32, WritePlan)>) {
+        self.volume.mover.order(Task::Preserve(plans), &self.inbox);
+    }
+
+    /// The same for the only request of the queue, at once.
+    pub(super) fn preserve_here(&mut self, (number, plan): (u32, WritePlan)) {
+        let begin = Instant::now();
+        let mut plans = [plan];
+        let preserved = self.volume.store().preserve(&mut plans);
+        self.alone.took(begin.elapsed());
+        let [plan] = plans;
+        match preserved {
+            Ok(()) => {
+                self.prepared(number, Ok(plan));
+                // The blocks beside its own may be written in place, too.
+                self.wake_overlapping();
+            }
+            Err(error) => {
+                // Its blocks are free again before anybody is told.
+                drop(plan);
+                self.prepared(number, Err(error));
+            }
+        }
+        self.moves_over();
     }
 }
 

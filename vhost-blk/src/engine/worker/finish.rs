@@ -190,7 +190,8 @@ impl Worker {
         }
     }
 
-    fn prepared(&mut self, number: u32, plan: Result<WritePlan, StoreError>) {
+    /// A plan is ready for its data, or was given up.
+    pub(super) fn prepared(&mut self, number: u32, plan: Result<WritePlan, StoreError>) {
         match plan {
             Ok(plan) => {
                 if let Some(running) = self.running.get_mut(number) {
@@ -198,7 +199,7 @@ impl Worker {
                     self.start_writing(number);
                 }
             }
-            // The hand has dropped the plan, and with it the claim on its blocks.
+            // The plan was dropped, and with it the claim on its blocks.
             Err(error) => match remedy(&error) {
                 Remedy::Park(why) => self.park_again(number, why, true),
                 Remedy::Fail => self.write_over(number, Some(Err(error))),

@@ -1,6 +1,8 @@
 //! First touches by copy-on-write: how many rounds of syncs they cost.
 
+use super::super::alone::Alone;
 use super::super::copy::Landed;
+use super::faults::{head_bytes, snapshot_bytes};
 use super::{Method, Op, Outcome, Queue, Request, SIZE, Token, syncs, take_snapshot, volume};
 use crate::engine::{GuestBuffers, GuestRange};
 use std::sync::Arc;
@@ -35,6 +37,41 @@ fn first_touches_that_arrive_together_share_one_sync() {
         assert_eq!(queue.wait(Token(place)), Outcome::Done);
     }
     assert_eq!(syncs(&volume), before + 1);
+}
+
+#[test]
+fn a_copy_is_preserved_alike_by_its_queue_and_by_a_hand() {
+    for alone in [Alone::default, Alone::never] {
+        let (volume, _directory) = volume(SIZE);
+        let mut queue = Queue::new(&volume);
+        queue.fill(1);
+        for place in 0..8 {
+            assert_eq!(
+                queue.run(Op::Write, place * (64 << 10), 4096),
+                Outcome::Done
+            );
+        }
+        take_snapshot(&volume, Method::CopyOnWrite);
+        queue.fill(2);
+        let before = syncs(&volume);
+        for place in 0..8 {
+            let offset_bytes = place * (64 << 10);
+            // What it learnt of the test's disk is forgotten.
+            queue.worker.alone = alone();
+            assert_eq!(queue.run(Op::Write, offset_bytes, 4096), Outcome::Done);
+            assert!(
+                head_bytes(&volume, offset_bytes, 4096)
+                    .iter()
+                    .all(|byte| *byte == 2)
+            );
+            assert!(
+                snapshot_bytes(&volume, offset_bytes, 4096)
+                    .iter()
+                    .all(|byte| *byte == 1)
+            );
+        }
+        assert_eq!(syncs(&volume), before + 8, "one each");
+    }
 }
 
 #[test]

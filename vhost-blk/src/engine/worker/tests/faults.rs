@@ -73,7 +73,7 @@ impl Queue {
     }
 }
 
-fn snapshot_bytes(volume: &VolumeEngine, offset_bytes: u64, length: usize) -> Vec<u8> {
+pub(super) fn snapshot_bytes(volume: &VolumeEngine, offset_bytes: u64, length: usize) -> Vec<u8> {
     let id = volume.store().snapshots().last().unwrap().snapshot_id;
     let mut bytes = vec![0; length];
     let view = View::Snapshot(id);
@@ -84,7 +84,7 @@ fn snapshot_bytes(volume: &VolumeEngine, offset_bytes: u64, length: usize) -> Ve
     bytes
 }
 
-fn head_bytes(volume: &VolumeEngine, offset_bytes: u64, length: usize) -> Vec<u8> {
+pub(super) fn head_bytes(volume: &VolumeEngine, offset_bytes: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     volume
         .store()
