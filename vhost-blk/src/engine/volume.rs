@@ -101,8 +101,8 @@ pub struct VolumeEngine {
     driver_flushes: AtomicBool,
     attached: Mutex<Attachment>,
     poisoned_told: AtomicBool,
-    /// It is being resized.
-    pub(super) resizing: AtomicBool,
+    /// It is being resized or reverted.
+    pub(super) changing: AtomicBool,
     /// Of the front end that is connected, if it can be told.
     size_watcher: Mutex<Option<Weak<SizeWatcher>>>,
 }
@@ -210,7 +210,7 @@ impl VolumeEngine {
             driver_flushes: AtomicBool::new(true),
             attached: Mutex::new(Attachment::Free),
             poisoned_told: AtomicBool::new(false),
-            resizing: AtomicBool::new(false),
+            changing: AtomicBool::new(false),
             size_watcher: Mutex::new(None),
         }))
     }
@@ -221,9 +221,9 @@ impl VolumeEngine {
         &self.store
     }
 
-    /// Whether it is being resized: no set may be opened on it.
-    pub(super) fn is_resizing(&self) -> bool {
-        self.resizing.load(Ordering::SeqCst)
+    /// Whether it is being resized or reverted: no set may be opened on it.
+    pub(super) fn is_changing(&self) -> bool {
+        self.changing.load(Ordering::SeqCst)
     }
 
     /// Calls `watcher` whenever the size has changed, as long as it lives. One at a time.

@@ -3,9 +3,11 @@
 //! * `sets`: the commands of the life of a set.
 //! * `window`: one open set; holding, taking, releasing.
 //! * `stored`: snapshots that are on disk.
-//! * `resize`: a volume that grows, with no set on it.
+//! * `change`: what keeps sets away from a volume that is resized or reverted.
+//! * `resize`: a volume that grows.
 //! * `error`: why a command failed.
 
+mod change;
 mod error;
 mod resize;
 mod sets;

@@ -1,17 +1,15 @@
-//! Growing a volume under load: holds its writes as a set does, and keeps sets away meanwhile.
+//! Growing a volume under load: holds its writes as a set does.
 //!
 //! Called by `control` on a thread that may block. The store does the growing; the front end hears of it through the volume.
 //!
 //! Invariants:
-//! * No set is open on a volume that is being resized, and none is opened: both are decided under the lock of all sets.
+//! * No set is open on a volume that is being resized, and none is opened (`change`).
 //! * Writes are held only for what cannot be done beside them; should that take longer than a hold may, they go on by themselves, and
 //!   the store turns them back until it is through.
 
 use super::super::volume::VolumeEngine;
 use super::error::{SetError, store_error};
 use super::sets::SnapshotSets;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use vhost_blk_store::{StoreError, Volume};
 
@@ -27,15 +25,6 @@ pub struct Resized {
     pub hold: Duration,
 }
 
-/// The volume is being resized as long as this lives.
-struct Resizing<'a>(&'a VolumeEngine);
-
-impl Drop for Resizing<'_> {
-    fn drop(&mut self) {
-        self.0.resizing.store(false, Ordering::SeqCst);
-    }
-}
-
 impl SnapshotSets {
     /// `block_resize`: the volume gets this size, which is not smaller than the one it has.
     ///
@@ -43,7 +32,7 @@ impl SnapshotSets {
     /// See [`SetError`]; the size is the old one then, unless the volume is poisoned.
     pub fn resize(&self, name: &str, size_bytes: u64) -> Result<Resized, SetError> {
         let volume = self.volume(name)?;
-        let resizing = self.begin_resize(volume)?;
+        let changing = self.begin_change(volume)?;
         let failed = |error| store_error(volume, error);
         volume.store().prepare_grow(size_bytes).map_err(failed)?;
         let hold = if volume.size_bytes() == size_bytes {
@@ -57,20 +46,8 @@ impl SnapshotSets {
             volume.tell_size();
             hold
         };
-        drop(resizing);
+        drop(changing);
         Ok(Resized { size_bytes, hold })
-    }
-
-    fn begin_resize<'a>(&self, volume: &'a Arc<VolumeEngine>) -> Result<Resizing<'a>, SetError> {
-        let sets = self.lock();
-        if let Some(set) = sets.values().find(|set| set.has(volume)) {
-            let name = volume.settings.name.clone();
-            return Err(SetError::InProgress(set.id, name));
-        }
-        if volume.resizing.swap(true, Ordering::SeqCst) {
-            return Err(SetError::InvalidState("it is being resized".to_owned()));
-        }
-        Ok(Resizing(volume))
     }
 }
 

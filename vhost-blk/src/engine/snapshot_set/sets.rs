@@ -116,9 +116,9 @@ impl SnapshotSets {
                     "there is a set {id} already"
                 )));
             }
-            if let Some(volume) = set.volumes.iter().find(|volume| volume.is_resizing()) {
+            if let Some(volume) = set.volumes.iter().find(|volume| volume.is_changing()) {
                 return Err(SetError::InvalidState(format!(
-                    "volume {:?} is being resized",
+                    "volume {:?} is being resized or reverted",
                     volume.settings.name
                 )));
             }

@@ -154,11 +154,7 @@ impl SnapshotSets {
     /// See [`SetError`].
     pub fn revert(&self, id: Uuid) -> Result<(), SetError> {
         let (volume, target) = self.find_snapshot(id)?;
-        if self.lock().values().any(|set| set.has(volume)) {
-            return Err(SetError::InvalidState(
-                "a set is open on this volume".to_owned(),
-            ));
-        }
+        let _changing = self.begin_change(volume)?;
         let newer: Vec<Uuid> = volume
             .store()
             .snapshots()

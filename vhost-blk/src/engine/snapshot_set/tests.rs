@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 use vhost_blk_store::{BlockFile, View};
 use vhost_blk_wire::event::Event as WireEvent;
+use vhost_blk_wire::types::Method;
 
 /// A base whose syncs wait as long as they are told to, and fail if they are told to.
 #[derive(Debug)]
@@ -262,4 +263,43 @@ fn no_set_is_opened_on_a_volume_while_it_grows() {
     rig.sets
         .prepare(set, OwnerId(1), &["a".to_owned()], None)
         .unwrap();
+}
+
+#[test]
+fn no_set_is_opened_on_a_volume_while_it_is_reverted() {
+    let rig = Rig::new();
+    rig.sets.abort(rig.set, "enough").unwrap();
+    let (set, other, name) = (Uuid::new_v4(), Uuid::new_v4(), ["a".to_owned()]);
+    rig.sets
+        .prepare(set, OwnerId(1), &name, Some(Method::Cow))
+        .unwrap();
+    rig.sets.commit(set, 10_000).unwrap();
+    rig.sets.keep(set).unwrap();
+    let store = rig.sets.volumes()[0].store();
+    let snapshot = store.snapshots()[0].snapshot_id.into();
+    // In place: the revert begins with a sync of the base.
+    store.write_at(0, &[2; 4096]).unwrap();
+    rig.gate.close();
+    std::thread::scope(|scope| {
+        let reverts = scope.spawn(|| rig.sets.revert(snapshot));
+        wait_until("the revert to wait for a sync", || rig.gate.waiting() == 1);
+        let prepares = scope.spawn(|| rig.sets.prepare(other, OwnerId(1), &name, None));
+        wait_until("an answer, or an open set", || {
+            prepares.is_finished() || rig.sets.any_open()
+        });
+        let is_refused = !rig.sets.any_open();
+        let grows = is_refused.then(|| rig.sets.resize("a", 8 << 20));
+        assert!(!reverts.is_finished(), "answered before it was durable");
+        rig.gate.open(false);
+        reverts.join().unwrap().unwrap();
+        let prepared = prepares.join().unwrap();
+        assert!(
+            matches!(prepared, Err(SetError::InvalidState(_))),
+            "{prepared:?}"
+        );
+        assert!(matches!(grows, Some(Err(SetError::InvalidState(_)))));
+    });
+    rig.sets.prepare(other, OwnerId(1), &name, None).unwrap();
+    let refused = rig.sets.revert(snapshot);
+    assert!(matches!(refused, Err(SetError::InProgress(..))));
 }
