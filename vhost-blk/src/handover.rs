@@ -14,6 +14,7 @@
 use crate::config::Config;
 use crate::control::HAND_OVER_VERSION;
 use crate::frontend::{BadSession, Session, SessionState};
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -127,7 +128,7 @@ impl Given {
             return kept(&error);
         }
         let mut word = [0];
-        match (&*to).read(&mut word) {
+        match retry_on_intr(|| rustix::io::read(to, &mut word)) {
             Ok(1) if word == [TAKEN] => return Outcome::Taken,
             Ok(_) => return Outcome::Kept("the other daemon gave up".to_owned()),
             Err(error) => tracing::warn!(%error, "no word from the other daemon"),
@@ -136,10 +137,10 @@ impl Given {
         if let Err(error) = to.shutdown(Shutdown::Both) {
             tracing::debug!(%error, "the other daemon has gone");
         }
-        match (&*to).read(&mut word) {
+        match retry_on_intr(|| rustix::io::read(to, &mut word)) {
             Ok(1) if word == [TAKEN] => Outcome::Taken,
             Ok(_) => Outcome::Kept("the other daemon took too long".to_owned()),
-            Err(error) => kept(&error),
+            Err(error) => kept(&error.into()),
         }
     }
 
@@ -377,7 +378,8 @@ impl Answers<'_> {
                 .map_err(|error| HandoverError::Malformed(error.to_string()))?;
             let Some(value) = value else {
                 let mut bytes = [0; 4096];
-                let length = self.stream.read(&mut bytes)?;
+                let length = retry_on_intr(|| rustix::io::read(self.stream, &mut bytes))
+                    .map_err(io::Error::from)?;
                 let read = bytes.get(..length).unwrap_or_default();
                 if read.is_empty() {
                     return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());

@@ -170,6 +170,7 @@ impl Control {
         let mut bytes = [0; 4096];
         loop {
             match self.stream.read(&mut bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(0) | Err(_) => return true,
                 Ok(_) => {}
             }
@@ -191,7 +192,11 @@ impl Control {
                 return Ok(value);
             }
             let mut bytes = [0; 4096];
-            let length = self.stream.read(&mut bytes)?;
+            // A process that was stopped for a while hears of it so, where there is a limit to the wait.
+            let length = match self.stream.read(&mut bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                other => other?,
+            };
             if length == 0 {
                 // The daemon has closed the connection.
                 return Err(io::ErrorKind::UnexpectedEof.into());
