@@ -154,6 +154,14 @@ impl Writer for PostgresqlWriter {
         Ok(evidence)
     }
 
+    fn still_holds(&mut self) -> Result<(), String> {
+        match &self.session {
+            Some(session) if session.is_open() => Ok(()),
+            Some(_) => Err("the server has ended the session".to_owned()),
+            None => Err("there is no session with the server".to_owned()),
+        }
+    }
+
     fn thaw(&mut self, call: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
         let (Some(session), Some(frozen_at)) = (&self.session, self.frozen_at.take()) else {
             return Err(Veto::retryable("it was not frozen"));

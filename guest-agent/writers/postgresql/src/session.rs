@@ -119,6 +119,11 @@ impl Session {
         Ok(session)
     }
 
+    /// The server has not ended it, nor itself. Asks nothing of it: the client reads the connection by itself.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.client.is_closed()
+    }
+
     fn row(
         &self,
         calls: &Calls,

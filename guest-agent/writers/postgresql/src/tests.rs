@@ -6,7 +6,7 @@ use super::*;
 use guest_agent::filesystem::plan::Sources;
 use guest_agent_wire::types::WriterFailure;
 use server::Server;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -96,6 +96,42 @@ fn a_session_that_was_lost_while_frozen_does_not_say_held() {
         frozen["session_pid"]
     ));
     assert!(writer.thaw(&call(), &thaw()).is_err());
+}
+
+/// Looks as the library does, until the hold is lost.
+fn is_lost(writer: &mut PostgresqlWriter) -> String {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        match writer.still_holds() {
+            Err(why) => return why,
+            Ok(()) => assert!(Instant::now() < until, "it still says that it holds"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_session_or_a_server_that_ends_in_the_window_is_told_before_the_thaw() {
+    let Some(server) = Server::start() else {
+        return;
+    };
+    let mut writer = writer(&server, OnlineBackup::Never, Disks::default());
+    writer.prepare_snapshot(&call(), &snapshot()).unwrap();
+    let frozen = writer.freeze(&call(), &hold(10_000)).unwrap();
+    server.ask("SELECT 1");
+    assert_eq!(writer.still_holds(), Ok(()));
+    server.ask(&format!(
+        "SELECT pg_terminate_backend({})",
+        frozen["session_pid"]
+    ));
+    is_lost(&mut writer);
+
+    writer.abort("s", "lost");
+    writer.prepare_snapshot(&call(), &snapshot()).unwrap();
+    writer.freeze(&call(), &hold(10_000)).unwrap();
+    assert_eq!(writer.still_holds(), Ok(()));
+    drop(server);
+    is_lost(&mut writer);
 }
 
 #[test]
