@@ -124,7 +124,6 @@ impl Shared {
             return Ok(());
         };
         let offset_bytes = at.offset_bytes() + skip_bytes;
-        self.gate.log_dirty.store(true, Ordering::SeqCst);
         let zeroes = vec![0; in_memory(BLOCK_BYTES - skip_bytes)];
         let written = self.files.log.write_at(&zeroes, offset_bytes);
         written.map_err(|source| StoreError::Io {
@@ -132,7 +131,10 @@ impl Shared {
             file: FileName::Log,
             offset_bytes,
             source,
-        })
+        })?;
+        // Behind the write: a round beside it takes the flag away, and its sync may have begun before.
+        self.gate.log_dirty.store(true, Ordering::SeqCst);
+        Ok(())
     }
 }
 
@@ -185,3 +187,6 @@ impl Volume {
         grown
     }
 }
+
+#[cfg(test)]
+mod tests;
