@@ -1,7 +1,8 @@
 //! The sync round: the only room that orders data, COMMIT and sync.
 //!
 //! Guest flushes, copy-on-write, snapshots and checkpoints all end here. Callers that come while a
-//! round runs share the next one.
+//! round runs share the next one; where it fails without poisoning the volume (the journal has no room for its COMMIT), they
+//! try again and hear their own error.
 //! Invariants: an ordered COMMIT names only records whose data was synced before it was appended, any other
 //! only records that are sealed or name no data (I4); data is confirmed only by a round that returned (I10);
 //! what is acknowledged as durable was synced by a round that began after it was asked for; a failed sync
@@ -20,6 +21,8 @@ use crate::volume::{Core, Shared, Volume, lock};
 struct Turn {
     /// Rounds begun.
     begun: u64,
+    /// The last one that did what was wanted of it, and of those before it that failed.
+    succeeded: u64,
     running: bool,
     /// What those who wait for the next round want of it.
     next: Wanted,
@@ -32,6 +35,13 @@ struct Wanted {
     base: bool,
     /// Everything is confirmed when it returns.
     confirmed: bool,
+}
+
+impl Wanted {
+    fn add(&mut self, other: Wanted) {
+        self.base |= other.base;
+        self.confirmed |= other.confirmed;
+    }
 }
 
 #[derive(Debug, Default)]
@@ -68,11 +78,10 @@ impl Shared {
         let mut turn = lock(&rounds.turn);
         // The first round that begins after this call.
         let mine = turn.begun + 1;
-        turn.next.base |= wanted.base;
-        turn.next.confirmed |= wanted.confirmed;
+        turn.next.add(wanted);
         loop {
-            let ended = turn.begun - u64::from(turn.running);
-            if ended >= mine {
+            // One that failed tells only who led it: everybody else who waited for it leads another, or shares it.
+            if turn.succeeded >= mine {
                 drop(turn);
                 return self.check_writable();
             }
@@ -86,10 +95,17 @@ impl Shared {
         }
         turn.begun += 1;
         turn.running = true;
-        let wanted = std::mem::take(&mut turn.next);
+        let (number, wanted) = (turn.begun, std::mem::take(&mut turn.next));
         drop(turn);
         let result = self.round(wanted);
-        lock(&rounds.turn).running = false;
+        let mut turn = lock(&rounds.turn);
+        turn.running = false;
+        match &result {
+            Ok(()) => turn.succeeded = number,
+            // Others may have wanted it, too.
+            Err(_) => turn.next.add(wanted),
+        }
+        drop(turn);
         rounds.ended.notify_all();
         result
     }
@@ -221,3 +237,6 @@ impl Volume {
         self.shared.flush()
     }
 }
+
+#[cfg(test)]
+mod tests;
