@@ -101,6 +101,9 @@ pub enum StoreError {
     /// No snapshot of such a set on this volume.
     #[error("no snapshot of set {0}")]
     NoSuchSet(SetId),
+    /// The set is kept: its snapshots go by being deleted, one by one, and by nothing else.
+    #[error("set {0} is kept")]
+    SetKept(SetId),
     /// A snapshot of this id exists already.
     #[error("snapshot {0} exists already")]
     SnapshotExists(SnapshotId),

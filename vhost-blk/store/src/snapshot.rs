@@ -135,14 +135,18 @@ impl Volume {
         self.shared.change_table(&[Record::Keep { set_id }])
     }
 
-    /// Drops the snapshot of the set, if there is one. Blocking.
+    /// Drops the provisional snapshot of the set, if there is one. `SetKept` if it was kept (I9): then only
+    /// [`Volume::delete_snapshot`] drops it. Blocking.
     pub fn discard_set(&self, set_id: SetId) -> Result<()> {
         self.shared.check_writable()?;
         let _work = lock(&self.shared.maintenance);
         {
             let mut core = self.shared.core();
-            if core.state.table.of_set(set_id).is_none() {
-                return Ok(());
+            let snapshot = core.state.table.of_set(set_id);
+            match snapshot.map(|snapshot| snapshot.state) {
+                None => return Ok(()),
+                Some(SnapshotState::Kept) => return Err(StoreError::SetKept(set_id)),
+                Some(SnapshotState::Provisional) => {}
             }
             core.reclaim = true;
         }

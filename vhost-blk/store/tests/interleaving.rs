@@ -200,6 +200,26 @@ fn snapshot_and_revert_are_refused_while_a_write_is_in_flight() {
 }
 
 #[test]
+fn a_set_that_is_kept_is_deleted_and_not_discarded() {
+    let mut world = world();
+    snapshot(&mut world, Method::RedirectOnWrite);
+    let volume = world.volume();
+    let taken = volume.snapshots().remove(0);
+    for _ in 0..2 {
+        let refused = volume.discard_set(taken.set_id);
+        assert!(matches!(refused, Err(StoreError::SetKept(set)) if set == taken.set_id));
+        assert_eq!(volume.snapshots(), [taken.clone()]);
+    }
+    world.compare();
+    world.apply(&Op::KillReopen);
+    world.compare();
+    world.apply(&Op::Delete { which: 0 });
+    let volume = world.volume();
+    assert!(volume.snapshots().is_empty());
+    volume.discard_set(taken.set_id).unwrap();
+}
+
+#[test]
 fn settling_never_overtakes_a_write() {
     // A write of a redirected block is planned after `before` steps of settling it, and lands `between`
     // steps later.

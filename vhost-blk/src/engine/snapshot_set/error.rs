@@ -63,6 +63,8 @@ pub(super) fn store_error(volume: &VolumeEngine, error: StoreError) -> SetError 
         SetError::Poisoned(name)
     } else if let StoreError::NoSuchSnapshot(id) = error {
         SetError::NoSuchSnapshot(id.into())
+    } else if let StoreError::SetKept(id) = error {
+        SetError::InvalidState(format!("set {id} is kept: delete it"))
     } else if matches!(error, StoreError::BadSize { .. }) {
         SetError::BadArgument(error.to_string())
     } else {

@@ -26,7 +26,7 @@ pub struct SnapshotSets {
     sets: Mutex<HashMap<Uuid, Arc<Set>>>,
     pub(super) crew: Arc<Crew>,
     /// Undone sets of which a disk error has left a provisional snapshot behind. Nothing may keep them; the next start
-    /// discards them.
+    /// discards them. Locked while a set that a restart has left is kept or aborted: it is the one or the other, on all volumes.
     undone: Mutex<HashSet<Uuid>>,
 }
 
@@ -234,13 +234,9 @@ impl SnapshotSets {
             self.feed(&set, Event::Keep)?;
             return set.ensure_kept();
         }
+        let undone = self.undone.lock().unwrap_or_else(PoisonError::into_inner);
         let stored = self.stored(id);
-        let undone = self
-            .undone
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains(&id);
-        if stored.is_empty() || undone {
+        if stored.is_empty() || undone.contains(&id) {
             return Err(SetError::NoSuchSet(id));
         }
         for (volume, snapshot) in stored {
@@ -265,6 +261,7 @@ impl SnapshotSets {
             set.wait_until_gone();
             return Ok(());
         }
+        let mut undone = self.undone.lock().unwrap_or_else(PoisonError::into_inner);
         let stored = self.stored(id);
         if stored.is_empty() {
             return Err(SetError::NoSuchSet(id));
@@ -278,11 +275,12 @@ impl SnapshotSets {
             )));
         }
         for (volume, _) in stored {
-            volume
-                .store()
-                .discard_set(id.into())
-                .map_err(|error| store_error(volume, error))?;
+            if let Err(error) = volume.store().discard_set(id.into()) {
+                undone.insert(id);
+                return Err(store_error(volume, error));
+            }
         }
+        undone.remove(&id);
         Ok(())
     }
 

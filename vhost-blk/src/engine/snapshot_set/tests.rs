@@ -5,10 +5,10 @@ use super::super::testing::{volume, volume_over, wait_until};
 use super::super::{Reason, VolumeEngine};
 use super::{OwnerId, SetError, SnapshotSets};
 use std::io;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
-use vhost_blk_store::{BlockFile, View};
+use vhost_blk_store::{BlockFile, Method as StoreMethod, NewSnapshot, SnapshotState, View};
 use vhost_blk_wire::event::Event as WireEvent;
 use vhost_blk_wire::types::Method;
 
@@ -302,4 +302,50 @@ fn no_set_is_opened_on_a_volume_while_it_is_reverted() {
     rig.sets.prepare(other, OwnerId(1), &name, None).unwrap();
     let refused = rig.sets.revert(snapshot);
     assert!(matches!(refused, Err(SetError::InProgress(..))));
+}
+
+/// Two clients at a set that a restart has left provisional.
+#[test]
+fn a_set_that_is_being_kept_is_not_aborted_by_another_client() {
+    let rig = Rig::new();
+    rig.sets.abort(rig.set, "enough").unwrap();
+    let left = Uuid::new_v4();
+    let members: Vec<_> = (rig.sets.volumes().iter())
+        .map(|volume| volume.store().id())
+        .collect();
+    for volume in rig.sets.volumes() {
+        let new = NewSnapshot {
+            snapshot_id: Uuid::new_v4().into(),
+            set_id: left.into(),
+            members: members.clone(),
+            method: StoreMethod::RedirectOnWrite,
+            created_unix_ms: 1,
+        };
+        // Not flushed: keeping it does that, and waits for the base.
+        volume.store().write_at(0, &[2; 4096]).unwrap();
+        volume.store().begin_snapshot(new).unwrap();
+    }
+    rig.gate.close();
+    std::thread::scope(|scope| {
+        let keeps = scope.spawn(|| rig.sets.keep(left));
+        wait_until("the verdict to wait for a sync", || rig.gate.waiting() == 1);
+        let (answer, answered) = mpsc::channel();
+        let rig = &rig;
+        scope.spawn(move || answer.send(rig.sets.abort(left, "another client")));
+        // It has time to look at the set; what it sees must not be what it goes by.
+        let early = answered.recv_timeout(Duration::from_millis(100)).ok();
+        rig.gate.open(false);
+        keeps.join().unwrap().unwrap();
+        assert!(early.is_none(), "{early:?}");
+        let aborted = answered.recv().unwrap();
+        assert!(
+            matches!(aborted, Err(SetError::InvalidState(_))),
+            "{aborted:?}"
+        );
+    });
+    for volume in rig.sets.volumes() {
+        let snapshots = volume.store().snapshots();
+        assert_eq!(snapshots.len(), 1);
+        assert_eq!(snapshots[0].state, SnapshotState::Kept);
+    }
 }
