@@ -5,13 +5,15 @@
 //! Invariants: only a version that the newest snapshot alone sees becomes zeroes; the live data is never touched; no write to a
 //! block is planned between the choice of it and the round that makes LEAVE_OUT durable (I3).
 
+use std::sync::MutexGuard;
+
 use crate::error::{Result, StoreError};
 use crate::index::Location;
 use crate::journal::Record;
 use crate::layout::MAX_RECORD_BLOCKS;
 use crate::superblock::Superblock;
 use crate::units::{BLOCK_BYTES, Block, ByteRange, Epoch, SnapshotId};
-use crate::volume::{Core, Shared, Volume, lock};
+use crate::volume::{Core, Maintenance, Shared, Volume, lock};
 
 /// Blocks that a step looks at, and lets writes wait for during one sync.
 const STEP_BLOCKS: u64 = 16_384;
@@ -119,20 +121,21 @@ impl Core {
 
 impl Shared {
     /// A program that does not know LEAVE_OUT would take it for the journal's end: the slot says that it may be there, before it is.
-    fn announce_leave_out(&self) -> Result<()> {
+    /// A revert makes another epoch of what it found when it began, so nothing is recorded beside it: it waits as long as the answer
+    /// lives.
+    fn announce_leave_out(&self) -> Result<MutexGuard<'_, Maintenance>> {
         let mut work = lock(&self.maintenance);
+        self.check_writable()?;
         if work.superblock.leaves_out {
-            return Ok(());
+            return Ok(work);
         }
         let announced = Superblock {
             leaves_out: true,
             ..work.superblock.clone()
         };
-        let result = self.flip(&mut work, announced);
-        if result.is_err() {
-            self.poison();
-        }
-        result
+        self.flip(&mut work, announced)
+            .inspect_err(|_| self.poison())?;
+        Ok(work)
     }
 
     fn step_leave_out(&self, id: SnapshotId, wanted: &mut LeaveOut) -> Result<bool> {
@@ -140,10 +143,7 @@ impl Shared {
         if self.core().is_over_bounds(&self.options, 1) {
             self.relieve()?;
         }
-        self.announce_leave_out()?;
-        // A revert makes another epoch of what it found when it began: nothing is recorded beside it.
-        let _work = lock(&self.maintenance);
-        self.check_writable()?;
+        let _work = self.announce_leave_out()?;
         let mut core = self.core();
         let Some((newest, older)) = self.newest_and_older(&core, id)? else {
             wanted.rest.clear();
