@@ -19,7 +19,7 @@ PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images database-images demo test test-quick test-machines tools bench bench-figures window-figures database-proofs writer-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
+.PHONY: help deps images database-images debian-image demo test test-quick test-machines tools bench bench-figures window-figures database-proofs writer-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -48,6 +48,10 @@ database-images: images ## and the guest with PostgreSQL, MariaDB, Redis, SQLite
 	@echo "images: the databases' guest"
 	images/build.sh databases
 
+debian-image: images ## and the guest that is a whole Debian, with its own systemd (root; mmdebstrap)
+	@echo "images: the Debian guest"
+	images/build.sh debian
+
 deb: deps ## the guest's Debian packages, in target/deb: the agent, a writer for each server
 	@images/build.sh programs
 	packaging/deb/build.sh
@@ -68,7 +72,7 @@ tools: ## programs of others that those tests need
 	# Not optimised: that builds in 20 s.
 	CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --debug --locked --root target/tools --version 0.3.0 vhost-device-vsock
 
-test-machines: database-images tools ## the tests that start real machines
+test-machines: database-images debian-image tools ## the tests that start real machines
 	@echo "test: real machines"
 	tests=()
 	for file in tests/tests/*.rs; do

@@ -6,12 +6,14 @@
 #   images/build.sh             all of the small guest; the last line of the output is the directory
 #   images/build.sh databases   and the databases' guest, which is the small one with a disk of Debian's
 #                               programs on /usr; its directory has a file `usr` more
+#   images/build.sh debian      and a Debian with its own systemd: the small one's kernel and initramfs, and a file `root` (needs root)
 #   images/build.sh programs    only the programs
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 top=$(dirname "$here")
 recipe=$here/small
 databases=$here/databases
+debian=$here/debian
 target=${CARGO_TARGET_DIR:-$top/target}
 cache=$target/images
 triple=x86_64-unknown-linux-gnu
@@ -196,6 +198,53 @@ build_databases() { # build_databases OUTPUT SMALL USR
     rm -rf "$1" && mv "$work/out" "$1" && rm -rf "$work"
 }
 
+# A Debian as its installer leaves it, on a disk that machines only write beside. Its packages are installed, with all of their
+# scripts, from where this machine has its own.
+build_root() { # build_root OUTPUT MANIFEST
+    local work=$1.work root sources include unit release
+    [ "$(id -u)" = 0 ] || { say "a Debian's files belong to many: needs root"; return 1; }
+    rm -rf "$work" && mkdir -p "$work/debs" "$work/root" "$work/out"
+    root=$work/root
+    sources=()
+    for include in /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list; do
+        [ ! -s "$include" ] || sources+=("$include")
+    done
+    include=$(list "$debian/packages" | grep -v linux-image | grep . | paste -s -d ,)
+    say "installing a Debian: a minute"
+    mmdebstrap --quiet --variant=minbase --include="$include" --dpkgopt='path-exclude=/usr/share/man/*' \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        bookworm "$work/root.tar" "${sources[@]}" >&2
+    # Nodes of devices are the guest's own to make.
+    tar -C "$root" --exclude='./dev/*' -xf "$work/root.tar" && rm "$work/root.tar"
+    (cd "$work/debs" && grep ^linux-image "$2" >kernel && fetch_packages kernel)
+    dpkg-deb -x "$work"/debs/*.deb "$work/files"
+    release=$(ls "$work/files/lib/modules")
+    mkdir -p "$root/usr/lib/modules" && mv "$work/files/lib/modules/$release" "$root/usr/lib/modules/"
+    chroot "$root" depmod "$release"
+    for unit in $(list "$debian/masked"); do ln -sfn /dev/null "$root/etc/systemd/system/$unit"; done
+    echo debian >"$root/etc/hostname"
+    # With a name it was here before, and has no first things to do.
+    echo 00000000000000000000000000000001 >"$root/etc/machine-id"
+    chroot "$root" dpkg-query -W -f '${Package} ${Version} ${Architecture}\n' >"$work/out/packages"
+    grep ^linux-image "$2" >>"$work/out/packages"
+    say "making the disk"
+    mke2fs -q -t ext4 -m 0 -L root -E lazy_itable_init=0,lazy_journal_init=0 -d "$root" "$work/out/root" \
+        $(($(du -sm "$root" | cut -f 1) * 5 / 4 + 256))M >&2
+    rm -rf "$1" && mv "$work/out" "$1" && rm -rf "$work"
+}
+
+# The small guest, and that disk.
+build_debian() { # build_debian OUTPUT SMALL ROOT
+    local work=$1.work
+    rm -rf "$work" && mkdir -p "$work"
+    ln "$2"/{vmlinux,initramfs} "$3/root" "$work/"
+    {
+        cat "$2/manifest" "$3/packages"
+        (cd "$work" && sha256sum root)
+    } >"$work/manifest"
+    rm -rf "$1" && mv "$work" "$1"
+}
+
 build_programs
 [ "${1:-}" != programs ] || exit 0
 
@@ -215,6 +264,21 @@ if [ ! -d "$image" ]; then
 fi
 # Older images are of no use to anybody once a new one is there, but a running test may still boot one.
 find "$cache" -maxdepth 1 -name 'small-*' -type d -mmin +600 ! -path "$image" -exec rm -rf {} +
+if [ "${1:-}" = debian ]; then
+    resolve_packages "$debian/packages" >"$cache/root.new"
+    root=$cache/root-$({ cat "$cache/root.new" "$debian"/{packages,masked}; declare -f build_root; } | sha256sum | head -c 16)
+    if [ ! -d "$root" ]; then
+        build_root "$root" "$cache/root.new"
+    fi
+    guest=$cache/debian-$(echo "$image" "$root" | sha256sum | head -c 16)
+    if [ ! -d "$guest" ]; then
+        say "packing $(basename "$guest")"
+        build_debian "$guest" "$image" "$root"
+    fi
+    find "$cache" -maxdepth 1 \( -name 'debian-*' -o -name 'root-*' \) -type d -mmin +600 ! -path "$guest" ! -path "$root" -exec rm -rf {} +
+    echo "$guest"
+    exit 0
+fi
 if [ "${1:-}" != databases ]; then
     echo "$image"
     exit 0

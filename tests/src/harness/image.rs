@@ -53,6 +53,8 @@ pub struct GuestImage {
     pub manifest: PathBuf,
     /// The disk with Debian's programs, for `/usr`; the small guest has none.
     pub usr: Option<PathBuf>,
+    /// The disk with a whole Debian, for reading only; the other guests have none.
+    pub root: Option<PathBuf>,
 }
 
 /// The project's directory.
@@ -90,6 +92,12 @@ pub fn databases_image() -> Result<&'static GuestImage> {
     once(&IMAGE, Some("databases"))
 }
 
+/// The same for the guest that is a Debian with its own systemd. Building it needs root.
+pub fn debian_image() -> Result<&'static GuestImage> {
+    static IMAGE: OnceLock<Result<GuestImage, String>> = OnceLock::new();
+    once(&IMAGE, Some("debian"))
+}
+
 fn once(
     image: &'static OnceLock<Result<GuestImage, String>>,
     which: Option<&str>,
@@ -122,7 +130,8 @@ fn build(which: Option<&str>) -> Result<GuestImage> {
         kernel: directory.join("vmlinux"),
         initramfs: directory.join("initramfs"),
         manifest: directory.join("manifest"),
-        usr: which.map(|_| directory.join("usr")),
+        usr: Some(directory.join("usr")).filter(|_| which == Some("databases")),
+        root: Some(directory.join("root")).filter(|_| which == Some("debian")),
     })
 }
 

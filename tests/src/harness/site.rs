@@ -71,6 +71,15 @@ impl Site {
         Self::start_with(name, disks, false, |machine| Ok(machine.with_databases()))
     }
 
+    /// The same in a Debian with its own systemd, with no agent until the scenario installs one.
+    pub fn start_in_debian(
+        name: &str,
+        disks: &[(&str, FileSystem)],
+        more: impl FnOnce(VmBuilder) -> Result<VmBuilder>,
+    ) -> Result<Self> {
+        Self::start_with(name, disks, false, |machine| more(machine.with_debian()))
+    }
+
     /// The same with a vsock device, over which `vmshadow` speaks to the agent. `more` is added to the machine.
     pub fn start_on_vsock(
         name: &str,

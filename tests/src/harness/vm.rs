@@ -44,6 +44,14 @@ struct Disk {
     mount: Option<(String, FileSystem)>,
 }
 
+/// What the guest is (`images`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum System {
+    Small,
+    Databases,
+    Debian,
+}
+
 /// What a machine shall be. Methods chain; `boot` starts it.
 #[derive(Clone, Debug)]
 pub struct VmBuilder {
@@ -52,7 +60,7 @@ pub struct VmBuilder {
     memory_mib: u32,
     cpus: u32,
     agent: bool,
-    databases: bool,
+    system: System,
     vsock: Option<PathBuf>,
     slots: bool,
     accelerator: Option<Accelerator>,
@@ -69,7 +77,7 @@ impl VmBuilder {
             memory_mib: 512,
             cpus: 2,
             agent: false,
-            databases: false,
+            system: System::Small,
             vsock: None,
             slots: false,
             accelerator: None,
@@ -127,8 +135,18 @@ impl VmBuilder {
     /// Boots the guest that has the databases' servers (`images/databases`).
     #[must_use]
     pub fn with_databases(mut self) -> Self {
-        self.databases = true;
+        self.system = System::Databases;
         self.memory_mib = 1024;
+        self
+    }
+
+    /// Boots a Debian whose first process is its own systemd (`images/debian`), on a disk that is forgotten with the machine. It has none
+    /// of our programs but the shell; an agent is what a scenario installs.
+    #[must_use]
+    pub fn with_debian(mut self) -> Self {
+        self.system = System::Debian;
+        self.memory_mib = 1024;
+        self.boot_deadline = 2 * wait::BOOT;
         self
     }
 
@@ -155,10 +173,10 @@ impl VmBuilder {
 
     /// Starts QEMU and waits until the guest says that it is ready.
     pub fn boot(self) -> Result<Vm> {
-        let image = if self.databases {
-            image::databases_image()?
-        } else {
-            image::guest_image()?
+        let image = match self.system {
+            System::Small => image::guest_image()?,
+            System::Databases => image::databases_image()?,
+            System::Debian => image::debian_image()?,
         };
         let accelerator = match self.accelerator {
             Some(accelerator) => accelerator,
@@ -235,6 +253,15 @@ impl VmBuilder {
                 ))
                 .args(["-device", "virtio-blk-pci,drive=usr,serial=usr"]);
         }
+        if let Some(root) = &image.root {
+            // What the machine writes goes to a file of QEMU's own that has no name.
+            qemu.arg("-drive")
+                .arg(format!(
+                    "if=none,id=root,format=raw,snapshot=on,cache=unsafe,file={}",
+                    root.display()
+                ))
+                .args(["-device", "virtio-blk-pci,drive=root,serial=root"]);
+        }
         // A guest that resets itself ends QEMU without a word (`-no-reboot`): the processors' state is kept here.
         qemu.args(["-d", "cpu_reset"])
             .arg("-D")
@@ -283,10 +310,14 @@ impl VmBuilder {
             })
             .collect();
         let agent = if self.agent { "on" } else { "off" };
-        let usr = if self.databases { "usr" } else { "" };
+        let disks = match self.system {
+            System::Small => "",
+            System::Databases => " vmshadow.usr=usr",
+            System::Debian => " vmshadow.root=root systemd.show_status=0",
+        };
         let vsock = if self.vsock.is_some() { "on" } else { "off" };
         format!(
-            "{KERNEL_ARGUMENTS} vmshadow.agent={agent} vmshadow.usr={usr} vmshadow.vsock={vsock} vmshadow.mount={}",
+            "{KERNEL_ARGUMENTS} vmshadow.agent={agent}{disks} vmshadow.vsock={vsock} vmshadow.mount={}",
             mounts.join(",")
         )
     }
