@@ -1,19 +1,16 @@
 //! The packages in a real machine whose first process is Debian's own systemd, as a user has them: installed by apt, started, killed,
 //! upgraded and removed by it, with sets taken meanwhile.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use vmshadow_tests::harness::disk::{self, FileSystem};
+use vmshadow_tests::harness::disk::FileSystem;
 use vmshadow_tests::harness::image::{program, project, target};
 use vmshadow_tests::harness::site::Site;
 use vmshadow_tests::harness::{requires, wait};
 
 const AGENT: &str = "vmshadow-guest-agent";
-/// Room for all packages on the disk that brings them.
-const PACKAGES_BYTES: u64 = 64 << 20;
 
 fn may_run() -> bool {
     if !requires::machines() || !requires::programs(&["dpkg-deb", "readelf", "mmdebstrap"]) {
@@ -26,32 +23,24 @@ fn may_run() -> bool {
     true
 }
 
-/// A disk with the packages on it, as `make deb` makes them.
-fn packages(directory: &Path) -> Result<PathBuf> {
+/// The packages, as `make deb` makes them.
+fn packages(directory: &Path) -> Result<Vec<PathBuf>> {
     program("guest-agent")?;
-    let debs = directory.join("debs");
     let built = Command::new(project().join("packaging/deb/build.sh"))
         .arg(target().join("x86_64-unknown-linux-gnu/release"))
-        .arg(&debs)
+        .arg(directory)
         .output()?;
     ensure!(built.status.success(), "{built:?}");
-    let path = directory.join("packages.raw");
-    File::create(&path)?.set_len(PACKAGES_BYTES)?;
-    let debs = debs.to_str().context("path")?;
-    disk::run("mke2fs", &["-q", "-t", "ext4", "-d", debs], &path)?;
-    Ok(path)
+    let printed = String::from_utf8(built.stdout)?;
+    Ok(printed.lines().map(PathBuf::from).collect())
 }
 
-/// A Debian with the agent installed by apt and an ext4 and an XFS disk that we serve.
+/// A Debian with the packages in `/root` and an ext4 and an XFS disk; all of them, its root too, are served by us.
 fn start(name: &str) -> Result<Site> {
     let directory = tempfile::tempdir()?;
     let packages = packages(directory.path())?;
     let disks = [("a", FileSystem::Ext4), ("b", FileSystem::Xfs)];
-    let site = Site::start_in_debian(name, &disks, |machine| {
-        Ok(machine
-            .file("packages", &packages)
-            .mounted("/media", FileSystem::Ext4))
-    })?;
+    let site = Site::start_in_debian(name, &disks, &packages)?;
     eprintln!(
         "{name}: up {} ms after QEMU's start",
         site.vm.boot_time().as_millis()
@@ -89,7 +78,7 @@ fn apt_installs_it_systemd_runs_it_and_a_set_is_taken() -> Result<()> {
         .shell("systemctl list-units --failed --plain --no-legend")?;
     ensure!(failed.trim().is_empty(), "{failed}");
 
-    let said = apt(&site, &format!("install /media/{AGENT}_*.deb"))?;
+    let said = apt(&site, &format!("install /root/{AGENT}_*.deb"))?;
     ensure!(said.contains("Removing qemu-guest-agent"), "{said}");
     let status = site
         .vm
@@ -110,7 +99,118 @@ fn apt_installs_it_systemd_runs_it_and_a_set_is_taken() -> Result<()> {
     for point in ["\"/\"", "/mnt/a", "/mnt/b"] {
         ensure!(report.contains(point), "no {point}: {report}");
     }
-    site.vm.shell("touch /etc/probe")?;
-    site.is_thawed(wait::STEP)?;
+    nothing_is_frozen(&site)?;
+    killed_in_the_window(&site)?;
+    units_stand_still(&site)?;
+    upgraded_and_removed(&site)
+}
+
+/// The root's file system and the disks take writes.
+fn nothing_is_frozen(site: &Site) -> Result<()> {
+    let probe = site.vm.guest()?.start("touch /etc/probe")?;
+    ensure!(probe.wait(wait::STEP)?.status == 0, "{}", site.log());
+    site.is_thawed(wait::STEP)
+}
+
+/// Agent and helper are killed while all is frozen: the unit's last command thaws, and the unit starts again.
+fn killed_in_the_window(site: &Site) -> Result<()> {
+    let before = property(site, AGENT, "MainPID")?;
+    let mut create = site.bridge.start(&["create"], Some("frozen"))?;
+    create.wait_stopped().with_context(|| site.log())?;
+    // One shell for all: by the time of a second one the agent's own deadline could have thawed.
+    let killed = site.vm.shell("pkill -9 -x guest-agent && echo killed")?;
+    ensure!(killed.trim() == "killed", "{killed}");
+    nothing_is_frozen(site)?;
+    create.go_on()?;
+    let answer = create.wait(3 * wait::STEP)?;
+    ensure!(answer.code != 0, "{answer:?}");
+    wait::until("the agent to be started again", wait::STEP, || {
+        let state = property(site, AGENT, "ActiveState")?;
+        let now = property(site, AGENT, "MainPID")?;
+        Ok((state == "active" && now != before && now != "0").then_some(()))
+    })?;
+    let said = site
+        .vm
+        .shell(&format!("journalctl --no-pager -u {AGENT} -o cat"))?;
+    ensure!(said.contains("status=9/KILL"), "{said}");
+    // The set that comes next is whole.
+    site.wait_for_writer("willing")?;
+    site.create(&[])?;
+    nothing_is_frozen(site)
+}
+
+/// A service of the distribution's systemd that counts, for as long as it runs.
+fn counter(site: &Site, name: &str) -> Result<()> {
+    site.vm.shell(&format!(
+        "mkdir -p /run/systemd/system && printf '[Service]\\nExecStart=/bin/sh -c \"while :; do echo >>/run/{name}.count; sleep 0.1; done\"\\n' \
+         >/run/systemd/system/{name}.service && systemctl daemon-reload && systemctl start {name}"
+    ))?;
     Ok(())
+}
+
+fn count(site: &Site, name: &str) -> Result<u64> {
+    let text = site.vm.shell(&format!("wc -l </run/{name}.count"))?;
+    Ok(text.trim().parse()?)
+}
+
+/// The unit writer by the unit file that the package has brought: one service is frozen, one is stopped and started.
+fn units_stand_still(site: &Site) -> Result<()> {
+    for name in ["frozen", "stopped"] {
+        counter(site, name)?;
+    }
+    site.vm.shell(
+        "d=/run/systemd/system/vmshadow-unit-writer@stopped.service.d && mkdir -p $d && \
+         printf '[Service]\\nEnvironment=OPTIONS=--stop\\n' >$d/stop.conf && systemctl daemon-reload && \
+         systemctl start vmshadow-unit-writer@frozen vmshadow-unit-writer@stopped",
+    )?;
+    for name in ["\"frozen\"", "\"stopped\""] {
+        site.wait_for_writer(name)?;
+    }
+    let before = property(site, "stopped", "MainPID")?;
+    // In the window, before file systems are frozen too: what they count and the kernel's word, seen by another writer.
+    site.script_writer(
+        "witness",
+        &[
+            ("writer.json", r#"{"level": "SYSTEM"}"#),
+            (
+                "freeze",
+                "cat /sys/fs/cgroup/system.slice/frozen.service/cgroup.events >/run/seen; systemctl show -P ActiveState stopped >>/run/seen",
+            ),
+            ("thaw", "exit 0"),
+        ],
+    )?;
+    site.create(&[])?;
+    let seen = site.vm.shell("cat /run/seen")?;
+    ensure!(
+        seen.contains("frozen 1") && seen.ends_with("inactive\n"),
+        "{seen}"
+    );
+    let after = property(site, "stopped", "MainPID")?;
+    ensure!(after != before && after != "0", "{before}, {after}");
+    for name in ["frozen", "stopped"] {
+        let had = count(site, name)?;
+        wait::until("the service to go on", wait::STEP, || {
+            Ok((count(site, name)? > had).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// An upgrade replaces a running agent; a purge leaves no program, process or unit.
+fn upgraded_and_removed(site: &Site) -> Result<()> {
+    let before = property(site, AGENT, "MainPID")?;
+    apt(site, &format!("install --reinstall /root/{AGENT}_*.deb"))?;
+    let after = property(site, AGENT, "MainPID")?;
+    ensure!(
+        after != before && after != "0",
+        "still the old one: {before}, {after}"
+    );
+    site.wait_for_writer("willing")?;
+    apt(site, &format!("purge {AGENT}"))?;
+    let left = site.vm.shell(
+        "pgrep -l 'guest-agent|unit-writer'; find /etc/systemd /var/lib/systemd /usr/sbin /usr/libexec /lib/systemd \
+         -name '*vmshadow*' -o -name guest-agent; systemctl list-units --all --plain --no-legend 'vmshadow-guest*' 'vmshadow-unit*'",
+    )?;
+    ensure!(left.trim().is_empty(), "left behind: {left}");
+    nothing_is_frozen(site)
 }

@@ -86,6 +86,22 @@ pub fn create_sized(
     Ok(path)
 }
 
+/// Puts files into a directory of an ext4 image, under their own names.
+pub fn put(image: &Path, directory: &str, files: &[PathBuf]) -> Result<()> {
+    for file in files {
+        let name = file.file_name().and_then(|name| name.to_str());
+        let name = name.with_context(|| format!("{} has no name", file.display()))?;
+        let commands = tempfile::NamedTempFile::new()?;
+        std::fs::write(
+            &commands,
+            format!("cd {directory}\nwrite {} {name}\n", file.display()),
+        )?;
+        let commands = commands.path().to_str().context("path")?;
+        run("debugfs", &["-w", "-f", commands], image)?;
+    }
+    Ok(())
+}
+
 /// A partition of a disk.
 #[derive(Clone, Copy, Debug)]
 pub struct Partition {

@@ -16,10 +16,11 @@ use super::bridge::{Answer, Bridge};
 use super::daemon::VhostBlk;
 use super::database::{self, Kind};
 use super::disk::{self, FileSystem, Partition};
+use super::image;
 use super::load::Load;
 use super::oracle::{self, Found, Restored, Window};
 use super::qmp::Qmp;
-use super::vm::{Vm, VmBuilder};
+use super::vm::{self, Vm, VmBuilder};
 use super::vsock::VhostDeviceVsock;
 use super::wait;
 use crate::guest_protocol::{AGENT_PORT, Ack, QGA_PORT};
@@ -71,13 +72,36 @@ impl Site {
         Self::start_with(name, disks, false, |machine| Ok(machine.with_databases()))
     }
 
-    /// The same in a Debian with its own systemd, with no agent until the scenario installs one.
+    /// The same in a Debian with its own systemd, on a root that is served too, with these files in `/root`; with no agent until the scenario
+    /// installs one. `/mnt/root` is a directory of the root.
     pub fn start_in_debian(
         name: &str,
         disks: &[(&str, FileSystem)],
-        more: impl FnOnce(VmBuilder) -> Result<VmBuilder>,
+        files: &[PathBuf],
     ) -> Result<Self> {
-        Self::start_with(name, disks, false, |machine| more(machine.with_debian()))
+        let directory = tempfile::Builder::new()
+            .prefix("vmshadow-site-")
+            .tempdir()?;
+        let base = directory.path().join("root.raw");
+        let image = image::debian_image()?.root.as_ref().context("no root")?;
+        database::copy(image, &base)?;
+        disk::put(&base, "/root", files)?;
+        let mut made = vec![SiteDisk {
+            name: vm::ROOT.to_owned(),
+            file_system: FileSystem::Ext4,
+            base,
+        }];
+        for (name, file_system) in disks {
+            made.push(SiteDisk {
+                name: (*name).to_owned(),
+                file_system: *file_system,
+                base: disk::create(directory.path(), name, *file_system)?,
+            });
+        }
+        let machine = VmBuilder::new(name).with_debian();
+        let site = Self::assemble(machine, directory, made, true, false, Ok)?;
+        site.vm.shell("mkdir -p /mnt/root")?;
+        Ok(site)
     }
 
     /// The same with a vsock device, over which `vmshadow` speaks to the agent. `more` is added to the machine.
@@ -160,7 +184,7 @@ impl Site {
         let mut machine = machine.with_agent();
         for disk in &made {
             machine = machine.vhost_user(&disk.name, &daemon.socket(&disk.name));
-            if mounted {
+            if mounted && disk.name != vm::ROOT {
                 machine = machine.mounted(&format!("/mnt/{}", disk.name), disk.file_system);
             }
         }

@@ -28,6 +28,9 @@ pub(super) const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 mitigati
 /// The file in which QEMU keeps the processors' state at each reset.
 const RESETS: &str = "resets";
 
+/// The serial of the disk that a Debian starts from.
+pub const ROOT: &str = "root";
+
 /// Queues of a vhost-user disk.
 const QUEUES: u32 = 2;
 
@@ -140,7 +143,8 @@ impl VmBuilder {
         self
     }
 
-    /// Boots a Debian whose first process is its own systemd (`images/debian`), on a disk that is forgotten with the machine. It has none
+    /// Boots a Debian whose first process is its own systemd (`images/debian`), on a disk that is forgotten with the machine or the one that has the
+    /// serial [`ROOT`]. It has none
     /// of our programs but the shell; an agent is what a scenario installs.
     #[must_use]
     pub fn with_debian(mut self) -> Self {
@@ -253,7 +257,8 @@ impl VmBuilder {
                 ))
                 .args(["-device", "virtio-blk-pci,drive=usr,serial=usr"]);
         }
-        if let Some(root) = &image.root {
+        let brings_root = self.disks.iter().any(|disk| disk.serial == ROOT);
+        if let Some(root) = image.root.as_ref().filter(|_| !brings_root) {
             // What the machine writes goes to a file of QEMU's own that has no name.
             qemu.arg("-drive")
                 .arg(format!(
