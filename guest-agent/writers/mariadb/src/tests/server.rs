@@ -35,6 +35,8 @@ impl Server {
             ])
             .arg(user())
             .arg(format!("--datadir={}", top.path().join("data").display()))
+            // A server that starts removes all temporary tables from the directory for them, those of other servers too.
+            .env("TMPDIR", top.path())
             .output()
             .unwrap();
         assert!(made.status.success(), "{made:?}");
@@ -49,6 +51,7 @@ impl Server {
             .args(["--innodb-buffer-pool-size=16M", "--innodb-log-file-size=8M"])
             .arg(user())
             .arg(format!("--datadir={}", top.path().join("data").display()))
+            .env("TMPDIR", top.path())
             .arg(format!("--socket={}", top.path().join("s").display()))
             .stdout(Stdio::null())
             .stderr(std::fs::File::create(top.path().join("log")).unwrap())
