@@ -112,7 +112,8 @@ fn nothing_is_frozen(site: &Site) -> Result<()> {
     site.is_thawed(wait::STEP)
 }
 
-/// Agent and helper are killed while all is frozen: the unit's last command thaws, and the unit starts again.
+/// Agent and helper are killed while all is frozen: all thaws, by the unit's last command or the agent that it starts again (this does
+/// not tell which), and the unit runs again.
 fn killed_in_the_window(site: &Site) -> Result<()> {
     let before = property(site, AGENT, "MainPID")?;
     let mut create = site.bridge.start(&["create"], Some("frozen"))?;
