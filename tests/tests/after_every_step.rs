@@ -8,8 +8,8 @@ use vmshadow_tests::harness::bridge::{Answer, STEPS};
 use vmshadow_tests::harness::disk::FileSystem;
 use vmshadow_tests::harness::load::Load;
 use vmshadow_tests::harness::oracle::Window;
-use vmshadow_tests::harness::requires;
 use vmshadow_tests::harness::site::Site;
+use vmshadow_tests::harness::{requires, wait};
 
 /// The dead-man's 10 s, and what an emulated machine on a busy host may add.
 const THAWED_WITHIN: Duration = Duration::from_secs(25);
@@ -55,11 +55,22 @@ fn set_with(site: &Site, happens: Happens, step: &str) -> Result<Answer> {
         let mut monitor = site.vm.monitor()?;
         monitor.execute(command, serde_json::json!({})).map(drop)
     };
+    // What was killed in the last round is started again in its own time, and what was left of it has gone then.
+    let agent = wait::until("the agent and its helper", wait::STEP, || {
+        let all = site.vm.shell(&format!("echo {AGENT}; pidof guest-agent"))?;
+        let mut lines = all.lines().map(str::split_whitespace);
+        let agents: Vec<&str> = lines.next().into_iter().flatten().collect();
+        let both = lines.next().map_or(0, Iterator::count);
+        Ok(match agents.as_slice() {
+            [agent] if both == 2 => Some((*agent).to_owned()),
+            _ => None,
+        })
+    })?;
     let mut create = site.bridge.start(&["create"], Some(step))?;
     create.wait_stopped()?;
     match happens {
         Happens::AgentKilled => {
-            site.vm.shell(&format!("kill -KILL {AGENT}"))?;
+            site.vm.shell(&format!("kill -KILL {agent}"))?;
             create.go_on()?;
         }
         Happens::BothKilled => {
@@ -67,8 +78,6 @@ fn set_with(site: &Site, happens: Happens, step: &str) -> Result<Answer> {
             create.go_on()?;
         }
         Happens::AgentStopped => {
-            let agent = site.vm.shell(&format!("echo {AGENT}"))?;
-            let agent = agent.trim();
             site.vm.shell(&format!("kill -STOP {agent}"))?;
             create.go_on()?;
             site.is_thawed(THAWED_WITHIN)?;

@@ -112,10 +112,12 @@ fn nothing_is_frozen(site: &Site) -> Result<()> {
     site.is_thawed(wait::STEP)
 }
 
-/// Agent and helper are killed while all is frozen: all thaws, by the unit's last command or the agent that it starts again (this does
-/// not tell which), and the unit runs again.
+/// Agent and helper are killed while all is frozen: the unit's last command thaws, and else the unit is started again.
 fn killed_in_the_window(site: &Site) -> Result<()> {
-    let before = property(site, AGENT, "MainPID")?;
+    // Not started again, there is nobody else who could thaw.
+    site.vm.shell(&format!(
+        "d=/run/systemd/system/{AGENT}.service.d && mkdir -p $d && printf '[Service]\\nRestart=no\\n' >$d/once.conf && systemctl daemon-reload"
+    ))?;
     let mut create = site.bridge.start(&["create"], Some("frozen"))?;
     create.wait_stopped().with_context(|| site.log())?;
     // One shell for all: by the time of a second one the agent's own deadline could have thawed.
@@ -125,6 +127,14 @@ fn killed_in_the_window(site: &Site) -> Result<()> {
     create.go_on()?;
     let answer = create.wait(3 * wait::STEP)?;
     ensure!(answer.code != 0, "{answer:?}");
+    wait::until("the unit to have failed", wait::STEP, || {
+        Ok((property(site, AGENT, "ActiveState")? == "failed").then_some(()))
+    })?;
+    site.vm.shell(&format!(
+        "rm /run/systemd/system/{AGENT}.service.d/once.conf && systemctl daemon-reload && systemctl reset-failed {AGENT} && systemctl start {AGENT}"
+    ))?;
+    let before = property(site, AGENT, "MainPID")?;
+    site.vm.shell("pkill -9 -x guest-agent")?;
     wait::until("the agent to be started again", wait::STEP, || {
         let state = property(site, AGENT, "ActiveState")?;
         let now = property(site, AGENT, "MainPID")?;

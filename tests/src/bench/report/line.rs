@@ -5,6 +5,7 @@
 use serde_json::{Value, json};
 
 use super::words::number;
+use crate::bench::contestants::Fio;
 use crate::bench::rounds::Measured;
 use crate::bench::statistics::Spread;
 
@@ -157,14 +158,18 @@ impl Line {
             .met(self.ours.median, self.ratio.map(|ratio| ratio.median))
     }
 
-    /// Not met, and neither does what sets the limit reach the goal; nor does the peer, which reaches equality.
+    /// Not met, and neither does what sets the limit reach the goal; nor does the peer, which shows that equality can be reached. fio does not
+    /// show that: it has no client.
     #[must_use]
     pub fn is_beyond(&self) -> bool {
         let (Some(goal), Some(limit)) = (self.goal, &self.limit) else {
             return false;
         };
-        let reached = [1.0, limit.ratio].map(|ratio| goal.met(ratio, Some(ratio)));
-        self.met() == Some(false) && !reached.contains(&Some(true))
+        let reaches = |ratio| goal.met(ratio, Some(ratio)) == Some(true);
+        let shows_equality = |peer: &(String, Spread)| peer.0 != Fio::NAME;
+        let is_reached =
+            reaches(limit.ratio) || self.peer.as_ref().is_some_and(shows_equality) && reaches(1.0);
+        self.met() == Some(false) && !is_reached
     }
 
     pub(super) fn json(&self) -> Value {

@@ -175,6 +175,21 @@ fn a_goal_above_what_the_file_gives_is_told_apart() {
     assert_eq!(is_beyond(&report), Some(false));
     report.limit(1, "read", &slower, "fio");
     assert_eq!(is_beyond(&report), Some(true));
+    // Beside fio, which has no client, equality is not known to be within reach; beside a disk it is.
+    let all = [
+        one("vmshadow", 70.0),
+        one("fio", 100.0),
+        one("QSD raw", 100.0),
+        one("relay", 80.0),
+    ];
+    for (peer, beyond) in [("fio", true), ("QSD raw", false)] {
+        let goals = [(Quantity::Rate, peer, Goal::RatioAtLeast(0.9))];
+        let mut report = Report::default();
+        report.contest(1, "read", &all, &goals);
+        report.limit(1, "read", &all, "relay");
+        let line = report.lines().iter().find(|line| line.goal.is_some());
+        assert_eq!(line.map(Line::is_beyond), Some(beyond), "{peer}");
+    }
     // Of processor time less is better.
     let spending = |name: &str, processor_us: f64| {
         let mut measured = one(name, 100.0);
