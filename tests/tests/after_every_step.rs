@@ -57,7 +57,9 @@ fn set_with(site: &Site, happens: Happens, step: &str) -> Result<Answer> {
     };
     // What was killed in the last round is started again in its own time, and what was left of it has gone then.
     let agent = wait::until("the agent and its helper", wait::STEP, || {
-        let all = site.vm.shell(&format!("echo {AGENT}; pidof guest-agent"))?;
+        let all = site
+            .vm
+            .shell(&format!("echo {AGENT}; pidof guest-agent || true"))?;
         let mut lines = all.lines().map(str::split_whitespace);
         let agents: Vec<&str> = lines.next().into_iter().flatten().collect();
         let both = lines.next().map_or(0, Iterator::count);
