@@ -12,7 +12,7 @@ PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
 # For the tests and measurements only: a person who runs the demo need not have them.
 test test-quick test-machines kernel-cuts kills nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients mmdebstrap lintian
 # The servers that the databases' writers are tested beside, outside of any machine.
-test test-quick nightly: PACKAGES += postgresql-15 mariadb-server-core mariadb-client-core redis-server redis-tools
+test test-quick nightly: PACKAGES += postgresql-15 mariadb-server-core mariadb-client-core redis-server redis-tools etcd-server etcd-client openssl
 bench nightly: PACKAGES += fio qemu-system-common linux-perf
 TRIPLE := x86_64-unknown-linux-gnu
 PROGRAMS := target/$(TRIPLE)/release

@@ -59,6 +59,7 @@ const CRATES: &[&str] = &[
     "guest-agent",
     "guest-agent/wire",
     "guest-agent/writers/database",
+    "guest-agent/writers/etcd",
     "guest-agent/writers/mariadb",
     "guest-agent/writers/postgresql",
     "guest-agent/writers/redis",
