@@ -12,8 +12,10 @@ use guest_agent_wire::writer::{Registration, SOCKET_PATH};
 use std::fmt::Display;
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinHandle;
 
 /// Between two looks whether an answer is still waited for.
 const LOOK: Duration = Duration::from_millis(50);
@@ -174,6 +176,47 @@ impl Calls {
     pub fn beside(&self, half: impl Future<Output = ()> + Send + 'static) {
         // Its handle is of no use: it ends with its connection.
         drop(self.runtime.spawn(half));
+    }
+
+    /// Looks after a hold beside the calls. `until_lost` ends when the hold is lost, and says why.
+    #[must_use]
+    pub fn watch(&self, until_lost: impl Future<Output = String> + Send + 'static) -> Watch {
+        let loss = Arc::new(OnceLock::new());
+        let told = Arc::clone(&loss);
+        let looking = self.runtime.spawn(async move {
+            let why = until_lost.await;
+            // Nobody else tells it.
+            told.set(why).unwrap_or(());
+        });
+        Watch { loss, looking }
+    }
+}
+
+/// A hold that is looked after, until this is dropped.
+#[derive(Debug)]
+pub struct Watch {
+    loss: Arc<OnceLock<String>>,
+    looking: JoinHandle<()>,
+}
+
+impl Watch {
+    /// Whether the hold was not seen to be lost. Never waits.
+    ///
+    /// # Errors
+    /// Why it is lost.
+    pub fn still_holds(&self) -> Result<(), String> {
+        match self.loss.get() {
+            Some(why) => Err(why.clone()),
+            // Whoever looks after nothing any more, without a word, has failed.
+            None if self.looking.is_finished() => Err("nobody looks after the hold".to_owned()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.looking.abort();
     }
 }
 

@@ -48,6 +48,42 @@ fn what_lies_on_no_disk_or_cannot_be_found_is_in_no_set() {
     assert!(why(&disks, &["root"], "/no/such/file").is_some());
 }
 
+/// Looks until the hold is lost.
+fn loss(watch: &Watch) -> String {
+    let until = std::time::Instant::now() + Duration::from_secs(60);
+    loop {
+        match watch.still_holds() {
+            Err(why) => return why,
+            Ok(()) => assert!(std::time::Instant::now() < until, "not lost"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_loss_is_told_with_its_reason_and_a_watch_that_fails_is_one() {
+    let calls = Calls::new().unwrap();
+    let (lose, lost) = tokio::sync::oneshot::channel::<String>();
+    let watch = calls.watch(async { lost.await.unwrap_or_default() });
+    assert_eq!(watch.still_holds(), Ok(()));
+    lose.send("killed".to_owned()).unwrap();
+    assert_eq!(loss(&watch), "killed");
+    let failing = calls.watch(async { panic!("a client's own bug") });
+    assert_eq!(loss(&failing), "nobody looks after the hold");
+}
+
+#[test]
+fn a_watch_that_is_dropped_ends_with_what_it_holds() {
+    let calls = Calls::new().unwrap();
+    let (connection, closed) = tokio::sync::oneshot::channel::<()>();
+    let watch = calls.watch(async {
+        let _connection = connection;
+        std::future::pending().await
+    });
+    drop(watch);
+    assert!(closed.blocking_recv().is_err());
+}
+
 #[test]
 fn a_call_that_takes_too_long_is_given_up() {
     let calls = Calls::new().unwrap();

@@ -2,7 +2,7 @@
 //!
 //! Called through the writer library (`guest_agent_wire::sdk`). The server itself holds the writes (`hold: app`): `BACKUP STAGE
 //! START` in prepare, `BLOCK_COMMIT` at the freeze, from which no commit is acknowledged, and `END` at the thaw, all in one session,
-//! whose end releases the lock. Evidence is the position of the binary log, which every commit moves, and the session's number.
+//! whose end releases the lock; a second session looks that the server still has it. Evidence is the position of the binary log, which every commit moves, and the session's number.
 //! A writer that hangs is let go by the server itself, which ends an idle session after `wait_timeout`.
 //!
 //! InnoDB recovers a copy of one instant by itself; the stages also keep Aria, MyISAM and the definitions of tables whole.
@@ -34,6 +34,8 @@ pub struct MariadbWriter {
     calls: Calls,
     /// From prepare to the end of the set.
     session: Option<Session>,
+    /// Looks after the other from the freeze on; from prepare until then.
+    watcher: Option<Session>,
 }
 
 impl MariadbWriter {
@@ -48,6 +50,7 @@ impl MariadbWriter {
             disks,
             calls: Calls::new()?,
             session: None,
+            watcher: None,
         })
     }
 
@@ -64,6 +67,7 @@ impl MariadbWriter {
 
     /// Lets go: a session that ends releases its locks.
     fn let_go(&mut self) {
+        self.watcher = None;
         if let Some(session) = self.session.take() {
             session.close(&self.calls);
         }
@@ -123,24 +127,35 @@ impl Writer for MariadbWriter {
 
     fn prepare_snapshot(&mut self, call: &Call<'_>, _: &PrepareSnapshot) -> Result<(), Veto> {
         self.let_go();
+        let mut watcher = self.connect(call)?;
+        watcher.may_idle(&self.calls, call)?;
         let mut session = self.connect(call)?;
         session.start(&self.calls, call)?;
         self.session = Some(session);
+        self.watcher = Some(watcher);
         Ok(())
     }
 
     fn freeze(&mut self, call: &Call<'_>, hold: &Freeze) -> Result<Value, Veto> {
-        let Some(session) = &mut self.session else {
+        let (Some(session), Some(watcher)) = (&mut self.session, self.watcher.take()) else {
             return Err(Veto::retryable("it was not prepared"));
         };
         let hold = Duration::from_millis(hold.hold_ms);
         let frozen = session
             .block(&self.calls, hold, call)
             .and_then(|()| session.position(&self.calls, call));
+        session.watch_from(watcher, &self.calls);
         if frozen.is_err() {
             self.let_go();
         }
         frozen
+    }
+
+    fn still_holds(&mut self) -> Result<(), String> {
+        match &self.session {
+            Some(session) => session.still_holds(),
+            None => Err("there is no session with the server".to_owned()),
+        }
     }
 
     fn thaw(&mut self, call: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {

@@ -2,7 +2,7 @@
 //!
 //! Called by the writer. The server releases what a session holds when it ends.
 
-use database_writer::Calls;
+use database_writer::{Calls, Watch};
 use guest_agent_wire::sdk::{Call, Veto};
 use guest_agent_wire::types::WriterFailure;
 use mysql_async::prelude::{FromRow, Queryable};
@@ -17,10 +17,15 @@ const IDLE_S: u64 = 900;
 /// Time for a server to end a session.
 const CLOSING: Duration = Duration::from_secs(5);
 
+/// Between two looks whether the server still has the session.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// An open session.
 #[derive(Debug)]
 pub(crate) struct Session {
     connection: Conn,
+    /// From the freeze on.
+    watch: Option<Watch>,
 }
 
 /// A server's files.
@@ -52,7 +57,25 @@ const TABLES_ELSEWHERE: &str =
 impl Session {
     pub(crate) fn connect(options: Opts, calls: &Calls, call: &Call<'_>) -> Result<Self, Veto> {
         let connection = calls.within(call, "connecting", judge, Conn::new(options))?;
-        Ok(Self { connection })
+        Ok(Self {
+            connection,
+            watch: None,
+        })
+    }
+
+    /// From now on `other` looks whether the server still has this session. It is another one, since each statement of this one
+    /// would put off the server's own dead man.
+    pub(crate) fn watch_from(&mut self, other: Self, calls: &Calls) {
+        let lost = until_ended(self.connection.id(), other.connection);
+        self.watch = Some(calls.watch(lost));
+    }
+
+    /// The server was not seen to have ended it. Never waits.
+    pub(crate) fn still_holds(&self) -> Result<(), String> {
+        match &self.watch {
+            Some(watch) => watch.still_holds(),
+            None => Err("it is not frozen".to_owned()),
+        }
     }
 
     /// The server has released everything when this returns, or does not answer.
@@ -114,9 +137,14 @@ impl Session {
         })
     }
 
+    /// May say nothing from prepare to the freeze.
+    pub(crate) fn may_idle(&mut self, calls: &Calls, call: &Call<'_>) -> Result<(), Veto> {
+        self.limits(calls, call, IDLE_S)
+    }
+
     /// Keeps others from beginning a backup, and lets the server do what takes long.
     pub(crate) fn start(&mut self, calls: &Calls, call: &Call<'_>) -> Result<(), Veto> {
-        self.limits(calls, call, IDLE_S)?;
+        self.may_idle(calls, call)?;
         self.run(calls, call, "BACKUP STAGE START")
     }
 
@@ -159,6 +187,20 @@ impl Session {
             "binlog_file": file,
             "binlog_position": position,
         }))
+    }
+}
+
+/// Looks through `other` until the server has ended a session, or is told to; says so. A server that does not answer has ended nothing.
+async fn until_ended(session: u32, mut other: Conn) -> String {
+    let is_there = format!(
+        "SELECT COUNT(*) FROM information_schema.processlist WHERE id = {session} AND command <> 'Killed'"
+    );
+    loop {
+        match other.query_first::<u64, _>(is_there.as_str()).await {
+            Ok(Some(1)) => tokio::time::sleep(LOOK).await,
+            Ok(_) => return format!("the server has ended session {session}, which held commits"),
+            Err(error) => return format!("looking for session {session}: {error}"),
+        }
     }
 }
 

@@ -1,10 +1,16 @@
 //! The writer beside a real server on this machine (Debian's `mariadb-server-core`; skipped aloud where it is not).
 
+mod agent;
 mod server;
 
 use super::*;
+use agent::Agent;
+use guest_agent_wire::sdk;
 use guest_agent_wire::types::WriterFailure;
+use guest_agent_wire::writer::{EventKind, Release, Reply};
 use server::Server;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -103,6 +109,66 @@ fn a_session_that_was_lost_while_frozen_does_not_say_held() {
     server.ask(&format!("KILL {}", evidence["session"]));
     assert!(writer.thaw(&call(), &thaw()).is_err());
     server.ask("CREATE DATABASE d");
+}
+
+/// Looks as the library does, until the hold is lost.
+fn is_lost(writer: &mut MariadbWriter) -> String {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        match writer.still_holds() {
+            Err(why) => return why,
+            Ok(()) => assert!(Instant::now() < until, "it still says that it holds"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_session_or_a_server_that_is_killed_in_the_window_is_told_before_the_thaw() {
+    let Some(server) = Server::start() else {
+        return;
+    };
+    let mut writer = writer(&server);
+    writer.prepare_snapshot(&call(), &snapshot()).unwrap();
+    let evidence = writer.freeze(&call(), &hold(60_000)).unwrap();
+    server.wait_for_looks();
+    assert_eq!(writer.still_holds(), Ok(()));
+    server.ask(&format!("KILL {}", evidence["session"]));
+    let why = is_lost(&mut writer);
+    assert!(why.contains("has ended session"), "{why}");
+
+    writer.abort("s", "lost");
+    writer.prepare_snapshot(&call(), &snapshot()).unwrap();
+    writer.freeze(&call(), &hold(60_000)).unwrap();
+    server.wait_for_looks();
+    assert_eq!(writer.still_holds(), Ok(()));
+    // It kills the server.
+    drop(server);
+    let why = is_lost(&mut writer);
+    assert!(why.contains("looking for session"), "{why}");
+}
+
+#[test]
+fn the_agent_hears_of_a_killed_session_while_the_window_is_open() {
+    let Some(server) = Server::start() else {
+        return;
+    };
+    let mut writer = writer(&server);
+    let (agent, ours) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| sdk::serve(&mut writer, &ours));
+        let mut agent = Agent::on(agent, DEADLINE);
+        let prepared: Reply = agent.ask(EventKind::PrepareSnapshot(snapshot()));
+        assert!(prepared.ok, "{prepared:?}");
+        let frozen: Reply = agent.ask(EventKind::Freeze(hold(60_000)));
+        server.ask(&format!("KILL {}", frozen.evidence["session"]));
+        let release: Release = agent.read();
+        assert!(release.release.contains("has ended session"), "{release:?}");
+        // Commits go on, and the thaw that comes all the same does not say held.
+        server.ask("CREATE DATABASE d");
+        let thawed: Reply = agent.ask(EventKind::Thaw(thaw()));
+        assert_ne!(thawed.held, Some(true), "{thawed:?}");
+    });
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! A snapshot writer for Redis 6.2 and later, on its client library.
 //!
 //! Called through the writer library (`guest_agent_wire::sdk`). The server holds the writes (`hold: app`): `CLIENT PAUSE .. WRITE`
-//! at the freeze, which ends by itself, and `CLIENT UNPAUSE` at the thaw. What was acknowledged is then brought to its files: with
+//! at the freeze, which ends by itself, and `CLIENT UNPAUSE` at the thaw. A
+//! second connection publishes an empty message, which the server keeps back for as long as it holds writes: the answer tells of the end of
+//! the pause, whoever ended it. What was acknowledged is then brought to its files: with
 //! an append-only file the rest of its buffer (the frozen file system writes back what the kernel has); without one a `BGSAVE`
 //! inside the pause, since a dump holds only what was there when it began. Evidence is what every write changes.
 //!
@@ -134,17 +136,25 @@ impl Writer for RedisWriter {
         frozen
     }
 
+    fn still_holds(&mut self) -> Result<(), String> {
+        match &self.session {
+            Some(session) => session.still_holds(),
+            None => Err("there is no session with the server".to_owned()),
+        }
+    }
+
     fn thaw(&mut self, call: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
         let Some(session) = &mut self.session else {
             return Err(Veto::retryable("it was not frozen"));
         };
         // Asked for before writes go on.
         let evidence = session.evidence(&self.calls, call);
+        let held = session.still_holds().is_ok();
         let ended = session.unpause(&self.calls, call);
         self.session = None;
         ended?;
         Ok(Held {
-            held: true,
+            held,
             evidence: evidence?,
         })
     }

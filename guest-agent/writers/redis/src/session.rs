@@ -2,7 +2,7 @@
 //!
 //! Called by the writer. The connection is never made anew: a pause, and what it proves, belong to one run of the server.
 
-use database_writer::Calls;
+use database_writer::{Calls, Watch};
 use guest_agent_wire::sdk::{Call, Veto};
 use guest_agent_wire::types::WriterFailure;
 use redis::aio::MultiplexedConnection;
@@ -30,9 +30,16 @@ pub(crate) struct Layout {
     pub(crate) append_only: Option<String>,
 }
 
+/// Channel of a message that no client reads, and that the server keeps back as long as it holds writes.
+const CHANNEL: &str = "vmshadow";
+
 /// An open session.
 pub(crate) struct Session {
     connection: MultiplexedConnection,
+    /// Waits for the end of the pause; nothing else can be asked there meanwhile.
+    waiting: MultiplexedConnection,
+    /// From the pause on.
+    watch: Option<Watch>,
 }
 
 impl std::fmt::Debug for Session {
@@ -52,9 +59,15 @@ impl Session {
     pub(crate) fn connect(client: &Client, calls: &Calls, call: &Call<'_>) -> Result<Self, Veto> {
         // Limits are ours: the client's own would be shorter than a save.
         let config = AsyncConnectionConfig::new().set_response_timeout(None);
-        let asked = client.get_multiplexed_async_connection_with_config(&config);
-        let connection = calls.within(call, "connecting", judge, asked)?;
-        Ok(Self { connection })
+        let connect = || {
+            let asked = client.get_multiplexed_async_connection_with_config(&config);
+            calls.within(call, "connecting", judge, asked)
+        };
+        Ok(Self {
+            connection: connect()?,
+            waiting: connect()?,
+            watch: None,
+        })
     }
 
     fn ask<T: FromRedisValue>(
@@ -102,7 +115,7 @@ impl Session {
         })
     }
 
-    /// A server that does not get its data to its files is not asked to hold it.
+    /// A server that does not get its data to its files, or lets nobody wait for the end of a pause, is not asked to hold it.
     pub(crate) fn check(&mut self, calls: &Calls, call: &Call<'_>) -> Result<(), Veto> {
         let info = self.info(calls, call)?;
         if !is(&info, "loading", "0") {
@@ -113,13 +126,15 @@ impl Session {
         } else {
             "rdb_last_bgsave_status"
         };
-        if is(&info, wanted, "ok") {
-            Ok(())
-        } else {
-            Err(Veto::retryable(format!(
+        if !is(&info, wanted, "ok") {
+            return Err(Veto::retryable(format!(
                 "{wanted} is not ok: the server cannot write its files"
-            )))
+            )));
         }
+        let message = message();
+        let sent = message.query_async::<i64>(&mut self.waiting);
+        calls.within(call, "PUBLISH", judge, sent)?;
+        Ok(())
     }
 
     /// Holds writes, at most this long whatever becomes of us.
@@ -132,7 +147,17 @@ impl Session {
         let mut command = cmd("CLIENT");
         let hold_ms = u64::try_from(hold.as_millis()).unwrap_or(u64::MAX);
         command.arg("PAUSE").arg(hold_ms).arg("WRITE");
-        self.ask(calls, call, &command)
+        self.ask::<()>(calls, call, &command)?;
+        self.watch = Some(calls.watch(until_over(self.waiting.clone())));
+        Ok(())
+    }
+
+    /// The pause was not seen to end, whoever ended it. Never waits.
+    pub(crate) fn still_holds(&self) -> Result<(), String> {
+        match &self.watch {
+            Some(watch) => watch.still_holds(),
+            None => Err("it is not frozen".to_owned()),
+        }
     }
 
     pub(crate) fn unpause(&mut self, calls: &Calls, call: &Call<'_>) -> Result<(), Veto> {
@@ -192,6 +217,21 @@ impl Session {
             evidence[*name] = json!(value);
         }
         Ok(evidence)
+    }
+}
+
+/// Changes nothing and goes into no file; but since it goes to replicas, it waits as long as writes are held.
+fn message() -> Cmd {
+    let mut message = cmd("PUBLISH");
+    message.arg(CHANNEL).arg("");
+    message
+}
+
+/// Ends when the server lets writes go on, or is gone; says which.
+async fn until_over(mut waiting: MultiplexedConnection) -> String {
+    match message().query_async::<i64>(&mut waiting).await {
+        Ok(_) => "the pause is over: writes go on".to_owned(),
+        Err(error) => format!("waiting for the end of the pause: {error}"),
     }
 }
 

@@ -1,10 +1,16 @@
 //! The writer beside a real server on this machine (Debian's `redis-server`; skipped aloud where it is not).
 
+mod agent;
 mod server;
 
 use super::*;
+use agent::Agent;
+use guest_agent_wire::sdk;
 use guest_agent_wire::types::WriterFailure;
+use guest_agent_wire::writer::{EventKind, Release, Reply};
 use server::Server;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -94,6 +100,86 @@ fn a_pause_that_somebody_ends_shows_in_the_evidence() {
         let held = writer.thaw(&call(), &thaw()).unwrap();
         assert_ne!(held.evidence, evidence, "{kind:?}");
     }
+}
+
+/// Looks as the library does, until the hold is lost.
+fn is_lost(writer: &mut RedisWriter) -> String {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        match writer.still_holds() {
+            Err(why) => return why,
+            Ok(()) => assert!(Instant::now() < until, "it still says that it holds"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_pause_that_ends_or_a_server_that_is_killed_in_the_window_is_told_before_the_thaw() {
+    for kind in KINDS {
+        let Some(server) = Server::start(kind) else {
+            return;
+        };
+        let mut writer = writer(&server);
+        let freeze = |writer: &mut RedisWriter, hold_ms| {
+            writer.abort("s", "the one before");
+            writer.prepare_snapshot(&call(), &snapshot()).unwrap();
+            writer.freeze(&call(), &hold(hold_ms)).unwrap();
+        };
+        freeze(&mut writer, 60_000);
+        let mut application = server.begin(&["INCR", "n"]);
+        server.wait_for_blocked();
+        assert_eq!(writer.still_holds(), Ok(()));
+        server.client(&["CLIENT", "UNPAUSE"]);
+        assert!(application.wait().unwrap().success());
+        let why = is_lost(&mut writer);
+        assert!(why.contains("the pause is over"), "{why}");
+        assert!(!writer.thaw(&call(), &thaw()).unwrap().held);
+
+        freeze(&mut writer, 200);
+        let why = is_lost(&mut writer);
+        assert!(why.contains("the pause is over"), "{why}");
+
+        freeze(&mut writer, 60_000);
+        assert_eq!(writer.still_holds(), Ok(()));
+        // It kills the server.
+        drop(server);
+        let why = is_lost(&mut writer);
+        assert!(why.contains("waiting for the end of the pause"), "{why}");
+    }
+}
+
+#[test]
+fn the_agent_hears_of_a_pause_that_somebody_ended_while_the_window_is_open() {
+    let Some(server) = Server::start(&[]) else {
+        return;
+    };
+    let mut writer = writer(&server);
+    let (agent, ours) = UnixStream::pair().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| sdk::serve(&mut writer, &ours));
+        let mut agent = Agent::on(agent, DEADLINE);
+        let prepared: Reply = agent.ask(EventKind::PrepareSnapshot(snapshot()));
+        assert!(prepared.ok, "{prepared:?}");
+        let frozen: Reply = agent.ask(EventKind::Freeze(hold(60_000)));
+        assert!(frozen.ok, "{frozen:?}");
+        server.client(&["CLIENT", "UNPAUSE"]);
+        let release: Release = agent.read();
+        assert!(release.release.contains("the pause is over"), "{release:?}");
+        let thawed: Reply = agent.ask(EventKind::Thaw(thaw()));
+        assert_ne!(thawed.held, Some(true), "{thawed:?}");
+    });
+}
+
+#[test]
+fn who_may_not_wait_for_the_end_of_the_pause_may_not_hold() {
+    let Some(server) = Server::start(&[]) else {
+        return;
+    };
+    server.client(&["ACL", "SETUSER", "default", "-publish"]);
+    let mut writer = writer(&server);
+    let veto = writer.prepare_snapshot(&call(), &snapshot()).unwrap_err();
+    assert_eq!(veto.code, WriterFailure::Nonretryable, "{}", veto.message);
 }
 
 #[test]

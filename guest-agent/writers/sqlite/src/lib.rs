@@ -3,7 +3,7 @@
 //! Called through the writer library (`guest_agent_wire::sdk`). Prepare checkpoints the write-ahead logs, as far as that goes
 //! without waiting for anybody; freeze takes the write lock of every database with `BEGIN IMMEDIATE`; thaw rolls these empty
 //! transactions back. Invariants: nothing is ever written to a database; `held` is said only if every transaction is still
-//! open on the connection that began it; a database file is never opened except by SQLite, since closing a descriptor of it
+//! open on the connection that began it, and the path still names the file that it is open on; a database file is never opened except by SQLite, since closing a descriptor of it
 //! would drop the locks that this process holds.
 
 use guest_agent::filesystem::plan::Sources;
@@ -18,6 +18,7 @@ use guest_agent_wire::writer::{
 };
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 use serde_json::{Value, json};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,33 @@ pub struct SqliteWriter {
     databases: Vec<PathBuf>,
     sources: Sources,
     /// One for each database, from prepare to the end of the set.
-    open: Vec<Connection>,
+    open: Vec<Open>,
+}
+
+/// An open database.
+#[derive(Debug)]
+struct Open {
+    connection: Connection,
+    /// Of the file that its path named before it was opened.
+    file: FileId,
+}
+
+/// Names a file, whatever its path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// Of the file at this path, which is not opened.
+    fn of(path: &Path) -> std::io::Result<Self> {
+        let stat = std::fs::metadata(path)?;
+        Ok(Self {
+            device: stat.dev(),
+            inode: stat.ino(),
+        })
+    }
 }
 
 impl SqliteWriter {
@@ -68,9 +95,11 @@ impl SqliteWriter {
         for path in &self.databases {
             // Never created: a path that is wrong must not pass for an empty database.
             let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+            let file = FileId::of(path)
+                .map_err(|error| Veto::retryable(format!("{}: {error}", path.display())))?;
             let connection = Connection::open_with_flags(path, flags)
                 .map_err(|error| veto(path, "open", &error))?;
-            self.open.push(connection);
+            self.open.push(Open { connection, file });
         }
         Ok(())
     }
@@ -78,8 +107,8 @@ impl SqliteWriter {
     fn lock_all(&self, call: &Call<'_>) -> Result<(), Veto> {
         // A quarter is left for the answer: one that is late fails the set as well, but says less.
         let until = Instant::now() + call.remaining() * 3 / 4;
-        for (path, connection) in self.databases.iter().zip(&self.open) {
-            begin_immediate(connection, until)
+        for (path, open) in self.databases.iter().zip(&self.open) {
+            begin_immediate(&open.connection, until)
                 .map_err(|error| veto(path, "BEGIN IMMEDIATE", &error))?;
         }
         Ok(())
@@ -89,9 +118,9 @@ impl SqliteWriter {
     /// checkpoint, which may run while the lock is held, changes none of them.
     fn evidence(&self) -> Result<Value, Veto> {
         let mut all = Vec::new();
-        for (path, connection) in self.databases.iter().zip(&self.open) {
+        for (path, open) in self.databases.iter().zip(&self.open) {
             let pragma = |name: &str| -> Result<i64, Veto> {
-                connection
+                open.connection
                     .query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))
                     .map_err(|error| veto(path, name, &error))
             };
@@ -105,10 +134,24 @@ impl SqliteWriter {
         Ok(Value::Array(all))
     }
 
+    /// Nothing but this process can take its locks away, and while its transactions are open it does not; but somebody may put
+    /// another file in the place of one, which nobody has locked.
+    fn check_locks(&self) -> Result<(), String> {
+        for (path, open) in self.databases.iter().zip(&self.open) {
+            if open.connection.is_autocommit() {
+                return Err(format!("{}: the transaction has ended", path.display()));
+            }
+            if FileId::of(path).ok() != Some(open.file) {
+                return Err(format!("{}: it is another file now", path.display()));
+            }
+        }
+        Ok(())
+    }
+
     /// Rolls back what is open. True if a transaction was open on every connection, and each rolled back.
     fn unlock_all(&self) -> bool {
         let mut held = self.open.len() == self.databases.len();
-        for connection in &self.open {
+        for Open { connection, .. } in &self.open {
             // Without a transaction there is nothing to roll back, and nothing was held.
             let is_locked = !connection.is_autocommit();
             held &= is_locked && connection.execute_batch("ROLLBACK").is_ok();
@@ -187,7 +230,7 @@ impl Writer for SqliteWriter {
 
     fn prepare_snapshot(&mut self, _: &Call<'_>, _: &PrepareSnapshot) -> Result<(), Veto> {
         self.connect()?;
-        for connection in &self.open {
+        for Open { connection, .. } in &self.open {
             // Best effort: a busy database is as consistent with a long log as with a short one, it only opens more slowly.
             for (mode, wait) in [("PASSIVE", Duration::ZERO), ("TRUNCATE", CHECKPOINT_WAIT)] {
                 let checkpoint = format!("PRAGMA wal_checkpoint({mode})");
@@ -204,17 +247,25 @@ impl Writer for SqliteWriter {
         if self.open.len() != self.databases.len() {
             self.connect()?;
         }
-        let evidence = self.lock_all(call).and_then(|()| self.evidence());
+        let evidence = self
+            .lock_all(call)
+            .and_then(|()| self.check_locks().map_err(Veto::retryable))
+            .and_then(|()| self.evidence());
         if evidence.is_err() {
             self.open.clear();
         }
         evidence
     }
 
+    fn still_holds(&mut self) -> Result<(), String> {
+        self.check_locks()
+    }
+
     fn thaw(&mut self, _: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
         // Asked for before the locks are let go.
         let evidence = self.evidence();
-        let held = self.unlock_all();
+        let was_locked = self.check_locks().is_ok();
+        let held = self.unlock_all() && was_locked;
         Ok(Held {
             held,
             evidence: evidence?,

@@ -144,8 +144,39 @@ fn a_database_that_is_busy_for_too_long_is_a_retryable_veto_and_nothing_stays_lo
 fn a_lost_transaction_is_owned_up_to() {
     let mut bench = Bench::new(&["a"], "WAL");
     bench.freeze().unwrap();
-    bench.writer.open[0].execute_batch("ROLLBACK").unwrap();
+    assert_eq!(bench.writer.still_holds(), Ok(()));
+    let lost = &bench.writer.open[0].connection;
+    lost.execute_batch("ROLLBACK").unwrap();
+    let why = bench.writer.still_holds().unwrap_err();
+    assert!(why.contains("transaction has ended"), "{why}");
     assert!(!bench.writer.thaw(&call(), &thaw()).unwrap().held);
+}
+
+/// Puts a database of its own in the place of this one, as an application does that writes a new file and renames it.
+fn replace(bench: &Bench, name: &str) {
+    let new = bench.top.path().join("new");
+    std::fs::copy(bench.top.path().join(name), &new).unwrap();
+    std::fs::rename(&new, bench.top.path().join(name)).unwrap();
+}
+
+#[test]
+fn a_file_that_was_replaced_is_not_locked_and_that_is_owned_up_to() {
+    let mut bench = Bench::new(&["a", "b"], "DELETE");
+    bench.freeze().unwrap();
+    replace(&bench, "b");
+    assert!(insert(&bench.application("b")), "nobody holds the new one");
+    let why = bench.writer.still_holds().unwrap_err();
+    assert!(why.contains("/b: it is another file now"), "{why}");
+    assert!(!bench.writer.thaw(&call(), &thaw()).unwrap().held);
+
+    // Between prepare and freeze it is a veto, with nothing locked.
+    let snapshot = PrepareSnapshot { set: "s".into() };
+    bench.writer.prepare_snapshot(&call(), &snapshot).unwrap();
+    replace(&bench, "b");
+    let veto = bench.writer.freeze(&call(), &hold()).unwrap_err();
+    assert_eq!(veto.code, WriterFailure::Retryable, "{}", veto.message);
+    assert!(insert(&bench.application("a")));
+    bench.freeze().unwrap();
 }
 
 #[test]

@@ -106,6 +106,25 @@ impl Server {
             .unwrap()
     }
 
+    /// Waits until a session has looked several times for another one.
+    pub(super) fn wait_for_looks(&self) {
+        let looks = || -> u64 {
+            let count = "SHOW GLOBAL STATUS LIKE 'Com_select'";
+            self.ask(count)
+                .rsplit('\t')
+                .next()
+                .unwrap()
+                .parse()
+                .unwrap()
+        };
+        let enough = looks() + 3;
+        let until = Instant::now() + Duration::from_secs(60);
+        while looks() < enough {
+            assert!(Instant::now() < until, "nobody looks");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Waits until a session waits for this.
     pub(super) fn wait_for_state(&self, state: &str) {
         let count = format!(

@@ -65,12 +65,12 @@ impl Server {
         self.command(words).stdout(Stdio::null()).spawn().unwrap()
     }
 
-    /// Waits until a client is held.
+    /// Waits until a client is held beside the writer itself.
     pub(super) fn wait_for_blocked(&self) {
         let until = Instant::now() + Duration::from_secs(60);
         while !self
             .client(&["INFO", "clients"])
-            .contains("blocked_clients:1")
+            .contains("blocked_clients:2")
         {
             assert!(
                 Instant::now() < until,
