@@ -44,7 +44,7 @@ images: deps ## build the programs and the small guest's image
 	@echo "images: building the programs and the guest"
 	images/build.sh
 
-database-images: images ## and the guest with PostgreSQL, MariaDB, Redis, SQLite and the stock guest agent
+database-images: images ## and the guest with PostgreSQL, MariaDB, Redis, etcd, SQLite and the stock guest agent
 	@echo "images: the databases' guest"
 	images/build.sh databases
 
@@ -91,7 +91,7 @@ bench-figures: ## keep the drawings of the last `make bench` where the documents
 
 database-proofs: database-images ## 100 sets of each database under load, each copy started and checked in a second machine
 	VMSHADOW_DATABASE_SETS=$${VMSHADOW_DATABASE_SETS:-100} cargo test --locked -p vmshadow-tests --test databases_postgresql \
-	    --test databases_mariadb --test databases_redis --test databases_sqlite -- --test-threads=$(MACHINES) --nocapture
+	    --test databases_mariadb --test databases_redis --test databases_etcd --test databases_sqlite -- --test-threads=$(MACHINES) --nocapture
 
 writer-figures: database-images ## what a database's clients see of a set: with our writer, with none, with qemu-ga, without a set
 	@$(PROGRAMS)/writer-figures

@@ -20,7 +20,7 @@ triple=x86_64-unknown-linux-gnu
 programs=$target/$triple/release
 guest_programs=(guest-agent vmshadow-writer sqlite-writer guest-shell guest-load guest-writers)
 # What the databases' guest has besides.
-database_programs=(postgresql-writer mariadb-writer redis-writer unit-writer guest-database-load)
+database_programs=(postgresql-writer mariadb-writer redis-writer etcd-writer unit-writer guest-database-load)
 
 say() { echo "images: $*" >&2; }
 
@@ -31,7 +31,7 @@ build_programs() {
     # A build inside `cargo test` must not inherit what cargo told that run.
     env -u CARGO_ENCODED_RUSTFLAGS RUSTFLAGS="-C target-feature=+crt-static" \
         cargo build --quiet --locked --release --target "$triple" --bins \
-        -p vhost-blk -p vhost-blk-store -p guest-agent -p sqlite-writer -p postgresql-writer -p mariadb-writer -p redis-writer -p unit-writer -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
+        -p vhost-blk -p vhost-blk-store -p guest-agent -p sqlite-writer -p postgresql-writer -p mariadb-writer -p redis-writer -p etcd-writer -p unit-writer -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
 }
 
 # The words of a list without its comments.

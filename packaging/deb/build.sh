@@ -117,3 +117,4 @@ writer() { # writer SERVER USER TITLE
 writer postgresql postgres PostgreSQL
 writer mariadb mysql MariaDB
 writer redis redis Redis
+writer etcd etcd etcd

@@ -18,6 +18,7 @@ const SERVERS: &[(&str, &str)] = &[
     ("postgresql", "postgres"),
     ("mariadb", "mysql"),
     ("redis", "redis"),
+    ("etcd", "etcd"),
 ];
 /// Programs and their manuals.
 const MANUALS: &[(&str, &str)] = &[
@@ -28,6 +29,7 @@ const MANUALS: &[(&str, &str)] = &[
     ("postgresql-writer", "postgresql-writer.8"),
     ("mariadb-writer", "mariadb-writer.8"),
     ("redis-writer", "redis-writer.8"),
+    ("etcd-writer", "etcd-writer.8"),
 ];
 
 fn run(command: &mut Command) -> Result<String> {
@@ -393,7 +395,7 @@ fn writers_are_off_until_they_are_enabled(debian: &Debian, packages: &[String]) 
         ensure!(!verified.contains("vmshadow"), "{verified}");
         debian.run(&format!("systemctl enable {unit}"))?;
     }
-    debian.run("rm /etc/default/vmshadow-sqlite-writer-root; apt-get -y purge vmshadow-writer-postgresql vmshadow-writer-mariadb vmshadow-writer-redis")?;
+    debian.run("rm /etc/default/vmshadow-sqlite-writer-root; apt-get -y purge vmshadow-writer-postgresql vmshadow-writer-mariadb vmshadow-writer-redis vmshadow-writer-etcd")?;
     for (server, _) in SERVERS {
         let state = debian.state(&format!("vmshadow-writer-{server}"))?;
         ensure!(state.is_empty(), "{server}: {state}");

@@ -24,11 +24,12 @@ const ROUNDS: usize = 10;
 const CLIENTS: usize = 3;
 /// Length of a turn; a set takes a part of it.
 const TURN: Duration = Duration::from_secs(4);
-const KINDS: [Kind; 4] = [
+const KINDS: [Kind; 5] = [
     Kind::Postgresql,
     Kind::Mariadb,
     Kind::Redis,
     Kind::RedisDump,
+    Kind::Etcd,
 ];
 
 /// Who makes the set of a turn.

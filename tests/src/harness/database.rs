@@ -32,6 +32,8 @@ pub enum Kind {
     Redis,
     /// Redis with dumps alone.
     RedisDump,
+    /// etcd, a cluster of one member.
+    Etcd,
 }
 
 impl Kind {
@@ -43,6 +45,7 @@ impl Kind {
             Self::Mariadb => "mariadb",
             Self::Redis => "redis",
             Self::RedisDump => "redis-dump",
+            Self::Etcd => "etcd",
         }
     }
 
@@ -53,6 +56,7 @@ impl Kind {
             Self::Postgresql => "PostgreSQL",
             Self::Mariadb => "MariaDB",
             Self::Redis | Self::RedisDump => "Redis",
+            Self::Etcd => "etcd",
         }
     }
 
@@ -116,6 +120,23 @@ impl Kind {
                 }
                 all
             }
+            Self::Etcd => {
+                let value = "--print-value-only";
+                let latest = self.ask(vm, &format!("get latest/{client} {value}"))?;
+                let keys = format!("get tx/{client}/ --prefix");
+                let last = format!("{keys} --sort-by KEY --order DESCEND --limit 1 {value}");
+                let last = self.ask(vm, &last)?;
+                // It is that of all, whatever the limit.
+                let count = self.ask(
+                    vm,
+                    &format!("{keys} --limit 1 --keys-only --write-out fields"),
+                )?;
+                let count = count
+                    .lines()
+                    .find_map(|line| line.strip_prefix("\"Count\" :"));
+                let count = count.context("no count")?;
+                format!("{latest} {count} {last}")
+            }
         };
         let split = numbers.split(|character: char| !character.is_ascii_digit());
         let words: Vec<u64> = split
@@ -137,8 +158,9 @@ impl Kind {
         })
     }
 
-    /// The copy's log reaches the position that the writer recorded at the freeze. The server has recovered and runs.
-    fn reaches(self, vm: &Vm, evidence: &Value) -> Result<()> {
+    /// The copy's log reaches the position that the writer recorded at the freeze. The server has recovered and runs, and the one
+    /// that was copied runs too.
+    fn reaches(self, origin: &Vm, vm: &Vm, evidence: &Value) -> Result<()> {
         let text = |name: &str| {
             let value = evidence[name].as_str();
             value.with_context(|| format!("no {name} in {evidence}"))
@@ -172,14 +194,29 @@ impl Kind {
                 let changes = text("rdb_changes_since_last_save")?;
                 ensure!(changes == "0", "{changes} changes were in no dump");
             }
+            Self::Etcd => {
+                let recorded = &evidence["revision"];
+                let recorded = recorded.as_u64().context("no revision")?;
+                // A copy that ends before that revision refuses to say; all up to it is to be the same.
+                let words = format!("endpoint hashkv --rev {recorded}");
+                let [copy, whole] = [vm, origin].map(|vm| self.ask(vm, &words));
+                let (copy, whole) = (copy?, whole?);
+                ensure!(
+                    copy == whole && !copy.is_empty(),
+                    "at {recorded}: {copy}, but {whole}"
+                );
+                let alarms = self.ask(vm, "alarm list")?;
+                ensure!(alarms.is_empty(), "{alarms}");
+            }
         }
         Ok(())
     }
 
-    /// Starts the server on a copy that is mounted in `directory`, has its own checker look at it, and returns what the load
+    /// Starts the server on a copy of `origin`'s disk that is mounted in `directory`, has its own checker look at it, and returns what the load
     /// left there.
     pub fn judge(
         self,
+        origin: &Vm,
         vm: &Vm,
         directory: &str,
         evidence: &Value,
@@ -188,17 +225,17 @@ impl Kind {
         match self {
             Self::Postgresql | Self::Mariadb => {
                 self.run(vm, "start", directory)?;
-                self.reaches(vm, evidence)?;
+                self.reaches(origin, vm, evidence)?;
                 let found = self.found(vm, clients)?;
                 self.run(vm, "check", directory)?;
                 self.run(vm, "stop", directory)?;
                 Ok(found)
             }
-            Self::Redis | Self::RedisDump => {
+            Self::Redis | Self::RedisDump | Self::Etcd => {
                 // A start could mend what the checker is to see.
                 self.run(vm, "check", directory)?;
                 self.run(vm, "start", directory)?;
-                self.reaches(vm, evidence)?;
+                self.reaches(origin, vm, evidence)?;
                 let found = self.found(vm, clients)?;
                 self.run(vm, "stop", directory)?;
                 Ok(found)

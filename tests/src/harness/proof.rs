@@ -73,7 +73,13 @@ fn batch(site: &Site, kind: Kind, first: usize, count: usize) -> Result<()> {
     for (number, set) in taken.iter().enumerate() {
         let evidence = evidence(set)?;
         let found = kind
-            .judge(&second, &format!("/mnt/{number}"), evidence, CLIENTS)
+            .judge(
+                &site.vm,
+                &second,
+                &format!("/mnt/{number}"),
+                evidence,
+                CLIENTS,
+            )
             .with_context(|| format!("{:#}", set.answer.document))?;
         ensure!(found.len() == CLIENTS, "{found:?}");
         for (client, found) in found.iter().enumerate() {

@@ -257,7 +257,7 @@ impl Site {
 
     /// Starts a database's writer and waits until the agent knows it.
     pub fn database_writer(&self, kind: Kind) -> Result<()> {
-        let command = format!("database writer {} -", kind.name());
+        let command = format!("database writer {} /mnt/a", kind.name());
         self.writer(&command, kind.writer())
     }
 

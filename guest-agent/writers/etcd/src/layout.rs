@@ -14,19 +14,24 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The component: a member's keys share its log, so none can be restored alone.
 const COMPONENT: &str = "member";
 
 /// What a person is told who restores it.
 const PROCEDURE: &str = "Cluster of one member: stop it, put member/ (and the log, if it lies apart) back, start it. \
-     Cluster of several: never start an old member beside the others; start a new cluster from it with `etcd --force-new-cluster`, \
-     or with `etcdctl snapshot restore --skip-hash-check member/snap/db`, and add members to that.";
+     Cluster of several: never start an old member beside the others; start a new cluster from it with `etcd --force-new-cluster` \
+     and add members to that. A restore of member/snap/db alone lacks what is only in the log yet.";
 
 /// The length of a log record, and padding in its highest byte.
 const LENGTH_BYTES: usize = 8;
 /// The first two records of a log file are far shorter.
 const HEAD_BYTES: u64 = 4096;
+/// How often a log is looked at before it is nobody's.
+const LOOKS: usize = 5;
+/// Between two of these.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Where a member's files are, as its own options of these names say.
 #[derive(Args, Clone, Debug)]
@@ -81,11 +86,10 @@ impl Roots {
                 ),
             ));
         }
-        // etcd locks its log's newest file as long as it runs. A lock that we get is gone with the file.
-        match fcntl_lock(&file, FlockOperation::NonBlockingLockShared) {
-            Err(Errno::AGAIN | Errno::ACCESS) => Ok(()),
+        match is_written(&file) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(tell(&newest, "no server has this log open".to_owned())),
             Err(error) => Err(tell(&newest, error.to_string())),
-            Ok(()) => Err(tell(&newest, "no server has this log open".to_owned())),
         }
     }
 
@@ -104,6 +108,20 @@ impl Roots {
             ..Metadata::default()
         }
     }
+}
+
+/// A member has this file of its log open: it locks the newest as long as it runs. A new one is nobody's for a moment, so it is
+/// looked at more than once.
+fn is_written(file: &File) -> rustix::io::Result<bool> {
+    for _ in 0..LOOKS {
+        match fcntl_lock(file, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::AGAIN | Errno::ACCESS) => return Ok(true),
+            Err(error) => return Err(error),
+            Ok(()) => fcntl_lock(file, FlockOperation::Unlock)?,
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(false)
 }
 
 /// The newest file of a log: names begin with a number that grows.

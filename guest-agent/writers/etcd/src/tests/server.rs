@@ -222,11 +222,15 @@ impl Server {
         copy
     }
 
-    /// A member of its own that starts from a copy; the old one is gone.
-    pub(super) fn restart_from(self, copy: TempDir) -> Self {
+    /// A member that starts from a copy, with these options besides; the old one is gone.
+    pub(super) fn restart_from(self, copy: TempDir, options: &[&str]) -> Self {
         let host = self.host.clone();
         drop(self);
-        let server = Self::serve(Arc::new(copy), host, &Wanted::default());
+        let wanted = Wanted {
+            options: options.iter().map(|&option| option.to_owned()).collect(),
+            ..Wanted::default()
+        };
+        let server = Self::serve(Arc::new(copy), host, &wanted);
         server.wait_until_it_answers();
         server
     }

@@ -1,9 +1,11 @@
 //! The load of a database server inside the guest: `guest-database-load KIND PORT CLIENTS ADDRESS`.
 //!
 //! Started by `harness::load` through the guest's shell. Each client commits transactions 1, 2, 3, ... of its own, one after the
-//! other: a row or list entry with the number, and the number as the client's last, so that half a transaction shows. Each is
+//! other: a row, list entry or key with the number, and the number as the client's last, so that half a transaction shows. Each is
 //! acknowledged to the host after the server has acknowledged it, with the client's number for that of the database.
 //! Acknowledgements are dropped when the port has no reader or is full: the load never waits for the host.
+
+mod etcd;
 
 use std::fs::OpenOptions;
 use std::io::{ErrorKind, Write};
@@ -40,6 +42,7 @@ enum Connection {
     Postgresql(tokio_postgres::Client),
     Mariadb(mysql_async::Conn),
     Redis(redis::aio::MultiplexedConnection),
+    Etcd(etcd::Client),
 }
 
 impl Connection {
@@ -66,6 +69,7 @@ impl Connection {
                 let connection = client.get_multiplexed_async_connection_with_config(&config);
                 Self::Redis(connection.await?)
             }
+            "etcd" => Self::Etcd(etcd::Client::open(address).await?),
             other => bail!("unknown kind {other}"),
         })
     }
@@ -74,7 +78,7 @@ impl Connection {
         match self {
             Self::Postgresql(connection) => connection.batch_execute(statement).await?,
             Self::Mariadb(connection) => connection.query_drop(statement).await?,
-            Self::Redis(_) => bail!("Redis has no statements"),
+            Self::Redis(_) | Self::Etcd(_) => bail!("it has no statements"),
         }
         Ok(())
     }
@@ -86,6 +90,10 @@ impl Connection {
                 .arg(format!("latest:{client}"))
                 .query_async(connection)
                 .await?;
+            return Ok(last.unwrap_or(0));
+        }
+        if let Self::Etcd(connection) = self {
+            let last = connection.number(format!("latest/{client}")).await?;
             return Ok(last.unwrap_or(0));
         }
         for table in TABLES {
@@ -102,7 +110,7 @@ impl Connection {
                 u64::try_from(id)?
             }
             Self::Mariadb(connection) => connection.query_first(query).await?.unwrap_or(0),
-            Self::Redis(_) => 0,
+            Self::Redis(_) | Self::Etcd(_) => 0,
         })
     }
 
@@ -123,6 +131,14 @@ impl Connection {
                     .set(format!("latest:{client}"), id)
                     .exec_async(connection)
                     .await?;
+            }
+            Self::Etcd(connection) => {
+                let body = "x".repeat(BODY_BYTES);
+                // Written so that the order of the keys is that of the numbers.
+                let key = format!("tx/{client}/{id:020}");
+                let latest = (format!("latest/{client}"), id.to_string());
+                let transaction = [(key, format!("{id} {began_us} {body}")), latest];
+                connection.set(transaction).await?;
             }
         }
         Ok(())
