@@ -10,7 +10,7 @@ MAKEFLAGS += --no-builtin-rules
 PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
             qemu-system-x86 qemu-utils qemu-system-common
 # For the tests and measurements only: a person who runs the demo need not have them.
-test test-quick test-machines kernel-cuts kills nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients mmdebstrap lintian
+test test-quick test-machines kernel-cuts kills selinux nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients mmdebstrap lintian
 # The servers that the databases' writers are tested beside, outside of any machine.
 test test-quick nightly: PACKAGES += postgresql-15 mariadb-server-core mariadb-client-core redis-server redis-tools etcd-server etcd-client openssl
 bench nightly: PACKAGES += fio qemu-system-common linux-perf
@@ -19,7 +19,7 @@ PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images database-images debian-image demo test test-quick test-machines tools bench bench-figures window-figures database-proofs writer-figures crash-images kernel-cuts kills fuzz nightly fmt lint doc
+.PHONY: help deps images database-images debian-image demo test test-quick test-machines tools bench bench-figures window-figures database-proofs writer-figures crash-images kernel-cuts kills selinux fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -111,11 +111,16 @@ kills: images ## kill -9 under full load: 1,000 times on raw rings, 100 times un
 kernel-cuts: deps ## power cuts of a disk under real file systems with the store on them
 	VMSHADOW_KERNEL_CUTS=400 cargo test --locked -p vhost-blk-store --test kernel_cut -- --nocapture
 
+selinux: images ## the agent in a Debian that enforces a policy: the distribution's, ours, and one that denies freezing (root)
+	@[ "$$(id -u)" = 0 ] || { echo "selinux: SKIPPED: a Debian of its own needs root"; exit 0; }
+	images/build.sh selinux
+	cargo test --locked -p vmshadow-tests --test selinux_in_a_debian_machine -- --ignored --nocapture
+
 fuzz: deps ## two minutes of libFuzzer on each part of the store's metadata, behind the checksums, and on what guest and host say to each other
 	vhost-blk/store/fuzz/run 120
 	qmp-bridge/fuzz/run 120
 
-nightly: test crash-images kernel-cuts kills fuzz bench window-figures database-proofs writer-figures ## everything that takes long
+nightly: test crash-images kernel-cuts kills selinux fuzz bench window-figures database-proofs writer-figures ## everything that takes long
 
 fmt: ## format the code
 	@cargo fmt

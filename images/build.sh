@@ -7,6 +7,7 @@
 #   images/build.sh databases   and the databases' guest, which is the small one with a disk of Debian's
 #                               programs on /usr; its directory has a file `usr` more
 #   images/build.sh debian      and a Debian with its own systemd: the small one's kernel and initramfs, and a file `root` (needs root)
+#   images/build.sh selinux     that Debian with SELinux, the distribution's policy and labels on every file
 #   images/build.sh programs    only the programs
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -200,7 +201,7 @@ build_databases() { # build_databases OUTPUT SMALL USR
 
 # A Debian as its installer leaves it, on a disk that machines only write beside. Its packages are installed, with all of their
 # scripts, from where this machine has its own.
-build_root() { # build_root OUTPUT MANIFEST
+build_root() { # build_root OUTPUT MANIFEST LIST
     local work=$1.work root sources include unit release
     [ "$(id -u)" = 0 ] || { say "a Debian's files belong to many: needs root"; return 1; }
     rm -rf "$work" && mkdir -p "$work/debs" "$work/root" "$work/out"
@@ -209,7 +210,7 @@ build_root() { # build_root OUTPUT MANIFEST
     for include in /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list; do
         [ ! -s "$include" ] || sources+=("$include")
     done
-    include=$(list "$debian/packages" | grep -v linux-image | grep . | paste -s -d ,)
+    include=$(list "$3" | grep -v linux-image | grep . | paste -s -d ,)
     say "installing a Debian: a minute"
     mmdebstrap --quiet --variant=minbase --include="$include" --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
@@ -227,6 +228,9 @@ build_root() { # build_root OUTPUT MANIFEST
     echo 00000000000000000000000000000001 >"$root/etc/machine-id"
     chroot "$root" dpkg-query -W -f '${Package} ${Version} ${Architecture}\n' >"$work/out/packages"
     grep ^linux-image "$2" >>"$work/out/packages"
+    # Labelled here: there the first boot would be spent on it. Nothing knows of labels on this machine, so they are attributes like others.
+    [ ! -e "$root/etc/selinux/config" ] || unshare --mount sh -c 'mount --bind /proc "$0/proc" &&
+        exec chroot "$0" setfiles -F -e /proc /etc/selinux/default/contexts/files/file_contexts /' "$root"
     say "making the disk"
     mke2fs -q -t ext4 -m 0 -L root -E lazy_itable_init=0,lazy_journal_init=0 -d "$root" "$work/out/root" \
         $(($(du -sm "$root" | cut -f 1) * 5 / 4 + 256))M >&2
@@ -264,18 +268,21 @@ if [ ! -d "$image" ]; then
 fi
 # Older images are of no use to anybody once a new one is there, but a running test may still boot one.
 find "$cache" -maxdepth 1 -name 'small-*' -type d -mmin +600 ! -path "$image" -exec rm -rf {} +
-if [ "${1:-}" = debian ]; then
-    resolve_packages "$debian/packages" >"$cache/root.new"
-    root=$cache/root-$({ cat "$cache/root.new" "$debian"/{packages,masked}; declare -f build_root; } | sha256sum | head -c 16)
+if [ "${1:-}" = debian ] || [ "${1:-}" = selinux ]; then
+    wanted=$cache/$1.list
+    cat "$debian/packages" >"$wanted"
+    [ "$1" = debian ] || cat "$debian/selinux" >>"$wanted"
+    resolve_packages "$wanted" >"$cache/root.new"
+    root=$cache/root-$1-$({ cat "$cache/root.new" "$wanted" "$debian/masked"; declare -f build_root; } | sha256sum | head -c 16)
     if [ ! -d "$root" ]; then
-        build_root "$root" "$cache/root.new"
+        build_root "$root" "$cache/root.new" "$wanted"
     fi
-    guest=$cache/debian-$(echo "$image" "$root" | sha256sum | head -c 16)
+    guest=$cache/$1-$(echo "$image" "$root" | sha256sum | head -c 16)
     if [ ! -d "$guest" ]; then
         say "packing $(basename "$guest")"
         build_debian "$guest" "$image" "$root"
     fi
-    find "$cache" -maxdepth 1 \( -name 'debian-*' -o -name 'root-*' \) -type d -mmin +600 ! -path "$guest" ! -path "$root" -exec rm -rf {} +
+    find "$cache" -maxdepth 1 \( -name "$1-*" -o -name "root-$1-*" \) -type d -mmin +600 ! -path "$guest" ! -path "$root" -exec rm -rf {} +
     echo "$guest"
     exit 0
 fi

@@ -98,6 +98,7 @@ for manual in guest-agent.8 vmshadow-writer.1 sqlite-writer.1 unit-writer.8; do
 done
 gzip -9nc "$top/guest-agent/PROTOCOL.md" >"$doc/PROTOCOL.md.gz"
 gzip -9nc "$top/packaging/SELINUX.md" >"$doc/SELINUX.md.gz"
+install -m 644 "$top/packaging/selinux/vmshadow.cil" "$doc/vmshadow.cil"
 finish "$here/control" vmshadow-guest-agent.service postinst
 
 # One package for each server: a guest has the one that it needs.

@@ -116,6 +116,7 @@ fn two_builds_are_the_same_bytes_and_hold_what_a_guest_needs() -> Result<()> {
             "./usr/share/man/man1/vmshadow-writer.1.gz",
             "./usr/share/doc/vmshadow-guest-agent/copyright",
             "./usr/share/doc/vmshadow-guest-agent/SELINUX.md.gz",
+            "./usr/share/doc/vmshadow-guest-agent/vmshadow.cil",
         ]
         .map(str::to_owned),
     )?;

@@ -98,6 +98,12 @@ pub fn debian_image() -> Result<&'static GuestImage> {
     once(&IMAGE, Some("debian"))
 }
 
+/// The same Debian with SELinux: the distribution's policy, and labels on every file.
+pub fn selinux_image() -> Result<&'static GuestImage> {
+    static IMAGE: OnceLock<Result<GuestImage, String>> = OnceLock::new();
+    once(&IMAGE, Some("selinux"))
+}
+
 fn once(
     image: &'static OnceLock<Result<GuestImage, String>>,
     which: Option<&str>,
@@ -131,7 +137,7 @@ fn build(which: Option<&str>) -> Result<GuestImage> {
         initramfs: directory.join("initramfs"),
         manifest: directory.join("manifest"),
         usr: Some(directory.join("usr")).filter(|_| which == Some("databases")),
-        root: Some(directory.join("root")).filter(|_| which == Some("debian")),
+        root: Some(directory.join("root")).filter(|_| matches!(which, Some("debian" | "selinux"))),
     })
 }
 

@@ -16,7 +16,7 @@ use super::bridge::{Answer, Bridge};
 use super::daemon::VhostBlk;
 use super::database::{self, Kind};
 use super::disk::{self, FileSystem, Partition};
-use super::image;
+use super::image::{self, GuestImage};
 use super::load::Load;
 use super::oracle::{self, Found, Restored, Window};
 use super::qmp::Qmp;
@@ -79,12 +79,31 @@ impl Site {
         disks: &[(&str, FileSystem)],
         files: &[PathBuf],
     ) -> Result<Self> {
+        let machine = VmBuilder::new(name).with_debian();
+        Self::start_a_debian(machine, image::debian_image()?, disks, files)
+    }
+
+    /// The same with SELinux, which enforces the distribution's policy. The files have no labels.
+    pub fn start_with_selinux(
+        name: &str,
+        disks: &[(&str, FileSystem)],
+        files: &[PathBuf],
+    ) -> Result<Self> {
+        let machine = VmBuilder::new(name).with_selinux();
+        Self::start_a_debian(machine, image::selinux_image()?, disks, files)
+    }
+
+    fn start_a_debian(
+        machine: VmBuilder,
+        image: &GuestImage,
+        disks: &[(&str, FileSystem)],
+        files: &[PathBuf],
+    ) -> Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("vmshadow-site-")
             .tempdir()?;
         let base = directory.path().join("root.raw");
-        let image = image::debian_image()?.root.as_ref().context("no root")?;
-        database::copy(image, &base)?;
+        database::copy(image.root.as_ref().context("no root")?, &base)?;
         disk::put(&base, "/root", files)?;
         let mut made = vec![SiteDisk {
             name: vm::ROOT.to_owned(),
@@ -98,7 +117,6 @@ impl Site {
                 base: disk::create(directory.path(), name, *file_system)?,
             });
         }
-        let machine = VmBuilder::new(name).with_debian();
         let site = Self::assemble(machine, directory, made, true, false, Ok)?;
         site.vm.shell("mkdir -p /mnt/root")?;
         Ok(site)

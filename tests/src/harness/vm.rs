@@ -53,6 +53,7 @@ enum System {
     Small,
     Databases,
     Debian,
+    DebianWithSelinux,
 }
 
 /// What a machine shall be. Methods chain; `boot` starts it.
@@ -154,6 +155,14 @@ impl VmBuilder {
         self
     }
 
+    /// The same with the distribution's SELinux policy, enforcing from the start.
+    #[must_use]
+    pub fn with_selinux(mut self) -> Self {
+        self = self.with_debian();
+        self.system = System::DebianWithSelinux;
+        self
+    }
+
     /// Every disk served over vhost-user can be pulled out and put back while the machine runs.
     #[must_use]
     pub fn with_slots(mut self) -> Self {
@@ -181,6 +190,7 @@ impl VmBuilder {
             System::Small => image::guest_image()?,
             System::Databases => image::databases_image()?,
             System::Debian => image::debian_image()?,
+            System::DebianWithSelinux => image::selinux_image()?,
         };
         let accelerator = match self.accelerator {
             Some(accelerator) => accelerator,
@@ -319,6 +329,10 @@ impl VmBuilder {
             System::Small => "",
             System::Databases => " vmshadow.usr=usr",
             System::Debian => " vmshadow.root=root systemd.show_status=0",
+            // Without a daemon that takes them, denials are the kernel's messages.
+            System::DebianWithSelinux => {
+                " vmshadow.root=root systemd.show_status=0 security=selinux enforcing=1"
+            }
         };
         let vsock = if self.vsock.is_some() { "on" } else { "off" };
         format!(
