@@ -146,7 +146,12 @@ pub fn recover(state_dir: &Path, mounts: &[Mount], patience: Duration) -> io::Re
                 }
             }
         }
-        fs::remove_file(entry.path())?;
+        match fs::remove_file(entry.path()) {
+            Ok(()) => {}
+            // By its helper, which has thawed what it held meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(thawed)
 }
@@ -258,6 +263,25 @@ mod tests {
         assert_eq!(read().helper, std::process::id());
         ledger.remove();
         assert!(!dir.path().join("hold.5").exists());
+    }
+
+    #[test]
+    fn a_ledger_that_its_helper_removes_meanwhile_is_no_error() {
+        use rustix::fs::{CWD, FileType, mknodat};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hold.7");
+        // A pipe, so that the ledger has been read when it goes.
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let mut helper = std::process::Command::new("sh")
+            .args(["-c", "echo \"$1 $$\" >\"$2\"; rm \"$2\"", "sh"])
+            .arg(format!("{TITLE} {}", boot_id().unwrap()))
+            .arg(&path)
+            .arg(crate::hold::helper::ARGUMENT)
+            .spawn()
+            .unwrap();
+        let thawed = recover(dir.path(), &[], Duration::from_secs(60));
+        assert!(helper.wait().unwrap().success());
+        assert_eq!(thawed.unwrap(), 0);
     }
 
     #[test]
