@@ -31,8 +31,8 @@ pub(super) fn set_password(arguments: &mut Arguments) -> Outcome {
     let password = arguments.bytes("password")?;
     let crypted = arguments.flag("crypted")?;
     arguments.end()?;
-    // Either would be a second line, or another field, of what chpasswd reads.
-    if password.contains(&b'\n') {
+    // They would be a second line, or another field, of what chpasswd reads, or its end: QEMU's agent sets what stands before a zero.
+    if password.contains(&b'\n') || password.contains(&0) {
         return Err(Failed::generic("forbidden characters in raw password"));
     }
     if user.contains(['\n', ':']) {
@@ -159,8 +159,10 @@ pub(super) fn keys(arguments: &mut Arguments) -> Outcome {
         Failed::because(what, &error)
     })?;
     let keys = lines.iter().map(|line| line.trim());
+    // The last line first, as theirs.
     let keys: Vec<_> = keys
         .filter(|key| !key.is_empty() && !key.starts_with('#'))
+        .rev()
         .collect();
     Ok(json!({ "keys": keys }))
 }
@@ -177,7 +179,7 @@ pub(super) fn add_keys(arguments: &mut Arguments) -> Outcome {
     match account.make_directory() {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(error) => {
-            let what = format!("failed to mkdir '{}'", directory.display());
+            let what = format!("failed to create directory '{}'", directory.display());
             return Err(Failed::because(what, &error.into()));
         }
     }
