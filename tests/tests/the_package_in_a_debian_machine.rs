@@ -1,6 +1,9 @@
 //! The packages in a real machine whose first process is Debian's own systemd, as a user has them: installed by apt, started, killed,
 //! upgraded and removed by it, with sets taken meanwhile.
 
+#[path = "the_package_in_a_debian_machine/stopped.rs"]
+mod stopped;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -11,6 +14,9 @@ use vmshadow_tests::harness::site::Site;
 use vmshadow_tests::harness::{requires, wait};
 
 const AGENT: &str = "vmshadow-guest-agent";
+
+/// The version of the package that is upgraded from: the same programs.
+const OLDER_VERSION: &str = "0.0.1";
 
 fn may_run() -> bool {
     if !requires::machines() || !requires::programs(&["dpkg-deb", "readelf", "mmdebstrap"]) {
@@ -35,10 +41,29 @@ fn packages(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(printed.lines().map(PathBuf::from).collect())
 }
 
+/// The agent's package with a lower version, beside it.
+fn older(packages: &[PathBuf]) -> Result<PathBuf> {
+    let package = packages.first().context("no package")?;
+    let older = package.with_file_name("older.deb");
+    let made = Command::new("sh")
+        .arg("-euc")
+        .arg(
+            "dpkg-deb -R $0 $1.d && sed -i \"s/^Version: .*/Version: $2/\" $1.d/DEBIAN/control && \
+             dpkg-deb --root-owner-group -Zgzip -z1 --build $1.d $1",
+        )
+        .arg(package)
+        .arg(&older)
+        .arg(OLDER_VERSION)
+        .output()?;
+    ensure!(made.status.success(), "{made:?}");
+    Ok(older)
+}
+
 /// A Debian with the packages in `/root` and an ext4 and an XFS disk; all of them, its root too, are served by us.
 fn start(name: &str) -> Result<Site> {
     let directory = tempfile::tempdir()?;
-    let packages = packages(directory.path())?;
+    let mut packages = packages(directory.path())?;
+    packages.push(older(&packages)?);
     let disks = [("a", FileSystem::Ext4), ("b", FileSystem::Xfs)];
     let site = Site::start_in_debian(name, &disks, &packages)?;
     eprintln!(
@@ -78,7 +103,7 @@ fn apt_installs_it_systemd_runs_it_and_a_set_is_taken() -> Result<()> {
         .shell("systemctl list-units --failed --plain --no-legend")?;
     ensure!(failed.trim().is_empty(), "{failed}");
 
-    let said = apt(&site, &format!("install /root/{AGENT}_*.deb"))?;
+    let said = apt(&site, "install /root/older.deb")?;
     ensure!(said.contains("Removing qemu-guest-agent"), "{said}");
     let status = site
         .vm
@@ -103,6 +128,31 @@ fn apt_installs_it_systemd_runs_it_and_a_set_is_taken() -> Result<()> {
     killed_in_the_window(&site)?;
     units_stand_still(&site)?;
     upgraded_and_removed(&site)
+}
+
+#[test]
+fn it_goes_through_stops_upgrades_a_dead_nfs_server_and_reboots() -> Result<()> {
+    if !may_run() {
+        return Ok(());
+    }
+    let site = start("service")?;
+    // Without apt, which takes longer and is in the other test.
+    site.vm
+        .shell("dpkg -r qemu-guest-agent >&2 && dpkg -i /root/older.deb >&2")?;
+    stopped::witnesses(&site)?;
+    let begin = std::time::Instant::now();
+    let tell = |what: &str| eprintln!("{what}: after {} s", begin.elapsed().as_secs());
+    stopped::by_an_upgrade(&site)?;
+    tell("upgraded");
+    stopped::by_systemctl(&site)?;
+    tell("stopped and started");
+    Ok(())
+}
+
+/// The version of the agent's package that is installed.
+fn version(site: &Site) -> Result<String> {
+    site.vm
+        .shell(&format!("dpkg-query -W -f '${{Version}}' {AGENT}"))
 }
 
 /// The root's file system and the disks take writes.
@@ -210,7 +260,9 @@ fn units_stand_still(site: &Site) -> Result<()> {
 /// An upgrade replaces a running agent; a purge leaves no program, process or unit.
 fn upgraded_and_removed(site: &Site) -> Result<()> {
     let before = property(site, AGENT, "MainPID")?;
-    apt(site, &format!("install --reinstall /root/{AGENT}_*.deb"))?;
+    ensure!(version(site)? == OLDER_VERSION, "{}", version(site)?);
+    apt(site, &format!("install /root/{AGENT}_*.deb"))?;
+    ensure!(version(site)? != OLDER_VERSION, "not upgraded");
     let after = property(site, AGENT, "MainPID")?;
     ensure!(
         after != before && after != "0",
