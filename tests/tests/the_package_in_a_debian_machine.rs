@@ -1,6 +1,8 @@
 //! The packages in a real machine whose first process is Debian's own systemd, as a user has them: installed by apt, started, killed,
 //! upgraded and removed by it, with sets taken meanwhile.
 
+#[path = "the_package_in_a_debian_machine/network_file_systems.rs"]
+mod network_file_systems;
 #[path = "the_package_in_a_debian_machine/stopped.rs"]
 mod stopped;
 
@@ -146,6 +148,8 @@ fn it_goes_through_stops_upgrades_a_dead_nfs_server_and_reboots() -> Result<()> 
     tell("upgraded");
     stopped::by_systemctl(&site)?;
     tell("stopped and started");
+    network_file_systems::keep_nobody_waiting(&site)?;
+    tell("NFS");
     Ok(())
 }
 
