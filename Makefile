@@ -19,7 +19,7 @@ PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images database-images debian-image demo test test-quick test-machines tools bench bench-figures window-figures database-proofs writer-figures crash-images kernel-cuts kills selinux fuzz nightly fmt lint doc
+.PHONY: help deps images database-images debian-image demo test test-quick test-machines tools bench bench-figures window-figures database-proofs writer-figures shutdowns crash-images kernel-cuts kills selinux fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -108,6 +108,9 @@ kills: images ## kill -9 under full load: 1,000 times on raw rings, 100 times un
 	echo "kills: a hundred under a machine"
 	VMSHADOW_QEMU_KILLS=$${VMSHADOW_QEMU_KILLS:-100} cargo test --locked -p vmshadow-tests --test a_daemon_dies_often -- --nocapture
 
+shutdowns: debian-image ## a whole Debian switched off, halted and started again by QEMU's own agent and by ours
+	VMSHADOW_ALL_SHUTDOWNS=1 cargo test --locked -p vmshadow-tests --test the_package_in_a_debian_machine it_goes -- --nocapture
+
 kernel-cuts: deps ## power cuts of a disk under real file systems with the store on them
 	VMSHADOW_KERNEL_CUTS=400 cargo test --locked -p vhost-blk-store --test kernel_cut -- --nocapture
 
@@ -120,7 +123,7 @@ fuzz: deps ## two minutes of libFuzzer on each part of the store's metadata, beh
 	vhost-blk/store/fuzz/run 120
 	qmp-bridge/fuzz/run 120
 
-nightly: test crash-images kernel-cuts kills selinux fuzz bench window-figures database-proofs writer-figures ## everything that takes long
+nightly: test crash-images kernel-cuts kills selinux fuzz bench window-figures database-proofs writer-figures shutdowns ## everything that takes long
 
 fmt: ## format the code
 	@cargo fmt

@@ -114,7 +114,7 @@ fn ours_answers_what_qemus_own_agent_answers() -> Result<()> {
     }
     // Ours alone, and last: a machine whose kernel QEMU loads itself does not wake up from this.
     let mut ours = QgaClient::connect(&vm.port(QGA_PORT))?;
-    ours.tell("guest-suspend-ram")?;
+    ours.tell("guest-suspend-ram", &json!({}))?;
     let mut monitor = vm.monitor()?;
     wait::until("the machine to sleep", wait::STEP, || {
         let state = monitor.execute("query-status", json!({}))?;

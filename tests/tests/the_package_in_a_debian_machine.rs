@@ -1,8 +1,12 @@
 //! The packages in a real machine whose first process is Debian's own systemd, as a user has them: installed by apt, started, killed,
 //! upgraded and removed by it, with sets taken meanwhile.
 
+#[path = "the_package_in_a_debian_machine/accounts.rs"]
+mod accounts;
 #[path = "the_package_in_a_debian_machine/network_file_systems.rs"]
 mod network_file_systems;
+#[path = "the_package_in_a_debian_machine/power.rs"]
+mod power;
 #[path = "the_package_in_a_debian_machine/stopped.rs"]
 mod stopped;
 
@@ -10,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use vmshadow_tests::guest_protocol::LOAD_PORT;
 use vmshadow_tests::harness::disk::FileSystem;
 use vmshadow_tests::harness::image::{program, project, target};
 use vmshadow_tests::harness::site::Site;
@@ -138,6 +143,8 @@ fn it_goes_through_stops_upgrades_a_dead_nfs_server_and_reboots() -> Result<()> 
         return Ok(());
     }
     let site = start("service")?;
+    // Ours removes it.
+    site.vm.shell("cp /usr/sbin/qemu-ga /root/")?;
     // Without apt, which takes longer and is in the other test.
     site.vm
         .shell("dpkg -r qemu-guest-agent >&2 && dpkg -i /root/older.deb >&2")?;
@@ -150,6 +157,21 @@ fn it_goes_through_stops_upgrades_a_dead_nfs_server_and_reboots() -> Result<()> 
     tell("stopped and started");
     network_file_systems::keep_nobody_waiting(&site)?;
     tell("NFS");
+    start_stock(&site)?;
+    accounts::are_set_as_qemus_own_agent_sets_them(&site)?;
+    tell("accounts");
+    site.vm.shell("pkill -x qemu-ga")?;
+    power::is_off_as_qemus_own_agent_puts_it(&site)?;
+    tell("power");
+    Ok(())
+}
+
+/// QEMU's own agent, on a port of its own.
+fn start_stock(site: &Site) -> Result<()> {
+    let command = format!(
+        "exec /root/qemu-ga --method virtio-serial --path /dev/virtio-ports/{LOAD_PORT} --statedir /run >/run/qemu-ga.log 2>&1"
+    );
+    drop(site.vm.guest()?.start(&command)?);
     Ok(())
 }
 

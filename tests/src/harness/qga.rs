@@ -58,9 +58,21 @@ impl QgaClient {
     }
 
     /// A command that is not answered when it succeeds.
-    pub fn tell(&mut self, name: &str) -> Result<()> {
-        writeln!(self.port.get_mut(), "{}", json!({ "execute": name }))?;
+    pub fn tell(&mut self, name: &str, arguments: &Value) -> Result<()> {
+        let request = json!({"execute": name, "arguments": arguments});
+        writeln!(self.port.get_mut(), "{request}")?;
         Ok(())
+    }
+
+    /// Replies that are there and nobody has read, of an agent that says nothing more.
+    pub fn rest(&mut self) -> Result<Vec<Value>> {
+        self.port.get_ref().set_nonblocking(true)?;
+        let mut replies = Vec::new();
+        while !self.port.fill_buf().unwrap_or_default().is_empty() {
+            replies.push(self.reply()?);
+        }
+        self.port.get_ref().set_nonblocking(false)?;
+        Ok(replies)
     }
 
     /// The next reply.

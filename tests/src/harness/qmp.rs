@@ -2,7 +2,7 @@
 //!
 //! Called by `vm`, `daemon` and scenarios that act as somebody else (pause the machine, thaw
 //! behind the bridge's back). It is deliberately not the product's client: a fault there must not
-//! hide from the tests. Events are skipped.
+//! hide from the tests. Events are skipped by all but `event`.
 
 use std::io::{BufReader, IoSlice, Write};
 use std::mem::MaybeUninit;
@@ -100,6 +100,16 @@ impl Qmp {
                 .get_mut("return")
                 .map(Value::take)
                 .context("neither return nor error");
+        }
+    }
+
+    /// Waits for an event that is wanted; others, and those that came while a command ran, are skipped.
+    pub fn event(&mut self, mut wanted: impl FnMut(&Value) -> bool) -> Result<Value> {
+        loop {
+            let message = self.read()?;
+            if message.get("event").is_some() && wanted(&message) {
+                return Ok(message);
+            }
         }
     }
 

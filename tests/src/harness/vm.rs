@@ -428,6 +428,16 @@ impl Vm {
         Qmp::connect(&self.directory.path().join("rig.sock"))
     }
 
+    /// Waits until it has said for the `times`-th time that it is ready: it was started again inside the same QEMU.
+    pub fn is_up_again(&self, times: usize) -> Result<()> {
+        wait::until("the machine to be up again", 2 * wait::BOOT, || {
+            let text = self.console();
+            let ready = text.lines().filter(|line| *line == "ready").count();
+            Ok((ready >= times).then_some(()))
+        })
+        .with_context(|| format!("{}\n{}", self.log(), self.processors()))
+    }
+
     /// Pulls out the disk of this number (from 0, as they were added) and lets go of its server.
     pub fn pull(&self, number: usize) -> Result<()> {
         let mut monitor = self.monitor()?;
@@ -510,7 +520,9 @@ impl Vm {
         }
     }
 
-    fn console(&self) -> String {
+    /// What the guest has written to its console so far.
+    #[must_use]
+    pub fn console(&self) -> String {
         let bytes = fs::read(self.directory.path().join("console")).unwrap_or_default();
         String::from_utf8_lossy(&bytes).replace('\r', "")
     }
