@@ -4,7 +4,8 @@
 mod fakes;
 
 use fakes::World;
-use guest_agent_wire::components::FilesRestored;
+use guest_agent_wire::components::{ComponentOutcome, FilesRestored};
+use guest_agent_wire::host::WriterOutcomes;
 use guest_agent_wire::metadata::{
     Component, Dependency, Metadata, RestoreMethod, Restoring, WriterRestoreEvents,
 };
@@ -237,6 +238,89 @@ fn three_databases() -> Metadata {
         ],
         ..Metadata::default()
     }
+}
+
+/// A server with a database that has two parts, of which one can be restored alone, and settings that belong to every backup.
+fn a_database_with_parts() -> Metadata {
+    let part = |name: &str, alone| {
+        let mut part = Component::database("main/orders", name);
+        part.selectable = false;
+        part.selectable_for_restore = alone;
+        part
+    };
+    let mut settings = Component::file_group("", "settings");
+    settings.selectable = false;
+    Metadata {
+        restore_method: Some(Restoring::by(RestoreMethod::RestoreIfCanReplace)),
+        components: vec![
+            Component::database("main", "orders"),
+            part("today", true),
+            part("history", false),
+            settings,
+        ],
+        ..Metadata::default()
+    }
+}
+
+#[tokio::test]
+async fn components_are_picked_and_restored_by_the_rules_of_selectability() {
+    let world = World::new();
+    world
+        .agent
+        .change(|guest| guest.metadata = Some(Box::new(a_database_with_parts())));
+    let picking = |components: &[&str]| CreateRequest {
+        components: components
+            .iter()
+            .map(|text| parse_component(text).unwrap())
+            .collect(),
+        ..full()
+    };
+    // A part cannot be picked: the guest is not touched.
+    let refused = world.create(picking(&["db=main/orders/history"])).await;
+    assert_eq!(refused.outcome, Outcome::Failed);
+    let why = refused.reason.unwrap().message;
+    assert!(why.contains("it comes with main/orders"), "{why}");
+    assert!(world.agent.guest.lock().unwrap().picked.is_empty());
+    // What must come does, by its own name.
+    let document = world.create(full()).await;
+    assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+    let picked = world.agent.guest.lock().unwrap().picked.clone();
+    let names = picked.iter().flat_map(|picked| &picked.components);
+    let names: Vec<_> = names.map(|one| one.name.as_str()).collect();
+    assert_eq!(names, ["orders", "settings"]);
+    // A part is restored alone where its writer can.
+    let id = document.set.to_string();
+    let sets = world.sets();
+    let of = |component: &str| SetPreRestore {
+        components: vec![parse_component(component).unwrap()],
+        ..restoring(&id, &[])
+    };
+    let refused = sets.restore(&of("db=main/orders/history")).await;
+    let Err(Error::Usage(why)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(why.contains("it comes with main/orders"), "{why}");
+    let (session, _) = sets.restore(&of("db=main/orders/today")).await.unwrap();
+    session.end(FilesRestored::All).await.unwrap();
+    let restores = world.agent.guest.lock().unwrap().restores.clone();
+    let components = &restores[0].writers[0].components;
+    assert_eq!(components.len(), 1);
+    assert_eq!(components[0].name, "orders");
+    assert_eq!(components[0].subcomponents, ["main/orders/today"]);
+    // What came of itself has an outcome of its own.
+    let mut outcomes = vec![WriterOutcomes {
+        writer: "db".to_owned(),
+        components: vec![ComponentOutcome {
+            logical_path: "main/orders".to_owned(),
+            name: "today".to_owned(),
+            succeeded: false,
+        }],
+    }];
+    let refused = sets.complete(&id, true, outcomes.clone()).await;
+    assert!(matches!(refused, Err(Error::NotFound(_))), "{refused:?}");
+    outcomes[0].components[0].logical_path.clear();
+    "settings".clone_into(&mut outcomes[0].components[0].name);
+    sets.complete(&id, true, outcomes).await.unwrap();
 }
 
 #[tokio::test]

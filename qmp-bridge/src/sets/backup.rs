@@ -4,7 +4,7 @@
 
 mod restorable;
 
-use self::restorable::{check_restorable, what_it_needs, what_to_restore};
+use self::restorable::{check_restorable, explicit, in_scope, what_it_needs, what_to_restore};
 use super::{Found, Sets};
 use crate::error::Error;
 use crate::guest::{GuestClient, GuestError};
@@ -102,7 +102,7 @@ impl Sets {
         check_restorable(&document, &what.components)?;
         let restore = Restore {
             set: format!("restore-{}", document.set),
-            writers: what_to_restore(&document, what),
+            writers: what_to_restore(&document, what)?,
             limit_ms: None,
         };
         if restore.writers.is_empty() && !what.writers.is_empty() {
@@ -162,15 +162,10 @@ fn check_picked(document: &SetDocument, outcomes: &[WriterOutcomes]) -> Result<(
     for outcome in outcomes {
         for component in &outcome.components {
             let (path, name) = (&component.logical_path, &component.name);
-            let is_picked = document.request.components.iter().any(|picked| {
-                let records = document.writers.iter();
-                let mut both = records.filter(|record| record.is_called(&picked.writer));
-                let is_here = picked
-                    .components
-                    .iter()
-                    .any(|picked| (&picked.logical_path, &picked.name) == (path, name));
-                is_here && both.any(|record| record.is_called(&outcome.writer))
-            });
+            let called = in_scope(document).filter(|record| record.is_called(&outcome.writer));
+            let mut explicit = called.flat_map(|record| explicit(document, record));
+            let is_picked = !document.request.components.is_empty()
+                && explicit.any(|(its_path, its_name)| (&its_path, &its_name) == (path, name));
             if !is_picked {
                 return Err(Error::NotFound(format!(
                     "set {} was not made of component {path}/{name} of writer {}",

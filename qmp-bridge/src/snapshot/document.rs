@@ -5,10 +5,11 @@
 //! Times are milliseconds on the host's monotonic clock unless a name says otherwise.
 
 use super::level::Level;
+use super::selection::{self, ComesWith};
 use super::step::Step;
 use super::witness::Witnesses;
 use crate::guest::{AgentAddress, StockGuest};
-use guest_agent_wire::components::ComponentReply;
+use guest_agent_wire::components::{ComponentReply, SelectedComponent};
 use guest_agent_wire::host::{
     FilesystemInfo, FilesystemReport, NotToSnapshot, WriterComponents, WriterInfo, WriterReport,
 };
@@ -335,6 +336,32 @@ impl WriterRecord {
     #[must_use]
     pub fn metadata(&self) -> Option<&Metadata> {
         self.identify.as_ref()?.metadata.as_deref()
+    }
+
+    /// What must come with the components that were picked, if any of them are its own.
+    ///
+    /// # Errors
+    /// One of its own cannot be picked.
+    pub fn must_come(
+        &self,
+        picked: &[WriterComponents],
+    ) -> Result<Vec<SelectedComponent>, ComesWith> {
+        let own: Vec<_> = self.picked_of(picked).collect();
+        match self.metadata() {
+            Some(metadata) if !own.is_empty() => selection::must_come(&metadata.components, &own),
+            Some(_) | None => Ok(Vec::new()),
+        }
+    }
+
+    /// Those of it among components that were picked.
+    pub fn picked_of<'a>(
+        &'a self,
+        picked: &'a [WriterComponents],
+    ) -> impl Iterator<Item = &'a SelectedComponent> {
+        let own = picked
+            .iter()
+            .filter(|picked| self.is_called(&picked.writer));
+        own.flat_map(|picked| &picked.components)
     }
 
     /// It is to hear of a restore of its files.

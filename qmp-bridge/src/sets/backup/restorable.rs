@@ -5,42 +5,54 @@
 use crate::error::Error;
 use crate::protocol::{Need, SetPreRestore};
 use crate::snapshot::document::{SetDocument, WriterRecord};
-use guest_agent_wire::components::RestoreComponent;
+use crate::snapshot::selection::{self, Name, Part, find, is_with, joined};
+use guest_agent_wire::components::{RestoreComponent, SelectedComponent};
 use guest_agent_wire::host::{WriterComponents, WriterRestore};
+use guest_agent_wire::metadata::Component;
 
 /// Each writer of a set with its components, their stamps, and what it stored with them. One that wants no restore events gets none,
 /// unless it is named.
-pub(super) fn what_to_restore(document: &SetDocument, what: &SetPreRestore) -> Vec<WriterRestore> {
+///
+/// # Errors
+/// [`Error::Usage`]: a component was named that is restored with another only.
+pub(super) fn what_to_restore(
+    document: &SetDocument,
+    what: &SetPreRestore,
+) -> Result<Vec<WriterRestore>, Error> {
     let is_all = what.writers.is_empty() && what.components.is_empty();
-    let in_scope = document.writers.iter().filter(|record| record.in_scope);
-    in_scope
-        .filter_map(|record| {
-            let mut components = names(document, record);
-            let is_named = what.writers.iter().any(|name| record.is_called(name));
-            let is_whole = is_named || (is_all && record.wants_restore_events());
-            if !is_whole {
-                let picked: Vec<_> = picked_of(&what.components, record).collect();
-                components.retain(|component| picked.contains(component));
-                if components.is_empty() {
-                    return None;
-                }
+    let mut restored = Vec::new();
+    for record in in_scope(document) {
+        let all = explicit(document, record);
+        let is_named = what.writers.iter().any(|name| record.is_called(name));
+        let parts: Vec<Part> = if is_named || (is_all && record.wants_restore_events()) {
+            let whole = |of| Part {
+                of,
+                parts: Vec::new(),
+            };
+            all.into_iter().map(whole).collect()
+        } else {
+            let wanted: Vec<Name> = record.picked_of(&what.components).map(name_of).collect();
+            let parts = selection::to_restore(described(record), &all, &wanted);
+            let parts = parts
+                .map_err(|error| Error::Usage(format!("writer {}: {error}", record.instance_id)))?;
+            if parts.is_empty() {
+                continue;
             }
-            Some(WriterRestore {
-                writer: record.instance_id.clone(),
-                components: components
-                    .into_iter()
-                    .map(|component| restore_component(record, component, what))
-                    .collect(),
-            })
-        })
-        .collect()
+            parts
+        };
+        restored.push(WriterRestore {
+            writer: record.instance_id.clone(),
+            components: parts
+                .into_iter()
+                .map(|part| restore_component(record, part, what))
+                .collect(),
+        });
+    }
+    Ok(restored)
 }
 
-fn restore_component(
-    record: &WriterRecord,
-    (logical_path, name): Name,
-    what: &SetPreRestore,
-) -> RestoreComponent {
+fn restore_component(record: &WriterRecord, part: Part, what: &SetPreRestore) -> RestoreComponent {
+    let (logical_path, name) = part.of;
     let mut said = record.components().iter();
     let said = said.find(|said| said.logical_path == logical_path && said.name == name);
     RestoreComponent {
@@ -50,6 +62,7 @@ fn restore_component(
         options: what.options.clone(),
         logical_path,
         name,
+        subcomponents: part.parts,
         ..RestoreComponent::default()
     }
 }
@@ -62,36 +75,27 @@ pub(super) fn what_it_needs(document: &SetDocument, restored: &[WriterRestore]) 
     };
     let mut needs = Vec::new();
     for writer in restored {
-        let described = record_of(&writer.writer).and_then(WriterRecord::metadata);
-        let described = described.map_or(&[][..], |metadata| &metadata.components);
-        let is_restored = |path: &str, name: &str| {
-            let mut components = writer.components.iter();
-            components.any(|one| one.logical_path == path && one.name == name)
+        let Some(record) = record_of(&writer.writer) else {
+            continue;
         };
-        for component in described {
-            if !is_restored(&component.logical_path, &component.name) {
+        for component in described(record) {
+            if !is_restored(component, writer) {
                 continue;
             }
             for other in &component.dependencies {
-                let is_other =
-                    |path: &str, name: &str| path == other.logical_path && name == other.name;
+                let wanted = (other.logical_path.clone(), other.name.clone());
                 let is_there = restored.iter().any(|writer| {
                     let record = record_of(&writer.writer);
-                    record.is_some_and(|record| record.is_called(&other.class_id))
-                        && writer
-                            .components
-                            .iter()
-                            .any(|one| is_other(&one.logical_path, &one.name))
+                    let record = record.filter(|record| record.is_called(&other.class_id));
+                    let component = record.and_then(|record| find(described(record), &wanted));
+                    component.is_some_and(|component| is_restored(component, writer))
                 });
                 if is_there {
                     continue;
                 }
-                let mut records = document.writers.iter().filter(|record| record.in_scope);
+                let mut records = in_scope(document);
                 let holder = records.find(|record| {
-                    record.is_called(&other.class_id)
-                        && names(document, record)
-                            .iter()
-                            .any(|(path, name)| is_other(path, name))
+                    record.is_called(&other.class_id) && is_in(document, record, &wanted)
                 });
                 let holder_name = holder.map_or(&other.class_id, |record| &record.instance_id);
                 needs.push(Need {
@@ -105,26 +109,37 @@ pub(super) fn what_it_needs(document: &SetDocument, restored: &[WriterRestore]) 
     needs
 }
 
-/// Logical path and name of a component.
-type Name = (String, String);
+/// Whether a component of the writer is restored, by itself, as a part, or with all that stands above it.
+fn is_restored(component: &Component, writer: &WriterRestore) -> bool {
+    writer.components.iter().any(|one| {
+        if one.subcomponents.is_empty() {
+            is_with(component, [(&*one.logical_path, &*one.name)])
+        } else {
+            is_with(
+                component,
+                one.subcomponents.iter().map(|part| ("", &**part)),
+            )
+        }
+    })
+}
 
 /// A component in the form in which it is picked.
 fn shown(writer: &str, logical_path: &str, name: &str) -> String {
-    if logical_path.is_empty() {
-        format!("{writer}={name}")
-    } else {
-        format!("{writer}={logical_path}/{name}")
-    }
+    format!("{writer}={}", joined(logical_path, name))
 }
 
-/// Those of a writer among components that were picked.
-fn picked_of(picked: &[WriterComponents], record: &WriterRecord) -> impl Iterator<Item = Name> {
-    let of_writer = picked
-        .iter()
-        .filter(|picked| record.is_called(&picked.writer));
-    of_writer
-        .flat_map(|picked| &picked.components)
-        .map(|picked| (picked.logical_path.clone(), picked.name.clone()))
+fn name_of(picked: &SelectedComponent) -> Name {
+    (picked.logical_path.clone(), picked.name.clone())
+}
+
+/// The writers that took part.
+pub(super) fn in_scope(document: &SetDocument) -> impl Iterator<Item = &WriterRecord> {
+    document.writers.iter().filter(|record| record.in_scope)
+}
+
+fn described(record: &WriterRecord) -> &[Component] {
+    let metadata = record.metadata();
+    metadata.map_or(&[][..], |metadata| &metadata.components)
 }
 
 /// A component that the set does not have cannot be restored from it.
@@ -132,17 +147,16 @@ pub(super) fn check_restorable(
     document: &SetDocument,
     wanted: &[WriterComponents],
 ) -> Result<(), Error> {
-    let in_scope = || document.writers.iter().filter(|record| record.in_scope);
     for wanted in wanted {
         for one in &wanted.components {
-            let name = (one.logical_path.clone(), one.name.clone());
-            let mut called = in_scope().filter(|record| record.is_called(&wanted.writer));
-            if called.any(|record| names(document, record).contains(&name)) {
+            let name = name_of(one);
+            let mut called = in_scope(document).filter(|record| record.is_called(&wanted.writer));
+            if called.any(|record| is_in(document, record, &name)) {
                 continue;
             }
-            let there: Vec<String> = in_scope()
+            let there: Vec<String> = in_scope(document)
                 .flat_map(|record| {
-                    let names = names(document, record).into_iter();
+                    let names = explicit(document, record).into_iter();
                     names.map(|(path, name)| shown(&record.instance_id, &path, &name))
                 })
                 .collect();
@@ -160,16 +174,25 @@ pub(super) fn check_restorable(
     Ok(())
 }
 
-/// Logical paths and names of a writer's components in a set: those picked, or all.
-fn names(document: &SetDocument, record: &WriterRecord) -> Vec<Name> {
-    let picked: Vec<_> = picked_of(&document.request.components, record).collect();
-    if !picked.is_empty() {
-        return picked;
+/// Whether a component of the writer is in the set, picked or with one that was.
+fn is_in(document: &SetDocument, record: &WriterRecord, name: &Name) -> bool {
+    let explicit = explicit(document, record);
+    let above = explicit.iter().map(|(path, name)| (&**path, &**name));
+    explicit.contains(name)
+        || find(described(record), name).is_some_and(|component| is_with(component, above))
+}
+
+/// Logical paths and names of a writer's components in a set: those picked with what had to come, or those that stand for all.
+pub(super) fn explicit(document: &SetDocument, record: &WriterRecord) -> Vec<Name> {
+    let picked = &document.request.components;
+    let mut names: Vec<Name> = record.picked_of(picked).map(name_of).collect();
+    if names.is_empty() {
+        return selection::all(described(record))
+            .map(|component| (component.logical_path.clone(), component.name.clone()))
+            .collect();
     }
-    record
-        .metadata()
-        .into_iter()
-        .flat_map(|metadata| &metadata.components)
-        .map(|component| (component.logical_path.clone(), component.name.clone()))
-        .collect()
+    // Sets that were made before this rule have picked what they have picked.
+    let must_come = record.must_come(picked).unwrap_or_default();
+    names.extend(must_come.iter().map(name_of));
+    names
 }

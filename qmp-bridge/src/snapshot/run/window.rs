@@ -14,7 +14,7 @@ use super::failure::{Failure, guest_failure, internal, vm_failure};
 use super::left_out::without_places;
 use crate::guest::Guest;
 use guest_agent_wire::host::{
-    Freeze, Frozen, Identified, Prepare, Prepared, Thawed, WRITER_MS_MAX,
+    Freeze, Frozen, Identified, Prepare, Prepared, Thawed, WRITER_MS_MAX, WriterComponents,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,7 +112,7 @@ impl Run<'_> {
         let components = if level < Level::Application {
             Vec::new()
         } else {
-            request.components.clone()
+            self.components()?
         };
         let prepare = Prepare {
             set: self.doc.set.to_string(),
@@ -159,6 +159,25 @@ impl Run<'_> {
         }
         self.window.prepared = Some(prepared);
         Ok(())
+    }
+
+    /// The components that the requester picked, and those that must come with them.
+    fn components(&self) -> Result<Vec<WriterComponents>, Failure> {
+        let mut all = self.doc.request.components.clone();
+        for record in &self.doc.writers {
+            let added = record.must_come(&self.doc.request.components);
+            let added = added.map_err(|error| {
+                let text = format!("writer {}: {error}", record.instance_id);
+                Failure::new(ReasonCode::BadRequest, text)
+            })?;
+            if !added.is_empty() {
+                all.push(WriterComponents {
+                    writer: record.instance_id.clone(),
+                    components: added,
+                });
+            }
+        }
+        Ok(all)
     }
 
     pub(super) async fn prepare_storage(&mut self) -> Result<(), Failure> {
