@@ -1,3 +1,5 @@
+//! The rules of selectability, case by case.
+
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use super::*;
