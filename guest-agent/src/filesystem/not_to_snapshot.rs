@@ -1,7 +1,7 @@
 //! Files that need not be in a copy (VSS: `FilesNotToSnapshot`): from patterns to places on disks.
 //!
 //! Called by `quiesce`: [`find`] while a set is prepared, with the patterns of writers' metadata and of `/etc/vmshadow`, and [`place`]
-//! when all is frozen. Best effort: what cannot be placed for certain is counted as unresolved, never guessed.
+//! when all is frozen (why not before: `PROTOCOL.md`). Best effort: what cannot be placed for certain is counted as unresolved, never guessed.
 //! Invariants: only what `place` says names places, for a file that is cut short gives its blocks to others; no symbolic link is
 //! followed, in no part of a path (whoever owns a directory on the way could make a pattern mean files of others), and no mount
 //! entered on the way down; a file with another name, blocks that it shares with another file, file systems that are not frozen, and
@@ -39,8 +39,8 @@ const NAMES_MAX: u64 = 200_000;
 const FILES_MAX: usize = 512;
 /// Most extents that are told, the largest.
 const EXTENTS_MAX: usize = 1024;
-/// Most extents that are looked at.
-const PIECES_MAX: usize = 65_536;
+/// Most extents that are looked at while all is frozen.
+const PIECES_MAX: usize = 8192;
 /// Most reasons that are told, and names of files.
 const TOLD_MAX: usize = 16;
 /// Deepest directory below a pattern's own.
@@ -68,6 +68,8 @@ struct Candidate {
     owner: Option<u32>,
     is_swap: bool,
     disk: DiskExtent,
+    /// In how many pieces it lay when it was found.
+    pieces: usize,
 }
 
 /// What `find` found.
@@ -97,6 +99,36 @@ impl Candidates {
         self.unresolved += 1;
         if self.reasons.len() < TOLD_MAX {
             self.reasons.push(why);
+        }
+    }
+
+    /// Asks for all places before the freeze. The answers are forgotten, since they may be wrong by then; but what the kernel must read for
+    /// them, it has read, and their number is known: files with the largest pieces stay, as many as are looked at in a short time.
+    fn rehearse(&mut self, until: Instant) {
+        for mut file in std::mem::take(&mut self.files) {
+            if Instant::now() < until {
+                match file.count_pieces() {
+                    Ok(pieces) => file.pieces = pieces,
+                    Err(why) => {
+                        self.unresolved(format!("{}: {why}", file.path.display()));
+                        continue;
+                    }
+                }
+            }
+            self.files.push(file);
+        }
+        self.files.sort_by_key(|file| Reverse(file.bytes_a_piece()));
+        let mut pieces = 0;
+        for file in std::mem::take(&mut self.files) {
+            if pieces + file.pieces <= PIECES_MAX {
+                pieces += file.pieces;
+                self.files.push(file);
+            } else {
+                let (path, own) = (file.path.display(), file.pieces);
+                self.unresolved(format!(
+                    "{path}: its {own} pieces and those of files with larger ones are more than {PIECES_MAX}"
+                ));
+            }
         }
     }
 
@@ -192,6 +224,7 @@ pub fn find(
     }
     let mut found = search.found;
     found.keep_largest();
+    found.rehearse(until);
     found
 }
 
@@ -314,6 +347,7 @@ impl Search<'_> {
             owner,
             is_swap,
             disk: disk.clone(),
+            pieces: 0,
         });
         if self.found.files.len() >= 4 * FILES_MAX {
             self.found.keep_largest();
@@ -378,6 +412,8 @@ pub fn place(
         ..NotToSnapshot::default()
     };
     let mut open = KeptOpen::default();
+    let mut on = Vec::new();
+    let mut areas = Vec::new();
     for device in swap_devices {
         let Some(mut area) = devices.exact(*device) else {
             unresolved(
@@ -390,36 +426,72 @@ pub fn place(
             area.start_bytes += SWAP_HEADER_BYTES;
             area.length_bytes = area.length_bytes.saturating_sub(SWAP_HEADER_BYTES);
             tell(&mut found.names, format!("swap on {}", area.disk));
-            found.extents.push(area);
+            areas.push(Area {
+                disk: number_in(&mut on, &area),
+                start_bytes: area.start_bytes,
+                length_bytes: area.length_bytes,
+            });
         }
     }
     for file in &candidates.files {
         let placed = if Instant::now() >= until {
             Err("no time left to place it".to_owned())
-        } else if found.extents.len() >= PIECES_MAX {
+        } else if areas.len() >= PIECES_MAX {
             Err(format!("there are {PIECES_MAX} pieces already"))
         } else if frozen.contains(&number(file.device)) {
-            file.place(&mut open)
+            file.place(number_in(&mut on, &file.disk), &mut open)
         } else {
             Err("its file system is not frozen".to_owned())
         };
         match placed {
-            Ok(mut extents) => {
+            Ok(mut lies_in) => {
                 found.files += 1;
                 tell(&mut found.names, file.path.display().to_string());
-                found.extents.append(&mut extents);
+                areas.append(&mut lies_in);
             }
             Err(why) => unresolved(&mut found, format!("{}: {why}", file.path.display())),
         }
     }
     // Neighbours become one, so that more can be told.
-    found.extents = merged(found.extents);
-    found.bytes = found.extents.iter().map(|e| e.length_bytes).sum();
-    found.extents.sort_by_key(|e| Reverse(e.length_bytes));
-    let told = found.extents.len().min(EXTENTS_MAX);
-    found.extents_not_told = u64::try_from(found.extents.len() - told).unwrap_or(u64::MAX);
-    found.extents.truncate(told);
+    let mut areas = merged(areas);
+    found.bytes = areas.iter().map(|area| area.length_bytes).sum();
+    areas.sort_by_key(|area| Reverse(area.length_bytes));
+    let told = areas.len().min(EXTENTS_MAX);
+    found.extents_not_told = u64::try_from(areas.len() - told).unwrap_or(u64::MAX);
+    areas.truncate(told);
+    found.extents = areas.iter().filter_map(|area| area.told_of(&on)).collect();
     (found, open)
+}
+
+/// A part of a disk, which is named by its number in a table: there are thousands of one disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Area {
+    disk: usize,
+    start_bytes: u64,
+    length_bytes: u64,
+}
+
+impl Area {
+    fn told_of(self, disks: &[DiskExtent]) -> Option<DiskExtent> {
+        let DiskExtent { serial, disk, .. } = disks.get(self.disk)?;
+        Some(DiskExtent {
+            serial: serial.clone(),
+            disk: disk.clone(),
+            start_bytes: self.start_bytes,
+            length_bytes: self.length_bytes,
+        })
+    }
+}
+
+/// The number of the disk that this lies on; the table grows by one that it does not have.
+fn number_in(disks: &mut Vec<DiskExtent>, wanted: &DiskExtent) -> usize {
+    let found = disks
+        .iter()
+        .position(|known| (&known.serial, &known.disk) == (&wanted.serial, &wanted.disk));
+    found.unwrap_or_else(|| {
+        disks.push(wanted.clone());
+        disks.len() - 1
+    })
 }
 
 fn tell(told: &mut Vec<String>, text: String) {
@@ -434,20 +506,30 @@ fn unresolved(found: &mut NotToSnapshot, why: String) {
 }
 
 impl Candidate {
-    fn place(&self, kept: &mut KeptOpen) -> Result<Vec<DiskExtent>, String> {
+    /// On average; the whole of a file that nobody has asked for its pieces.
+    fn bytes_a_piece(&self) -> u64 {
+        self.bytes / u64::try_from(self.pieces.max(1)).unwrap_or(1)
+    }
+
+    fn count_pieces(&self) -> Result<usize, String> {
         let file = open(&self.path, OFlags::NONBLOCK).map_err(not_opened)?;
-        let looked_at = self.look_at(&file);
+        Ok(self.look_at(&file, 0)?.len())
+    }
+
+    fn place(&self, disk: usize, kept: &mut KeptOpen) -> Result<Vec<Area>, String> {
+        let file = open(&self.path, OFlags::NONBLOCK).map_err(not_opened)?;
+        let looked_at = self.look_at(&file, disk);
         kept.0.push(file);
         looked_at
     }
 
-    fn look_at(&self, file: &OwnedFd) -> Result<Vec<DiskExtent>, String> {
+    fn look_at(&self, file: &OwnedFd, disk: usize) -> Result<Vec<Area>, String> {
         let stat = fstat(file).map_err(|e| e.to_string())?;
         if (stat.st_dev, stat.st_ino) != (self.device, self.inode) {
             return Err("is another file by now".to_owned());
         }
         is_alone(&stat, self.owner)?;
-        let mut extents = Vec::new();
+        let mut areas = Vec::new();
         for piece in blocks::of(file)? {
             let end = piece.start_bytes.saturating_add(piece.length_bytes);
             if end > self.disk.length_bytes {
@@ -459,36 +541,32 @@ impl Candidate {
                 .saturating_sub(piece.logical_bytes)
                 .min(piece.length_bytes);
             if kept < piece.length_bytes {
-                extents.push(DiskExtent {
-                    serial: self.disk.serial.clone(),
-                    disk: self.disk.disk.clone(),
+                areas.push(Area {
+                    disk,
                     start_bytes: self.disk.start_bytes + piece.start_bytes + kept,
                     length_bytes: piece.length_bytes - kept,
                 });
             }
         }
-        Ok(extents)
+        Ok(areas)
     }
 }
 
-/// The same area as extents that do not overlap, by disk and place.
-fn merged(mut extents: Vec<DiskExtent>) -> Vec<DiskExtent> {
-    extents.sort_by(|a, b| {
-        (&a.serial, &a.disk, a.start_bytes).cmp(&(&b.serial, &b.disk, b.start_bytes))
-    });
-    let mut merged: Vec<DiskExtent> = Vec::new();
-    for extent in extents {
-        let end = extent.start_bytes.saturating_add(extent.length_bytes);
+/// The same as areas that do not overlap, by disk and place.
+fn merged(mut areas: Vec<Area>) -> Vec<Area> {
+    areas.sort_by_key(|area| (area.disk, area.start_bytes));
+    let mut merged: Vec<Area> = Vec::new();
+    for area in areas {
+        let end = area.start_bytes.saturating_add(area.length_bytes);
         match merged.last_mut() {
             Some(last)
-                if last.serial == extent.serial
-                    && last.disk == extent.disk
-                    && extent.start_bytes <= last.start_bytes.saturating_add(last.length_bytes) =>
+                if last.disk == area.disk
+                    && area.start_bytes <= last.start_bytes.saturating_add(last.length_bytes) =>
             {
                 let length = end.saturating_sub(last.start_bytes);
                 last.length_bytes = last.length_bytes.max(length);
             }
-            Some(_) | None => merged.push(extent),
+            Some(_) | None => merged.push(area),
         }
     }
     merged

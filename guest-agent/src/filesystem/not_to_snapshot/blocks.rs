@@ -11,9 +11,9 @@ use rustix::ioctl::{Getter, Opcode, Updater, ioctl, opcode};
 use std::os::fd::AsFd;
 
 /// Extents by one call.
-const AT_ONCE: u32 = 64;
+const AT_ONCE: u32 = 256;
 /// Most extents of a file.
-const EXTENTS_MAX: usize = 8192;
+const EXTENTS_MAX: usize = super::PIECES_MAX;
 /// The last one of the file (FIEMAP_EXTENT_LAST).
 const LAST: u32 = 1;
 /// FIEMAP_EXTENT_DELALLOC: room that is promised and not chosen, as XFS does behind a file's end. Nothing is on the disk.

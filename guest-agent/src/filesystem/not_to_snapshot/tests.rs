@@ -3,10 +3,9 @@
 use super::*;
 use std::io::Write;
 
-fn extent(serial: &str, start_bytes: u64, length_bytes: u64) -> DiskExtent {
-    DiskExtent {
-        serial: serial.to_owned(),
-        disk: "vda".to_owned(),
+fn area(disk: usize, start_bytes: u64, length_bytes: u64) -> Area {
+    Area {
+        disk,
         start_bytes,
         length_bytes,
     }
@@ -15,13 +14,13 @@ fn extent(serial: &str, start_bytes: u64, length_bytes: u64) -> DiskExtent {
 #[test]
 fn an_area_is_counted_once_however_often_it_was_named() {
     let all = vec![
-        extent("b", 0, 10),
-        extent("a", 20, 10),
-        extent("a", 0, 10),
-        extent("a", 5, 5),
-        extent("a", 10, 2),
+        area(1, 0, 10),
+        area(0, 20, 10),
+        area(0, 0, 10),
+        area(0, 5, 5),
+        area(0, 10, 2),
     ];
-    let expected = [extent("a", 0, 12), extent("a", 20, 10), extent("b", 0, 10)];
+    let expected = [area(0, 0, 12), area(0, 20, 10), area(1, 0, 10)];
     assert_eq!(merged(all), expected);
 }
 
@@ -208,6 +207,31 @@ fn a_file_lies_where_it_lies_when_it_is_frozen_and_not_where_it_was_found() {
     std::fs::remove_file(&path).unwrap();
     guest.write("a.tmp", 8192);
     assert_eq!(guest.place(&found, &[guest.number]).bytes, 0);
+}
+
+#[test]
+fn of_too_many_pieces_those_that_are_largest_are_looked_at() {
+    let guest = Guest::new();
+    let one = guest.write("one", 1 << 20);
+    if !guest.can_tell(&one) {
+        return;
+    }
+    // A block and a hole, one after the other.
+    for (name, pieces) in [("some", 10), ("many", PIECES_MAX)] {
+        let file = std::fs::File::create(guest.place.path().join(name)).unwrap();
+        for piece in 0..pieces {
+            let at = u64::try_from(piece).unwrap() * 8192;
+            std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], at).unwrap();
+        }
+        rustix::fs::fsync(&file).unwrap();
+    }
+    let found = guest.find(&[guest.wish("*", None)], &[], &[]);
+    assert_eq!(names(&found), ["one", "some"], "{:?}", found.reasons);
+    assert_eq!(found.unresolved, 1);
+    assert!(found.reasons.iter().all(|why| why.contains("pieces")));
+    let placed = guest.place(&found, &[guest.number]);
+    assert_eq!((placed.files, placed.unresolved), (2, 1), "{placed:?}");
+    assert_eq!(placed.bytes, (1 << 20) + 10 * 4096);
 }
 
 #[test]
