@@ -38,7 +38,7 @@ pub(super) struct Participant {
     took_us: u64,
     /// It has heard of this set, so it must hear of its end.
     pub(super) is_involved: bool,
-    /// When `freeze` was sent, until `thaw` or `abort` is.
+    /// When `freeze` was sent, until `thaw` is answered or `abort` is sent.
     pub(super) frozen_since: Option<BootTime>,
     /// When the pending event was sent; `None` if none is pending.
     pub(super) asked: Option<BootTime>,
@@ -134,8 +134,10 @@ impl Participant {
         self.evidence = Value::Null;
         match step {
             Step::Freeze { .. } => self.frozen_since = Some(now),
-            Step::Thaw { .. } | Step::Abort { .. } => self.frozen_since = None,
-            Step::Identify
+            Step::Abort { .. } => self.frozen_since = None,
+            // What it says until it has answered is still about this hold.
+            Step::Thaw { .. }
+            | Step::Identify
             | Step::PrepareBackup(_)
             | Step::PrepareSnapshot
             | Step::PostSnapshot(_)
@@ -167,6 +169,13 @@ impl Participant {
         let asked = self.asked.take();
         self.deadline = None;
         self.took_us = asked.map_or(0, |asked| BootTime::now().us_since(asked));
+        if matches!(step, Step::Thaw { .. }) {
+            self.frozen_since = None;
+            if self.held == Some(false) {
+                // A hold that was lost stays lost whatever is said at its end, and why is told already.
+                return None;
+            }
+        }
         let reply = match answer {
             Ok(reply) if reply.ok => reply,
             Ok(reply) => {
@@ -198,8 +207,10 @@ impl Participant {
                 self.held = Some(true);
             }
             Step::Abort { .. } if self.failure.is_some() => return None,
-            // A failure after the snapshot is still to be told when the backup is complete.
-            Step::BackupComplete(_) | Step::BackupShutdown if self.failure.is_some() => {
+            // A failure is still to be told after the snapshot, and when the backup is complete.
+            Step::PostSnapshot(_) | Step::BackupComplete(_) | Step::BackupShutdown
+                if self.failure.is_some() =>
+            {
                 return None;
             }
             Step::PrepareBackup(_) if self.is_left_out => {
@@ -296,8 +307,11 @@ impl Participant {
         failure
     }
 
-    /// It broke the hold, outside any step.
+    /// It broke the hold, outside any step. The first reason stays.
     pub(super) fn broke(&mut self, failure: Failure) {
+        if self.held == Some(false) {
+            return;
+        }
         self.held = Some(false);
         self.state = WriterState::FailedAtThaw;
         self.failure = Some(failure);

@@ -258,11 +258,12 @@ fn serve(stream: UnixStream, allow_dir: &Path, registry: &Registry, service: &Se
             }
         }
     }
-    registry.remove(&identity);
     writer.hang_up();
+    // Told before its id is free: what is said of this connection must not hit the next one of that name.
     service.send(Signal::WriterGone {
         instance_id: identity.instance_id.clone(),
     });
+    registry.remove(&identity);
     journal::note(format_args!("writer {name} hung up"));
 }
 
