@@ -149,23 +149,36 @@ fn encode(id: u64, outcome: Result<Value, AgentError>) -> Vec<u8> {
         Ok(value) => Outcome::Return(value),
         Err(error) => Outcome::Error(error),
     };
-    let mut bytes = serde_json::to_vec(&Response { id, outcome }).unwrap_or_default();
+    let response = Response { id, outcome };
+    let mut bytes = serde_json::to_vec(&response).unwrap_or_default();
     if bytes.len() >= MESSAGE_BYTES_MAX {
-        let outcome = Outcome::Error(error(
-            ErrorCode::Internal,
-            "the answer is too long".to_owned(),
-            false,
-        ));
-        bytes = serde_json::to_vec(&Response { id, outcome }).unwrap_or_default();
+        bytes = serde_json::to_vec(&shortened(response)).unwrap_or_default();
     }
     bytes.push(b'\n');
     bytes
+}
+
+/// What is left of an answer that is too long: of an error all but its reports.
+fn shortened(response: Response) -> Response {
+    let short = match response.outcome {
+        Outcome::Return(_) => {
+            let why = "the answer is too long".to_owned();
+            error(ErrorCode::Internal, why, false)
+        }
+        Outcome::Error(long) => error(long.code, long.message, long.retryable),
+    };
+    Response {
+        id: response.id,
+        outcome: Outcome::Error(short),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     //! Bytes from the host are untrusted.
     use super::*;
+    use guest_agent_wire::host::WriterReport;
+    use guest_agent_wire::types::WriterState;
     use proptest::prelude::*;
 
     fn pieces(chunks: &[&[u8]]) -> Vec<Piece> {
@@ -217,6 +230,26 @@ mod tests {
         assert!(admit(Command::Status {}, &mut greeted).is_ok());
         assert!(admit(Command::Hello { versions: vec![1] }, &mut greeted).is_ok());
         assert!(admit(Command::Identify {}, &mut greeted).is_ok());
+    }
+
+    #[test]
+    fn an_error_whose_reports_are_too_long_keeps_its_code_and_message() {
+        let mut broken = error(ErrorCode::HoldBroken, "writer db hung up".to_owned(), true);
+        broken.writers = vec![WriterReport {
+            instance_id: "x".repeat(MESSAGE_BYTES_MAX),
+            name: String::new(),
+            state: WriterState::Stable,
+            held: None,
+            evidence: Value::Null,
+            components: Vec::new(),
+            failure: None,
+            took_ms: 0,
+        }];
+        let line = encode(3, Err(broken));
+        let answer: Value = serde_json::from_slice(&line).unwrap();
+        assert_eq!(answer["id"], 3);
+        assert_eq!(answer["error"]["code"], "HOLD_BROKEN");
+        assert_eq!(answer["error"]["message"], "writer db hung up");
     }
 
     proptest! {

@@ -11,6 +11,7 @@ use super::service::{Answer, Request, Service, Signal};
 use super::session::Incomplete;
 use super::state::{Effect, Event, Machine, Owner, Phase, Refusal};
 use super::step::Step;
+use super::words;
 use super::writers::{LEVELS, OnFailure};
 use crate::clock::{Alarm, BootTime};
 use crate::filesystem::not_to_snapshot::{Candidates, KeptOpen};
@@ -44,8 +45,8 @@ const QGA_PREPARE_MS: u64 = 30_000;
 /// Time for writers after the thaw on that path, milliseconds: the next freeze waits for it.
 const QGA_FINISH_MS: u64 = 10_000;
 
-/// Room for all metadata documents in one answer.
-const DOCUMENTS_BYTES_MAX: usize = MESSAGE_BYTES_MAX / 2;
+/// Longest outcome: a message but for its envelope.
+const ANSWER_BYTES_MAX: usize = MESSAGE_BYTES_MAX - 64;
 
 /// What the administrator chose.
 #[derive(Clone, Debug)]
@@ -373,16 +374,16 @@ impl Actor {
                 self.settle(identified, answer);
             }
             Request::Prepare(prepare) => {
-                let prepared = self.prepare(&prepare);
+                let prepared = self.prepare(&prepare).and_then(tellable);
                 self.settle(prepared, answer);
             }
             Request::Freeze(freeze) => {
-                let frozen = self.freeze(&freeze, None);
+                let frozen = self.freeze(&freeze, None).and_then(tellable);
                 self.settle(frozen, answer);
             }
             Request::Thaw { .. } => {
                 let thawed = self.thaw();
-                self.settle(Ok(thawed), answer);
+                self.settle(tellable(thawed), answer);
             }
             Request::PostSnapshot(post) => {
                 let said = self.finish(&post);
@@ -396,7 +397,7 @@ impl Actor {
                 }
             },
             Request::PreRestore(restore) => {
-                let said = self.pre_restore(&restore);
+                let said = self.pre_restore(&restore).and_then(tellable);
                 self.settle(said, answer);
             }
             Request::PostRestore(restore) => {
@@ -523,7 +524,7 @@ impl Actor {
         {
             return Err(cause);
         }
-        let mut room = DOCUMENTS_BYTES_MAX;
+        let mut room = words::DOCUMENTS_BYTES_MAX;
         for participant in &mut self.set.participants {
             room = participant.fit_document(room);
         }
@@ -804,6 +805,16 @@ impl Actor {
             }
         }
     }
+}
+
+/// Nobody must stay frozen because nobody can be told: an outcome that is too long for an answer is a failure.
+fn tellable<T: Serialize>(outcome: T) -> Result<T, Cause> {
+    let bytes = words::bytes(&outcome);
+    if bytes < ANSWER_BYTES_MAX {
+        return Ok(outcome);
+    }
+    let why = format!("the answer of {bytes} bytes is too long");
+    Err(Cause::Internal(why))
 }
 
 fn internal(message: &str) -> AgentError {

@@ -4,6 +4,7 @@
 
 use super::cause::Cause;
 use super::step::Step;
+use super::words;
 use crate::clock::BootTime;
 use crate::writer::{Writer, failure};
 use guest_agent_wire::components::{
@@ -35,6 +36,8 @@ pub(super) struct Participant {
     components: Vec<ComponentReply>,
     evidence: Value,
     frozen_evidence: Value,
+    /// Length of its components and of its evidence in an answer to the host.
+    said_bytes: (usize, usize),
     took_us: u64,
     /// It has heard of this set, so it must hear of its end.
     pub(super) is_involved: bool,
@@ -63,6 +66,7 @@ impl Participant {
             components: Vec::new(),
             evidence: Value::Null,
             frozen_evidence: Value::Null,
+            said_bytes: (0, 0),
             took_us: 0,
             is_involved: false,
             frozen_since: None,
@@ -132,6 +136,7 @@ impl Participant {
         self.deadline = Some(deadline);
         self.patience = step.is_prepare().then_some((limit_ms, until));
         self.evidence = Value::Null;
+        self.said_bytes.1 = 0;
         match step {
             Step::Freeze { .. } => self.frozen_since = Some(now),
             Step::Abort { .. } => self.frozen_since = None,
@@ -160,11 +165,17 @@ impl Participant {
         }
     }
 
-    /// The answer is there, or it is late. Returns what failed in this step.
+    /// How much of an answer to the host its words take, bytes.
+    pub(super) fn said_bytes(&self) -> usize {
+        self.said_bytes.0 + self.said_bytes.1
+    }
+
+    /// The answer is there, or it is late; so many bytes of it have room. Returns what failed in this step.
     pub(super) fn answered(
         &mut self,
         step: &Step,
         answer: Result<Reply, Failure>,
+        room_bytes: usize,
     ) -> Option<Failure> {
         let asked = self.asked.take();
         self.deadline = None;
@@ -176,15 +187,19 @@ impl Participant {
                 return None;
             }
         }
+        let said_before = self.said_bytes.0;
+        let answer = answer.and_then(|reply| words::fit(reply, said_before, room_bytes));
         let reply = match answer {
             Ok(reply) if reply.ok => reply,
             Ok(reply) => {
                 self.add(reply.components);
                 let code = reply.code.unwrap_or(WriterFailure::Nonretryable);
-                return Some(self.fail(step, failure(code, reply.message)));
+                let why = words::for_people(&reply.message);
+                return Some(self.fail(step, failure(code, why)));
             }
             Err(failure) => return Some(self.fail(step, failure)),
         };
+        self.said_bytes.1 = words::bytes(&reply.evidence);
         self.evidence = reply.evidence;
         self.add(reply.components);
         match step {
@@ -263,6 +278,14 @@ impl Participant {
 
     /// Adds what it said of its components to what it said before.
     fn add(&mut self, said: Vec<ComponentReply>) {
+        if said.is_empty() {
+            return;
+        }
+        self.merge(said);
+        self.said_bytes.0 = words::bytes(&self.components);
+    }
+
+    fn merge(&mut self, said: Vec<ComponentReply>) {
         for reply in said {
             let known = self.components.iter_mut().find(|known| {
                 (&known.logical_path, &known.name) == (&reply.logical_path, &reply.name)

@@ -8,6 +8,7 @@ use super::cause::Cause;
 use super::participant::Participant;
 use super::service::Signal;
 use super::step::Step;
+use super::words;
 use crate::clock::BootTime;
 use crate::journal;
 use crate::writer::failure;
@@ -256,8 +257,9 @@ impl Actor {
         step: &Step,
         answer: Result<Reply, Failure>,
     ) -> Option<Cause> {
+        let room_bytes = self.room_for(index);
         let participant = self.set.participants.get_mut(index)?;
-        let failure = participant.answered(step, answer)?;
+        let failure = participant.answered(step, answer, room_bytes)?;
         let name = participant.name();
         journal::note(format_args!(
             "writer {name} failed at {}: {:?}: {}",
@@ -281,6 +283,16 @@ impl Actor {
             | WriterFailure::Retryable
             | WriterFailure::Nonretryable => Cause::Veto { name, failure },
         })
+    }
+
+    /// What the words of the others leave for this writer's.
+    fn room_for(&self, index: usize) -> usize {
+        let participants = self.set.participants.iter().enumerate();
+        let others = participants
+            .filter(|(other, _)| *other != index)
+            .map(|(_, participant)| participant);
+        let others = others.chain(&self.set.left_out);
+        words::room_beside(others.map(Participant::said_bytes).sum())
     }
 
     /// Sets the alarm to the time when the helper must have spoken, or to the end of the shortest window of a writer that has answered its freeze. One that has not is late by
@@ -343,6 +355,7 @@ impl Actor {
         if generation != self.machine.generation() {
             return None;
         }
+        let why = words::for_people(&why);
         let participant = self.frozen_one(instance_id)?;
         participant.broke(failure(WriterFailure::Timeout, why.clone()));
         Some(Cause::WriterReleased {
@@ -379,8 +392,9 @@ impl Actor {
     /// set alone.
     pub(super) fn writer_infos(&self) -> Vec<WriterInfo> {
         let of_set = self.set.participants.iter().chain(&self.set.left_out);
-        let of_set: Vec<WriterInfo> = of_set.map(Participant::info).collect();
+        let mut of_set: Vec<WriterInfo> = of_set.map(Participant::info).collect();
         if self.machine.is_frozen() {
+            words::fit_documents(&mut of_set);
             return of_set;
         }
         let (writers, _) = self.registry.writers();
@@ -400,6 +414,7 @@ impl Actor {
                 None => infos.push(info),
             }
         }
+        words::fit_documents(&mut infos);
         infos
     }
 

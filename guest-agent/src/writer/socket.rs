@@ -33,7 +33,7 @@ const REGISTRATION: Duration = Duration::from_secs(5);
 /// Connections that may be registering while all places are taken.
 const SPARE: usize = 16;
 /// Longest id or name, bytes.
-const NAME_BYTES_MAX: usize = 256;
+pub(crate) const NAME_BYTES_MAX: usize = 256;
 const STACK_BYTES: usize = 256 * 1024;
 
 /// Listens at `path` on a thread of its own. Everybody may connect; [`is_allowed`] decides.
@@ -315,8 +315,10 @@ fn register(line: &[u8], stream: &UnixStream, allow_dir: &Path) -> Result<Identi
         &registration.instance_id,
         &registration.name,
     ] {
-        if text.is_empty() || text.len() > NAME_BYTES_MAX {
-            return Err(format!("ids and name need 1 to {NAME_BYTES_MAX} bytes"));
+        if text.is_empty() || text.len() > NAME_BYTES_MAX || text.contains(char::is_control) {
+            return Err(format!(
+                "ids and name need 1 to {NAME_BYTES_MAX} bytes, and no control characters"
+            ));
         }
     }
     if !(1..=WRITER_MS_MAX).contains(&registration.freeze_timeout_ms) {

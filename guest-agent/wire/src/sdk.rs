@@ -107,7 +107,8 @@ impl Veto {
 pub struct Held {
     /// Writes were held from the answer to `freeze` until now.
     pub held: bool,
-    /// What proves it; for a writer that holds its writes itself it must equal what `freeze` returned.
+    /// What proves it; for a writer that holds its writes itself it must equal what `freeze` returned. Bounded, with all that
+    /// is said of components, by [`crate::writer::WORDS_BYTES_MAX`].
     pub evidence: Value,
 }
 

@@ -20,6 +20,10 @@ pub const PROTOCOL: u32 = 1;
 /// Longest time that a writer may be silent while it prepares, milliseconds.
 pub const PREPARE_MS_MAX: u64 = 600_000;
 
+/// Most that a writer may say in a set, bytes: `evidence` and `components` of its replies together, as JSON. A reply beyond
+/// that counts as a failure (`OUTOFRESOURCES`); so does one for which the words of all writers leave no room.
+pub const WORDS_BYTES_MAX: usize = 128 << 10;
+
 /// First line of a writer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Registration {

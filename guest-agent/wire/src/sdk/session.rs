@@ -5,7 +5,9 @@
 
 use super::call::Call;
 use super::{Veto, Writer};
+use crate::MESSAGE_BYTES_MAX;
 use crate::lines::{Lines, Piece};
+use crate::types::WriterFailure;
 use crate::writer::{BackupShutdown, Event, EventKind, Progress, Release, Reply};
 use serde::Serialize;
 use std::cell::RefCell;
@@ -113,7 +115,7 @@ impl Session<'_> {
                 reply.code = Some(veto.code);
                 reply.message = veto.message;
             }
-            self.wire.send(&reply)?;
+            self.wire.reply(reply)?;
         }
     }
 
@@ -249,6 +251,20 @@ impl<'a> Wire<'a> {
         line.push(b'\n');
         let mut stream = self.stream;
         stream.write_all(&line)
+    }
+
+    /// One that is longer than a line would end the connection, and nobody would know why.
+    fn reply(&self, reply: Reply) -> io::Result<()> {
+        let bytes = serde_json::to_vec(&reply).map_or(usize::MAX, |line| line.len());
+        if bytes < MESSAGE_BYTES_MAX {
+            return self.send(&reply);
+        }
+        self.send(&Reply {
+            ok: false,
+            code: Some(WriterFailure::Outofresources),
+            message: format!("its answer of {bytes} bytes is longer than a line"),
+            ..Reply::agrees(reply.seq)
+        })
     }
 
     pub(super) fn progress(&self, seq: u64, what: &str) {

@@ -16,6 +16,7 @@ struct Probe {
     veto: bool,
     /// It loses its hold after so many looks.
     looks: Option<u32>,
+    evidence: Value,
 }
 
 impl Probe {
@@ -38,7 +39,7 @@ impl Writer for Probe {
             return Err(Veto::retryable("busy"));
         }
         self.frozen = true;
-        Ok(Value::from(5))
+        Ok(self.evidence.clone())
     }
 
     fn thaw(&mut self, _: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
@@ -101,6 +102,10 @@ impl Agent {
     }
 
     fn with_looks(veto: bool, looks: Option<u32>) -> Self {
+        Self::with_evidence(veto, looks, Value::from(5))
+    }
+
+    fn with_evidence(veto: bool, looks: Option<u32>, evidence: Value) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(Duration::from_secs(20)))
             .unwrap();
@@ -111,6 +116,7 @@ impl Agent {
                 frozen: false,
                 veto,
                 looks,
+                evidence,
             };
             let ended = serve(&mut probe, &theirs);
             assert!(!probe.frozen, "left frozen");
@@ -237,6 +243,20 @@ fn a_veto_is_told_with_its_code() {
     assert_eq!(reply.message, "busy");
     // Nothing was frozen, so nothing can have been held.
     assert_eq!(agent.thaw().held, Some(false));
+}
+
+#[test]
+fn an_answer_longer_than_a_line_is_a_failure_that_says_so_and_the_hold_still_ends() {
+    let long = "x".repeat(crate::MESSAGE_BYTES_MAX).into();
+    let mut agent = Agent::with_evidence(false, None, long);
+    let reply = agent.freeze(600_000);
+    assert!(!reply.ok);
+    assert_eq!(reply.code, Some(WriterFailure::Outofresources));
+    let abort = EventKind::Abort(Abort {
+        set: "s".into(),
+        reason: "refused".into(),
+    });
+    assert!(agent.ask(abort).ok);
 }
 
 #[test]
