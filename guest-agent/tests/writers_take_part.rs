@@ -418,7 +418,8 @@ fn a_user_who_is_not_allowed_is_refused_and_one_who_is_takes_part() {
         return;
     }
     let rig = Rig::with("ext4");
-    let script = r#"my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or die $!;
+    // A stranger is hung up on before it has said anything.
+    let script = r#"$SIG{PIPE} = 'IGNORE'; my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or die $!;
         print $s "{\"protocol\":1,\"class_id\":\"web\",\"instance_id\":\"w\",\"name\":\"w\",\"freeze_timeout_ms\":9}\n";
         $s->flush; print scalar <$s>;"#;
     let register = || {

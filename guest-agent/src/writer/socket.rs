@@ -1,11 +1,13 @@
 //! Writers that are connected: the Unix socket, one connection and one reading thread for each.
 //!
 //! Started by `agent`. A connection is a registration; when it ends, the writer is gone, and `quiesce` is told. Invariants: only
-//! root and users that an allow file names become writers; a writer that does not read or sends garbage loses its connection;
-//! sending never waits.
+//! root and users that an allow file names become writers, and nobody else is read; a connection that does not say who it is
+//! takes nobody's place (`places`); a writer that does not read or sends garbage loses its connection; sending never waits.
 #![deny(clippy::indexing_slicing)]
 
-use super::registry::{CONNECTED_MAX, Registry};
+use super::allow::{is_allowed, is_writer};
+use super::places::{Place, Places, ROOT};
+use super::registry::Registry;
 use super::{Answer, Identity, Writer, failure};
 use crate::journal;
 use crate::quiesce::service::{Service, Signal};
@@ -20,23 +22,22 @@ use rustix::net::{SendFlags, Shutdown, send, shutdown};
 use std::collections::VecDeque;
 use std::fs;
 use std::io::{self, Read as _};
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Time for the registration.
+/// Time for the registration, to its last byte.
 const REGISTRATION: Duration = Duration::from_secs(5);
-/// Connections that may be registering while all places are taken.
-const SPARE: usize = 16;
+/// Longest registration, bytes.
+const REGISTRATION_BYTES_MAX: usize = 16 << 10;
 /// Longest id or name, bytes.
 pub(crate) const NAME_BYTES_MAX: usize = 256;
 const STACK_BYTES: usize = 256 * 1024;
 
-/// Listens at `path` on a thread of its own. Everybody may connect; [`is_allowed`] decides.
+/// Listens at `path` on a thread of its own. Everybody may connect; [`admit`] and [`register`] decide.
 pub fn listen(
     path: &Path,
     allow_dir: &Path,
@@ -47,7 +48,7 @@ pub fn listen(
     let listener = UnixListener::bind(path)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
     let allow_dir = allow_dir.to_owned();
-    let count = Arc::new(AtomicUsize::new(0));
+    let places = Arc::<Places>::default();
     let accept = move || {
         loop {
             let stream = match listener.accept() {
@@ -58,29 +59,37 @@ pub fn listen(
                     continue;
                 }
             };
-            if count.fetch_add(1, Ordering::SeqCst) >= CONNECTED_MAX + SPARE {
-                count.fetch_sub(1, Ordering::SeqCst);
-                refuse(&stream, "there are too many connections");
+            // Without a word: one that may well be a writer comes again.
+            let Some(place) = admit(&stream, &places) else {
                 continue;
-            }
+            };
             let (registry, service) = (Arc::clone(&registry), service.clone());
-            let (allow_dir, of_thread) = (allow_dir.clone(), Arc::clone(&count));
-            let started = thread::Builder::new()
+            let allow_dir = allow_dir.clone();
+            // A thread that does not start drops the connection and its place.
+            thread::Builder::new()
                 .name("writer".into())
                 .stack_size(STACK_BYTES)
-                .spawn(move || {
-                    serve(stream, &allow_dir, &registry, &service);
-                    of_thread.fetch_sub(1, Ordering::SeqCst);
-                });
-            if started.is_err() {
-                count.fetch_sub(1, Ordering::SeqCst);
-            }
+                .spawn(move || serve(stream, place, &allow_dir, &registry, &service))
+                .map(drop)
+                .unwrap_or(());
         }
     };
     thread::Builder::new()
         .name("writers".into())
         .spawn(accept)
         .map(drop)
+}
+
+/// A place for the user at the other end.
+fn admit(stream: &UnixStream, places: &Arc<Places>) -> Option<Place> {
+    let uid = socket_peercred(stream).ok()?.uid.as_raw();
+    let place = places.take(uid);
+    if place.is_none() && places.may_note() {
+        journal::note(format_args!(
+            "user {uid} has too many connections that are no writers yet"
+        ));
+    }
+    place
 }
 
 /// A connected writer.
@@ -196,28 +205,34 @@ fn welcome(stream: &UnixStream, refused: Option<&str>) -> bool {
     )
 }
 
-fn refuse(stream: &UnixStream, why: &str) {
-    journal::note(format_args!("refused a writer: {why}"));
+fn refuse(stream: &UnixStream, place: &Place, why: &str) {
+    if place.may_note() {
+        journal::note(format_args!(
+            "refused a writer of user {}: {why}",
+            place.uid()
+        ));
+    }
     // It may be gone already.
     let _told: bool = welcome(stream, Some(why));
 }
 
-fn serve(stream: UnixStream, allow_dir: &Path, registry: &Registry, service: &Service) {
+fn serve(
+    stream: UnixStream,
+    place: Place,
+    allow_dir: &Path,
+    registry: &Registry,
+    service: &Service,
+) {
     let mut reader = Reader::default();
-    stream.set_read_timeout(Some(REGISTRATION)).unwrap_or(());
-    let Some(line) = reader.next(&stream) else {
-        refuse(&stream, "no registration came");
-        return;
-    };
-    let identity = match register(&line, &stream, allow_dir) {
+    let identity = match registration(&stream, &mut reader, place.uid(), allow_dir) {
         Ok(identity) => identity,
         Err(why) => {
-            refuse(&stream, &why);
+            refuse(&stream, &place, &why);
             return;
         }
     };
     let Ok(write_half) = stream.try_clone() else {
-        refuse(&stream, "there are no descriptors left");
+        refuse(&stream, &place, "there are no descriptors left");
         return;
     };
     let writer = Arc::new(Connected {
@@ -230,12 +245,12 @@ fn serve(stream: UnixStream, allow_dir: &Path, registry: &Registry, service: &Se
         welcome(&stream, None)
     });
     if let Err(why) = added {
-        refuse(&stream, &why.to_string());
+        refuse(&stream, &place, &why.to_string());
         return;
     }
+    drop(place);
     let name = &identity.name;
     journal::note(format_args!("writer {name} registered"));
-    stream.set_read_timeout(None).unwrap_or(());
     while let Some(line) = reader.next(&stream) {
         match serde_json::from_slice(&line) {
             Ok(FromWriter::Reply(reply)) => writer.reply(reply),
@@ -276,9 +291,24 @@ struct Reader {
 }
 
 impl Reader {
-    /// The next line; `None` at the end, after a time-out, or after a line that is too long.
-    fn next(&mut self, mut stream: &UnixStream) -> Option<Vec<u8>> {
-        let mut buffer = [0; 4096];
+    /// The first line, if it is there in time and is not too long.
+    fn first(&mut self, stream: &UnixStream) -> Option<Vec<u8>> {
+        let until = Instant::now() + REGISTRATION;
+        let mut read_bytes = 0;
+        while self.ready.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.broken || read_bytes > REGISTRATION_BYTES_MAX {
+                return None;
+            }
+            stream.set_read_timeout(Some(left)).ok()?;
+            read_bytes += self.read(stream)?;
+        }
+        stream.set_read_timeout(None).ok()?;
+        self.ready.pop_front()
+    }
+
+    /// The next line; `None` at the end, or after a line that is too long.
+    fn next(&mut self, stream: &UnixStream) -> Option<Vec<u8>> {
         loop {
             if let Some(line) = self.ready.pop_front() {
                 return Some(line);
@@ -286,25 +316,49 @@ impl Reader {
             if self.broken {
                 return None;
             }
-            let count = match stream.read(&mut buffer) {
-                Ok(0) => return None,
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return None,
-            };
-            let (lines, ready, broken) = (&mut self.lines, &mut self.ready, &mut self.broken);
-            lines.take(
-                buffer.get(..count).unwrap_or_default(),
-                |piece| match piece {
-                    Piece::Line(line) => ready.push_back(line),
-                    Piece::Reset | Piece::TooLong => *broken = true,
-                },
-            );
+            self.read(stream)?;
         }
+    }
+
+    /// Reads once; how many bytes.
+    fn read(&mut self, mut stream: &UnixStream) -> Option<usize> {
+        let mut buffer = [0; 4096];
+        let count = match stream.read(&mut buffer) {
+            Ok(0) => return None,
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Some(0),
+            Err(_) => return None,
+        };
+        let (ready, broken) = (&mut self.ready, &mut self.broken);
+        self.lines.take(
+            buffer.get(..count).unwrap_or_default(),
+            |piece| match piece {
+                Piece::Line(line) => ready.push_back(line),
+                Piece::Reset | Piece::TooLong => *broken = true,
+            },
+        );
+        Some(count)
     }
 }
 
-fn register(line: &[u8], stream: &UnixStream, allow_dir: &Path) -> Result<Identity, String> {
+/// Hears who a connection of this user is.
+fn registration(
+    stream: &UnixStream,
+    reader: &mut Reader,
+    uid: u32,
+    allow_dir: &Path,
+) -> Result<Identity, String> {
+    // Before it has said anything, so that a stranger cannot wait in the place of a writer.
+    if uid != ROOT && !is_writer(allow_dir, uid) {
+        return Err(format!("user {uid} is not allowed to be a writer"));
+    }
+    let Some(line) = reader.first(stream) else {
+        return Err("no registration came".to_owned());
+    };
+    register(&line, uid, allow_dir)
+}
+
+fn register(line: &[u8], uid: u32, allow_dir: &Path) -> Result<Identity, String> {
     let registration: Registration =
         serde_json::from_slice(line).map_err(|error| format!("registration: {error}"))?;
     if registration.protocol != PROTOCOL {
@@ -327,9 +381,7 @@ fn register(line: &[u8], stream: &UnixStream, allow_dir: &Path) -> Result<Identi
     if !(1..=PREPARE_MS_MAX).contains(&registration.prepare_timeout_ms) {
         return Err(format!("prepare_timeout_ms must be 1 to {PREPARE_MS_MAX}"));
     }
-    let peer = socket_peercred(stream).map_err(|error| format!("peer: {error}"))?;
-    let uid = peer.uid.as_raw();
-    if uid != 0 && !is_allowed(allow_dir, &registration.class_id, uid) {
+    if uid != ROOT && !is_allowed(allow_dir, &registration.class_id, uid) {
         return Err(format!(
             "user {uid} is not allowed to be a writer of class {}",
             registration.class_id
@@ -345,86 +397,4 @@ fn register(line: &[u8], stream: &UnixStream, allow_dir: &Path) -> Result<Identi
         hold: registration.hold,
         uid,
     })
-}
-
-/// True if a `*.conf` of the directory has a line `CLASS_ID = USER`: a number, or a name of `/etc/passwd`. Files that others
-/// than root can change are not read.
-#[must_use]
-pub fn is_allowed(allow_dir: &Path, class_id: &str, uid: u32) -> bool {
-    // Read anew each time: a package's user may come after the agent.
-    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    is_allowed_among(&passwd, allow_dir, class_id, uid)
-}
-
-fn is_allowed_among(passwd: &str, allow_dir: &Path, class_id: &str, uid: u32) -> bool {
-    let Ok(entries) = fs::read_dir(allow_dir) else {
-        return false;
-    };
-    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    files.sort();
-    files
-        .iter()
-        .filter(|file| {
-            file.extension()
-                .is_some_and(|extension| extension == "conf")
-        })
-        .filter(|file| is_roots_alone(file))
-        .filter_map(|file| fs::read_to_string(file).ok())
-        .any(|text| {
-            text.lines()
-                .filter(|line| !line.trim_start().starts_with('#'))
-                .filter_map(|line| line.rsplit_once('='))
-                .any(|(class, user)| {
-                    class.trim() == class_id && number(passwd, user.trim()) == Some(uid)
-                })
-        })
-}
-
-/// A user's number. A word of digits is one, whoever bears it as a name.
-fn number(passwd: &str, user: &str) -> Option<u32> {
-    if user.is_empty() || user.bytes().all(|byte| byte.is_ascii_digit()) {
-        return user.parse().ok();
-    }
-    let mut accounts = passwd.lines().map(|line| line.split(':'));
-    let mut account = accounts.find_map(|mut fields| (fields.next()? == user).then_some(fields))?;
-    account.nth(1)?.parse().ok()
-}
-
-fn is_roots_alone(file: &Path) -> bool {
-    fs::symlink_metadata(file)
-        .is_ok_and(|stat| stat.is_file() && stat.uid() == 0 && stat.mode() & 0o022 == 0)
-}
-
-#[cfg(test)]
-mod tests {
-    //! Who may be a writer.
-    use super::*;
-
-    #[test]
-    fn a_user_is_a_writer_only_of_the_class_that_an_allow_file_names() {
-        if !rustix::process::getuid().is_root() {
-            eprintln!("skipped: allow files must belong to root");
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("a.conf");
-        fs::write(
-            &file,
-            "# people\npostgres = 70\n\nweb=33\ndb = ann\ndb = 0\ndb =\n",
-        )
-        .unwrap();
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
-        assert!(is_allowed(dir.path(), "postgres", 70));
-        assert!(!is_allowed(dir.path(), "postgres", 33));
-        assert!(!is_allowed(dir.path(), "mysql", 70));
-        let among = |passwd: &str, uid| is_allowed_among(passwd, dir.path(), "db", uid);
-        let passwd = "root:x:0:0::/:/bin/sh\nann:x:1000:1001::/:/bin/sh\n70:x:5:5::/:/bin/sh\n";
-        assert!(among(passwd, 1000) && among(passwd, 0));
-        assert!(!among(passwd, 1001) && !among("annette:x:1000:1::/:\n", 1000));
-        assert!(!among("ann\nann:x\n", 1000));
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).unwrap();
-        assert!(!is_allowed(dir.path(), "postgres", 70));
-        fs::rename(&file, dir.path().join("a.conf.bak")).unwrap();
-        assert!(!is_allowed(dir.path(), "postgres", 70));
-    }
 }

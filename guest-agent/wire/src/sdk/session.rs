@@ -94,7 +94,8 @@ enum Never {}
 
 impl Session<'_> {
     fn converse(&mut self, writer: &mut dyn Writer) -> Result<Never, Ended> {
-        self.wire.send(&writer.registration())?;
+        // An agent that refuses this user says so before it reads and hangs up: then that is there to be read.
+        self.wire.send(&writer.registration()).unwrap_or(());
         loop {
             let now = Instant::now();
             let until = self.hold.as_ref().map(|hold| hold.until.min(now + LOOK));

@@ -271,6 +271,31 @@ fn a_refusal_ends_the_library() {
 }
 
 #[test]
+fn a_refusal_is_read_though_the_agent_hung_up_before_the_registration() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let refusal = Event {
+        seq: 0,
+        deadline_ms: 0,
+        kind: EventKind::Welcome(Welcome {
+            protocol: None,
+            refused: Some("not you".into()),
+        }),
+    };
+    let line = serde_json::to_string(&refusal).unwrap();
+    (&ours).write_all(format!("{line}\n").as_bytes()).unwrap();
+    drop(ours);
+    let mut probe = Probe {
+        calls: channel().0,
+        frozen: false,
+        veto: false,
+        looks: None,
+        evidence: Value::Null,
+    };
+    let ended = serve(&mut probe, &theirs);
+    assert!(matches!(ended, Ended::Refused(why) if why == "not you"));
+}
+
+#[test]
 fn garbage_from_the_agent_ends_the_connection_and_the_hold() {
     let mut agent = Agent::with(false);
     assert!(agent.freeze(600_000).ok);
