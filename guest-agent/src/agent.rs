@@ -15,7 +15,7 @@ use crate::quiesce::service::{Service, Signal};
 use crate::transport::Endpoint;
 use crate::writer::registry::Registry;
 use crate::writer::script::control_group::ControlGroup;
-use crate::writer::script::{self, Foreign, Sources as Scripts};
+use crate::writer::script::{Foreign, Sources as Scripts, left_over};
 use crate::writer::socket;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FlockOperation, flock};
@@ -58,7 +58,7 @@ fn lock(state_dir: &Path) -> io::Result<OwnedFd> {
 fn undo_leftovers(config: &Agent) -> io::Result<()> {
     let mounts = sources(config).mounts()?;
     let thawed = ledger::recover(&config.state_dir, &mounts, RECOVERY)?;
-    let aborted = script::recover(&config.state_dir)?;
+    let aborted = left_over::recover(&config.state_dir)?;
     if thawed + aborted > 0 {
         journal::note(format_args!(
             "a killed agent left {thawed} file systems frozen and {aborted} script writers waiting; undone"

@@ -358,9 +358,14 @@ fn what_a_killed_agent_or_writer_left_of_control_groups_is_swept_at_the_next_sta
     };
     let mut gone = Command::new("true").spawn().unwrap();
     gone.wait().unwrap();
-    let left = |number: u32| group.join(format!("vmshadow-writer-{}-{number}", gone.id()));
+    let left = |number: u32| group.join(format!("vmshadow-session-{}-1-{number}", gone.id()));
     // Of somebody who is still there.
-    let other = group.join(format!("vmshadow-writer-{}-900", std::process::id()));
+    let stat = fs::read_to_string("/proc/self/stat").unwrap();
+    let start = stat.split(' ').nth(21).unwrap();
+    let other = group.join(format!(
+        "vmshadow-session-{}-{start}-900",
+        std::process::id()
+    ));
     fs::create_dir(&other).unwrap();
     fs::create_dir(left(0)).unwrap();
     let rig = Rig::with("ext4");

@@ -1,13 +1,15 @@
 //! Script writers: an executable per event, from the agent's own directory or as other programs' hooks have it.
 //!
-//! `registry` scans, `quiesce` sends events, `agent` calls [`recover`] at start. Invariants: nothing is run that anybody but
+//! `registry` scans, `quiesce` sends events, `agent` calls [`left_over::recover`] at start. Invariants: nothing is run that anybody but
 //! root could have changed; a script never outlives its limit, nor do its children; none is started while file systems are
 //! frozen (`is_resident` is false, and the sequence sees to it); what a freeze began is undone, whatever came between.
 
 pub mod control_group;
 pub mod event;
 mod foreign;
+pub mod left_over;
 mod line;
+mod maker;
 mod own;
 pub mod process;
 mod recipe;
@@ -19,26 +21,23 @@ pub use recipe::Recipe;
 
 use super::{Answer, Identity, Writer, failure};
 use crate::clock::BootTime;
-use crate::hold::ledger::boot_id;
 use crate::journal;
 use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::host::Failure;
 use guest_agent_wire::types::{BackupType, WriterFailure};
-use guest_agent_wire::writer::{Abort, EventKind, Reply};
+use guest_agent_wire::writer::{EventKind, Reply};
 use process::Killer;
 use recipe::{OnFailure, Run, Step};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Time for the undoing of a writer that a killed agent left frozen.
-const RECOVERY: Duration = Duration::from_secs(10);
+/// What names begin with in the state directory of what undoes the freeze of a writer.
 const MARKER: &str = "script.";
 
 /// What was found where a writer may be.
@@ -272,7 +271,7 @@ impl Turn {
             return Err(not_begun("the scripts before it took all the time"));
         }
         if let Some((name, step)) = recipe.undo(true) {
-            mark(marker, name, step)?;
+            left_over::mark(marker, name, step)?;
         }
         self.frozen = true;
         let frozen = said(recipe, run);
@@ -333,53 +332,6 @@ pub fn as_value(output: &[u8]) -> Value {
     } else {
         serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()))
     }
-}
-
-/// Notes what undoes this writer's freeze, for an agent that starts after this one was killed.
-fn mark(marker: &Path, name: &str, step: &Step) -> Result<(), Failure> {
-    let step = serde_json::to_string(&(name, step)).map_err(io::Error::from);
-    boot_id()
-        .and_then(|boot| fs::write(marker, format!("{boot}\n{}\n", step?)))
-        .map_err(|error| failure(WriterFailure::Outofresources, error.to_string()))
-}
-
-/// Undoes the freeze of script writers that a killed agent of this boot left behind, in descending order; returns how many
-/// there were.
-pub fn recover(state_dir: &Path) -> io::Result<usize> {
-    let boot = boot_id()?;
-    let mut markers: Vec<PathBuf> = fs::read_dir(state_dir)?
-        .flatten()
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with(MARKER))
-        .map(|entry| entry.path())
-        .collect();
-    markers.sort();
-    let mut undone = 0;
-    for marker in markers.into_iter().rev() {
-        let text = fs::read_to_string(&marker).unwrap_or_default();
-        let mut lines = text.lines();
-        if lines.next() == Some(boot.as_str())
-            && let Some(step) = lines.next()
-            && let Ok((name, step)) = serde_json::from_str::<(String, Step)>(step)
-        {
-            undone += 1;
-            let event = EventKind::Abort(Abort {
-                set: String::new(),
-                reason: "the agent was killed".to_owned(),
-            });
-            let run = Run {
-                event: &event,
-                backup_type: BackupType::default(),
-                limit: RECOVERY,
-                killer: &Killer::default(),
-                time: None,
-            };
-            if let Err(failed) = step.run(&name, &run) {
-                journal::note(format_args!("{}: {}", step.file.display(), failed.message));
-            }
-        }
-        fs::remove_file(marker)?;
-    }
-    Ok(undone)
 }
 
 #[cfg(test)]

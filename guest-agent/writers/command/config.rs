@@ -47,6 +47,12 @@ pub(crate) enum Role {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         words: Vec<OsString>,
     },
+    /// Kills what is left of the commands of a process, once it is gone.
+    #[command(hide = true)]
+    KillScripts {
+        /// The process.
+        of: String,
+    },
 }
 
 /// Who the writer is and what it runs.

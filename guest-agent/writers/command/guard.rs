@@ -1,17 +1,17 @@
 //! Lets an application go on when this program dies while it is frozen, whatever killed it.
 //!
 //! Used by `commands`. A guard is a shell that waits on a pipe from this process: a line says that all is well, its end
-//! without one that this process is gone, and then the shell becomes the command that undoes the freeze. It is started before
-//! the freeze, so nothing has to be started by anybody who may be dead.
+//! without one that this process is gone, and then the shell becomes the command that undoes the freeze, once what is left of
+//! the freeze's own command is dead. It is started before the freeze, so nothing has to be started by anybody who may be dead.
 
 use crate::config::Command;
+use guest_agent::writer::script::left_over;
 use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Stdio};
 
 /// Signals that end this program at a stop of its unit must not end the guard as well.
-const SHELL: &str =
-    r#"trap "" HUP INT TERM; read -r _ && exit 0; trap - HUP INT TERM; exec "$@" >&2"#;
+const SHELL: &str = r#"trap "" HUP INT TERM; read -r _ && exit 0; "$0" kill-scripts "$1"; shift; trap - HUP INT TERM; exec "$@" >&2"#;
 
 /// A guard that is on watch until it is released.
 #[derive(Debug)]
@@ -25,7 +25,9 @@ impl Guard {
     ) -> io::Result<Self> {
         let (program, arguments) = undo.words();
         std::process::Command::new("/bin/sh")
-            .args(["-c", SHELL, "vmshadow-writer-guard"])
+            .args(["-c", SHELL])
+            .arg(std::env::current_exe()?)
+            .arg(left_over::this_process()?)
             .arg(program)
             .args(arguments)
             .envs(environment)

@@ -12,6 +12,7 @@ mod session;
 use clap::Parser as _;
 use config::{Config, Kind, Role};
 use guest_agent::writer::script::control_group::ControlGroup;
+use guest_agent::writer::script::left_over;
 use guest_agent::writer::script::process::{become_script, become_session};
 use guest_agent_wire::sdk::{self, Ended, Writer};
 use report::Report;
@@ -26,17 +27,23 @@ const NO_AGENT: u8 = 3;
 
 fn main() -> ExitCode {
     let mut config = Config::parse();
-    if let Some(Role::WriterScript {
-        group,
-        stays,
-        program,
-        words,
-    }) = config.role
-    {
-        let become_it = if stays { become_session } else { become_script };
-        let failed = become_it(group.as_deref(), &program, &words);
-        eprintln!("vmshadow-writer: {}: {failed:?}", program.display());
-        return ExitCode::FAILURE;
+    match config.role {
+        Some(Role::WriterScript {
+            group,
+            stays,
+            program,
+            words,
+        }) => {
+            let become_it = if stays { become_session } else { become_script };
+            let failed = become_it(group.as_deref(), &program, &words);
+            eprintln!("vmshadow-writer: {}: {failed:?}", program.display());
+            return ExitCode::FAILURE;
+        }
+        Some(Role::KillScripts { of }) => {
+            left_over::kill_scripts_of(&of);
+            return ExitCode::SUCCESS;
+        }
+        None => {}
     }
     let kind = match config.settings.check() {
         Ok(kind) => kind,
@@ -48,6 +55,7 @@ fn main() -> ExitCode {
         report.checked(&settings.registration(), &kind);
         return ExitCode::SUCCESS;
     }
+    left_over::kill_scripts();
     ControlGroup::sweep();
     let (socket, once) = (settings.socket.clone(), settings.once);
     let mut writer: Box<dyn Writer> = match kind {

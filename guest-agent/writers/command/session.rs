@@ -8,7 +8,7 @@
 
 use crate::config::Settings;
 use crate::report::Report;
-use guest_agent::writer::script::control_group::ControlGroup;
+use guest_agent::writer::script::control_group::{ControlGroup, Purpose};
 use guest_agent_wire::components::ComponentReply;
 use guest_agent_wire::lines::{Lines, Piece};
 use guest_agent_wire::metadata::Metadata;
@@ -56,7 +56,7 @@ struct Running {
 
 impl Running {
     fn start(command: &str) -> io::Result<Self> {
-        let group = ControlGroup::create();
+        let group = ControlGroup::create(Purpose::Session);
         // This program joins the group before it becomes the command, so that no child of it can be outside.
         let mut become_it = Command::new("/proc/self/exe");
         become_it.args(["writer-script", "--stays"]);

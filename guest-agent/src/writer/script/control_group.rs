@@ -1,9 +1,10 @@
 //! A cgroup v2 group for one command, from which none of its children escapes.
 //!
 //! Made by `process` and by the program `vmshadow-writer` for its session, below the own group of the process that makes it;
-//! where that is not possible (cgroup v1, no right to it) there is none, and a process group must do. Groups are named by the
-//! process that made them, so that the next one can tell which are left over.
+//! where that is not possible (cgroup v1, no right to it) there is none, and a process group must do. Groups are named by what
+//! they are for and by the process that made them, so that the next one can tell which are left over, and whom to kill.
 
+use super::maker::Maker;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,8 +12,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How often the members of a control group are killed one by one.
 const KILL_ROUNDS: usize = 64;
-/// What names of groups begin with; the maker's process number and a number of its own follow.
-const PREFIX: &str = "vmshadow-writer-";
+
+/// What a group is for: how its name begins, before its maker and a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A command for one event: it does not outlive its maker.
+    Script,
+    /// A session: it lets go by itself when its maker is gone.
+    Session,
+}
+
+impl Purpose {
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Script => "vmshadow-script-",
+            Self::Session => "vmshadow-session-",
+        }
+    }
+}
 
 /// A group, removed with the value.
 #[derive(Debug)]
@@ -21,31 +38,31 @@ pub struct ControlGroup(PathBuf);
 impl ControlGroup {
     /// A new one, if one can be made.
     #[must_use]
-    pub fn create() -> Option<Self> {
+    pub fn create(purpose: Purpose) -> Option<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::SeqCst);
-        let path = own()?.join(format!("{PREFIX}{}-{number}", std::process::id()));
+        let maker = Maker::this_process().ok()?;
+        let path = own()?.join(format!("{}{maker}-{number}", purpose.prefix()));
         fs::create_dir(&path).ok()?;
         Some(Self(path))
     }
 
-    /// Removes the empty groups of processes that are gone; called once, before the first is made. A group with somebody in it
-    /// stays: a session that outlives its writer is letting go just now.
+    /// Removes the empty groups of processes that are gone; called once, before the first is made. A session's group with
+    /// somebody in it stays: one that outlives its writer is letting go just now.
     pub fn sweep() {
-        let Some(own) = own() else {
-            return;
-        };
-        for entry in fs::read_dir(own).into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            let maker = name.to_str().and_then(maker);
-            // One with our own number was made by somebody before us.
-            let is_left = maker.is_some_and(|pid| {
-                pid == std::process::id() || !Path::new(&format!("/proc/{pid}")).exists()
-            });
-            if is_left {
-                fs::remove_dir(entry.path()).unwrap_or(());
-            }
-        }
+        // What is not empty is not removed.
+        drop(left(Purpose::Script));
+        drop(left(Purpose::Session));
+    }
+
+    /// The groups that processes which are gone made for scripts.
+    pub(super) fn left_of_scripts() -> Vec<Self> {
+        left(Purpose::Script)
+    }
+
+    /// Removes it if nobody is in it any more; returns whether it is gone.
+    pub(super) fn remove(&self) -> bool {
+        fs::remove_dir(&self.0).is_ok() || !self.0.exists()
     }
 
     /// The file that a process writes "0" to in order to join it.
@@ -92,23 +109,42 @@ fn own() -> Option<PathBuf> {
     Some(top.join(own))
 }
 
+/// The groups for this purpose whose makers are gone.
+fn left(purpose: Purpose) -> Vec<ControlGroup> {
+    let entries = own().and_then(|own| fs::read_dir(own).ok());
+    entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| {
+            let name = entry.file_name();
+            let maker = name.to_str().and_then(|name| maker(purpose, name));
+            maker.is_some_and(|maker| maker.is_gone())
+        })
+        .map(|entry| ControlGroup(entry.path()))
+        .collect()
+}
+
 /// The process that has made a group of this name.
-fn maker(name: &str) -> Option<u32> {
-    let (pid, number) = name.strip_prefix(PREFIX)?.split_once('-')?;
+fn maker(purpose: Purpose, name: &str) -> Option<Maker> {
+    let (maker, number) = name.strip_prefix(purpose.prefix())?.rsplit_once('-')?;
     number.parse::<u64>().ok()?;
-    pid.parse().ok()
+    maker.parse().ok()
 }
 
 #[test]
-fn a_group_tells_who_has_made_it_and_other_names_tell_nobody() {
-    assert_eq!(maker("vmshadow-writer-17-0"), Some(17));
+fn a_group_tells_who_has_made_it_and_what_for_and_other_names_tell_nobody() {
+    let made = "17-4711".parse().ok();
+    assert_eq!(maker(Purpose::Script, "vmshadow-script-17-4711-0"), made);
+    assert_eq!(maker(Purpose::Session, "vmshadow-session-17-4711-0"), made);
     for name in [
-        "vmshadow-writer-17",
-        "vmshadow-writer-x-1",
-        "vmshadow-writer-1-x",
+        "vmshadow-session-17-4711-0",
+        "vmshadow-script-17-0",
+        "vmshadow-script-x-1-0",
+        "vmshadow-script-1-1-x",
         "app.service",
         "",
     ] {
-        assert_eq!(maker(name), None, "{name}");
+        assert_eq!(maker(Purpose::Script, name), None, "{name}");
     }
 }

@@ -19,7 +19,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::control_group::ControlGroup;
+use super::control_group::{ControlGroup, Purpose};
+use super::maker::{self, Maker};
 use crate::clock::BootTime;
 
 /// Output that is kept of each stream, bytes.
@@ -123,12 +124,17 @@ impl Running {
 impl Job<'_> {
     /// Runs it to its end or its limit.
     pub fn run(self, killer: &Killer) -> io::Result<Outcome> {
-        self.run_in(ControlGroup::create(), killer, None, true)
+        self.run_in(ControlGroup::create(Purpose::Script), killer, None, true)
     }
 
     /// The same, unless the killer has killed since this time.
     pub fn run_at(self, killer: &Killer, time: u64) -> io::Result<Outcome> {
-        self.run_in(ControlGroup::create(), killer, Some(time), true)
+        self.run_in(
+            ControlGroup::create(Purpose::Script),
+            killer,
+            Some(time),
+            true,
+        )
     }
 
     /// Without what only a program can do that knows [`become_script`]'s argument.
@@ -160,6 +166,7 @@ impl Job<'_> {
         command
             .args(self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .env(maker::VARIABLE, Maker::this_process()?.to_string())
             .current_dir("/")
             .stdin(readable(self.input)?)
             .stdout(Stdio::piped())

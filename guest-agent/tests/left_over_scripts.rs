@@ -1,0 +1,105 @@
+//! What scripts of a killed agent, or of a killed writer, leave: children that still run, applications that stand still.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod rig;
+
+use rig::{Rig, can_run, freeze_arguments, kill_9, wait_until};
+use std::fs;
+use std::path::Path;
+
+/// A freeze that starts a child which leaves its process group and freezes late, if it lives: the script waits for it.
+fn slow_freeze(child: &Path) -> String {
+    format!(
+        "setsid sh -c 'echo $$ > {0}.new; mv {0}.new {0}; exec sleep 600' & while [ ! -e {0} ]; do sleep 0.02; done; exec sleep 600",
+        child.display()
+    )
+}
+
+/// An undo that tells whether that child still runs.
+fn undo(child: &Path, told: &Path) -> String {
+    format!(
+        "case $(cut -d' ' -f3 /proc/$(cat {0})/stat) in Z|'') echo dead ;; *) echo alive ;; esac > {1}.new; mv {1}.new {1}",
+        child.display(),
+        told.display()
+    )
+}
+
+fn kill_child(child: &Path) {
+    let pid = fs::read_to_string(child).unwrap().trim().parse().unwrap();
+    if Path::new(&format!("/proc/{pid}")).exists() {
+        kill_9(pid);
+    }
+}
+
+#[test]
+fn a_freeze_that_outlives_a_killed_agent_is_ended_before_it_is_undone() {
+    if !can_run(&["setsid"]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    let (child, told) = (rig.path("run/child"), rig.path("run/told"));
+    rig.script("db", "freeze", &slow_freeze(&child));
+    rig.script("db", "thaw", &undo(&child, &told));
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.send("freeze", freeze_arguments(10_000));
+    wait_until("the child runs", || child.exists());
+    rig.kill_agent();
+    rig.start();
+    assert_eq!(fs::read_to_string(&told).unwrap().trim(), "dead");
+    kill_child(&child);
+}
+
+#[test]
+fn a_freeze_that_outlives_a_killed_writer_is_ended_before_it_is_undone() {
+    if !can_run(&["setsid"]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let (child, told) = (rig.path("run/child"), rig.path("run/told"));
+    let (freeze, thaw) = (slow_freeze(&child), undo(&child, &told));
+    let mut writer = rig.writer("db", &["--freeze", &freeze, "--thaw", &thaw]);
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.send("freeze", freeze_arguments(10_000));
+    wait_until("the child runs", || child.exists());
+    writer.kill();
+    wait_until("the freeze is undone", || told.exists());
+    assert_eq!(fs::read_to_string(&told).unwrap().trim(), "dead");
+    kill_child(&child);
+}
+
+#[test]
+fn what_a_killed_agent_had_frozen_is_undone_in_the_reverse_order_of_the_freezes() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    let order = rig.path("run/order");
+    // By level c, a, b; by name a, b, c.
+    for (name, level) in [("a", "BACK_END"), ("b", "SYSTEM"), ("c", "FRONT_END")] {
+        rig.script(
+            name,
+            "freeze",
+            &format!("echo +{name} >> {}", order.display()),
+        );
+        rig.script(
+            name,
+            "thaw",
+            &format!("echo -{name} >> {}", order.display()),
+        );
+        let level = format!(r#"{{"level":"{level}"}}"#);
+        rig.file(&format!("writers/{name}/writer.json"), &level);
+    }
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.freeze();
+    rig.kill_agent();
+    rig.start();
+    let order = fs::read_to_string(&order).unwrap();
+    assert_eq!(
+        order.split_whitespace().collect::<Vec<_>>().join(" "),
+        "+c +a +b -b -a -c"
+    );
+}
