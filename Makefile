@@ -10,7 +10,7 @@ MAKEFLAGS += --no-builtin-rules
 PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
             qemu-system-x86 qemu-utils qemu-system-common
 # For the tests and measurements only: a person who runs the demo need not have them.
-test test-quick test-machines kernel-cuts kills selinux nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients mmdebstrap lintian
+debian-image test test-quick test-machines kernel-cuts kills selinux nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients mmdebstrap lintian
 # The servers that the databases' writers are tested beside, outside of any machine.
 test test-quick nightly: PACKAGES += postgresql-15 mariadb-server-core mariadb-client-core redis-server redis-tools etcd-server etcd-client openssl
 bench nightly: PACKAGES += fio qemu-system-common linux-perf
