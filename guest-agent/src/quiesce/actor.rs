@@ -208,8 +208,8 @@ impl Actor {
                     self.broke(Cause::HelperDied, false);
                     self.revive_helper();
                 }
-                Signal::WriterGone { instance_id } => {
-                    if let Some(cause) = self.gone_cause(&instance_id) {
+                Signal::WriterGone { instance_id, why } => {
+                    if let Some(cause) = self.gone_cause(&instance_id, why) {
                         self.broke(cause, true);
                     }
                 }
@@ -260,8 +260,8 @@ impl Actor {
                     }
                 }
                 Signal::Writer(number, answer) => return Heard::Writer(number, answer),
-                Signal::WriterGone { instance_id } => {
-                    let cause = self.gone_cause(&instance_id);
+                Signal::WriterGone { instance_id, why } => {
+                    let cause = self.gone_cause(&instance_id, why);
                     self.interrupt = self.interrupt.take().or(cause);
                 }
                 Signal::WriterReleased {

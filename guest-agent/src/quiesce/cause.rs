@@ -50,11 +50,13 @@ pub enum Cause {
         /// Its name.
         name: String,
     },
-    /// A writer hung up while it was frozen.
-    #[error("writer {name} hung up while frozen")]
+    /// A writer hung up while it was frozen, or was hung up on.
+    #[error("writer {name} was lost while frozen: {why}")]
     WriterGone {
         /// Its name.
         name: String,
+        /// What was found.
+        why: String,
     },
     /// A writer resumed while it was frozen.
     #[error("writer {name} resumed before the thaw: {why}")]

@@ -72,10 +72,12 @@ pub enum Signal {
     Helper(FromHelper),
     /// A writer's answer to the event with this number.
     Writer(u64, Result<Reply, Failure>),
-    /// A connected writer hung up.
+    /// A connected writer hung up, or was hung up on.
     WriterGone {
         /// Its instance id.
         instance_id: String,
+        /// Why.
+        why: String,
     },
     /// A connected writer is at work on the event that it was sent.
     WriterProgress {
@@ -101,7 +103,7 @@ impl std::fmt::Debug for Signal {
             Self::Request(request, _) => request.fmt(out),
             Self::Helper(message) => message.fmt(out),
             Self::Writer(number, answer) => write!(out, "Writer({number}, {answer:?})"),
-            Self::WriterGone { instance_id } => write!(out, "WriterGone({instance_id})"),
+            Self::WriterGone { instance_id, .. } => write!(out, "WriterGone({instance_id})"),
             Self::WriterProgress { instance_id } => write!(out, "WriterProgress({instance_id})"),
             Self::WriterReleased { instance_id, .. } => {
                 write!(out, "WriterReleased({instance_id})")

@@ -333,15 +333,14 @@ impl Actor {
         })
     }
 
-    /// A connected writer hung up: fails the set if it is frozen.
-    pub(super) fn gone_cause(&mut self, instance_id: &str) -> Option<Cause> {
+    /// A connected writer is gone: fails the set if it is frozen.
+    pub(super) fn gone_cause(&mut self, instance_id: &str, why: String) -> Option<Cause> {
+        let why = words::for_people(&why);
         let participant = self.frozen_one(instance_id)?;
-        participant.broke(failure(
-            WriterFailure::NotResponding,
-            "it hung up while frozen",
-        ));
+        participant.broke(failure(WriterFailure::NotResponding, why.clone()));
         Some(Cause::WriterGone {
             name: participant.name(),
+            why,
         })
     }
 

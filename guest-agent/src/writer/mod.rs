@@ -1,9 +1,11 @@
 //! Writers: applications that are told of a set and may refuse it.
 //!
 //! `quiesce` sends events through [`Writer`]; it does not know how one is reached. [`registry`] knows them all; `script` runs
-//! executables of a directory, `socket` talks to processes that are connected, whom `allow` and `places` admit.
+//! executables of a directory, `socket` talks to processes that are connected, whom `allow` and `places` admit
+//! and `pace` bounds.
 
 pub mod allow;
+pub mod pace;
 pub mod places;
 pub mod registry;
 pub mod script;

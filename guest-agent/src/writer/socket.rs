@@ -2,10 +2,12 @@
 //!
 //! Started by `agent`. A connection is a registration; when it ends, the writer is gone, and `quiesce` is told. Invariants: only
 //! root and users that an allow file names become writers, and nobody else is read; a connection that does not say who it is
-//! takes nobody's place (`places`); a writer that does not read or sends garbage loses its connection; sending never waits.
+//! takes nobody's place (`places`); a writer that does not read, sends garbage or says too much (`pace`) loses its connection;
+//! sending never waits.
 #![deny(clippy::indexing_slicing)]
 
 use super::allow::{is_allowed, is_writer};
+use super::pace::{Pace, TOO_MUCH};
 use super::places::{Place, Places, ROOT};
 use super::registry::Registry;
 use super::{Answer, Identity, Writer, failure};
@@ -103,7 +105,8 @@ struct Connected {
 struct Pending {
     seq: u64,
     answer: Option<(u64, Answer)>,
-    gone: bool,
+    /// Why it is gone.
+    gone: Option<String>,
 }
 
 impl Connected {
@@ -111,14 +114,16 @@ impl Connected {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reply(&self, reply: Reply) {
+    /// Takes a reply; false if it is to nothing that is asked now: an event that has been replaced since.
+    fn reply(&self, reply: Reply) -> bool {
         let mut pending = self.lock();
-        // An answer to an event that has been replaced since is nobody's.
         let answer = pending.answer.take_if(|(seq, _)| *seq == reply.seq);
         drop(pending);
+        let is_asked = answer.is_some();
         if let Some((_, answer)) = answer {
             answer(Ok(reply));
         }
+        is_asked
     }
 
     fn is_asked(&self, seq: u64) -> bool {
@@ -129,19 +134,15 @@ impl Connected {
             .is_some_and(|(asked, _)| *asked == seq)
     }
 
-    fn hang_up(&self) {
+    fn hang_up(&self, why: &str) {
         let mut pending = self.lock();
-        pending.gone = true;
+        pending.gone = Some(why.to_owned());
         let answer = pending.answer.take();
         drop(pending);
         if let Some((_, answer)) = answer {
-            answer(Err(gone()));
+            answer(Err(failure(WriterFailure::NotResponding, why)));
         }
     }
-}
-
-fn gone() -> guest_agent_wire::host::Failure {
-    failure(WriterFailure::NotResponding, "it hung up")
 }
 
 impl Writer for Connected {
@@ -151,9 +152,10 @@ impl Writer for Connected {
 
     fn begin(&self, kind: EventKind, deadline_ms: u64, answer: Answer) {
         let mut pending = self.lock();
-        if pending.gone {
+        if let Some(why) = &pending.gone {
+            let gone = failure(WriterFailure::NotResponding, why);
             drop(pending);
-            answer(Err(gone()));
+            answer(Err(gone));
             return;
         }
         pending.seq += 1;
@@ -251,35 +253,63 @@ fn serve(
     drop(place);
     let name = &identity.name;
     journal::note(format_args!("writer {name} registered"));
-    while let Some(line) = reader.next(&stream) {
-        match serde_json::from_slice(&line) {
-            Ok(FromWriter::Reply(reply)) => writer.reply(reply),
-            Ok(FromWriter::Progress(progress)) => {
-                // One on an event that has been replaced since would give time to another.
-                if writer.is_asked(progress.seq) {
-                    service.send(Signal::WriterProgress {
-                        instance_id: identity.instance_id.clone(),
-                    });
-                }
-            }
-            Ok(FromWriter::Release(release)) => service.send(Signal::WriterReleased {
-                instance_id: identity.instance_id.clone(),
-                generation: release.generation,
-                why: release.release,
-            }),
-            Err(error) => {
-                journal::note(format_args!("writer {name} sent garbage: {error}"));
-                break;
-            }
-        }
-    }
-    writer.hang_up();
+    let why = converse(&writer, &stream, &mut reader, service);
+    writer.hang_up(&why);
     // Told before its id is free: what is said of this connection must not hit the next one of that name.
     service.send(Signal::WriterGone {
         instance_id: identity.instance_id.clone(),
+        why: why.clone(),
     });
     registry.remove(&identity);
-    journal::note(format_args!("writer {name} hung up"));
+    journal::note(format_args!("writer {name}: {why}"));
+}
+
+/// Hears a writer until it is gone; why it is.
+fn converse(
+    writer: &Connected,
+    stream: &UnixStream,
+    reader: &mut Reader,
+    service: &Service,
+) -> String {
+    let mut pace = Pace::default();
+    while let Some(line) = reader.next(stream) {
+        let is_answer = match serde_json::from_slice(&line) {
+            Ok(said) => hear(writer, said, service),
+            Err(error) => return hang_up_on(stream, &format!("it sent garbage: {error}")),
+        };
+        if !is_answer && !pace.takes(Instant::now(), line.len()) {
+            return hang_up_on(stream, TOO_MUCH);
+        }
+    }
+    "it hung up".to_owned()
+}
+
+fn hang_up_on(stream: &UnixStream, why: &str) -> String {
+    // It may not read.
+    let _told: bool = welcome(stream, Some(why));
+    // The set that it is in keeps another descriptor of the connection.
+    shutdown(stream, Shutdown::Both).unwrap_or(());
+    format!("it was hung up on: {why}")
+}
+
+/// Passes on what a writer says; true if it was asked.
+fn hear(writer: &Connected, said: FromWriter, service: &Service) -> bool {
+    let instance_id = writer.identity.instance_id.clone();
+    match said {
+        FromWriter::Reply(reply) => return writer.reply(reply),
+        FromWriter::Progress(progress) => {
+            // One on an event that has been replaced since would give time to another.
+            if writer.is_asked(progress.seq) {
+                service.send(Signal::WriterProgress { instance_id });
+            }
+        }
+        FromWriter::Release(release) => service.send(Signal::WriterReleased {
+            instance_id,
+            generation: release.generation,
+            why: release.release,
+        }),
+    }
+    false
 }
 
 /// Reads lines from a blocking stream.

@@ -44,6 +44,13 @@ impl Played {
             .unwrap();
     }
 
+    /// Writes a line so often, or until the agent hangs up; how often it was.
+    pub fn repeat(&mut self, value: &Value, times: usize) -> usize {
+        let line = format!("{value}\n");
+        let written = (0..times).take_while(|_| self.stream.write_all(line.as_bytes()).is_ok());
+        written.count()
+    }
+
     pub fn event(&mut self) -> Value {
         let mut buffer = [0; 4096];
         while self.ready.is_empty() {

@@ -7,10 +7,14 @@ use std::cell::Cell;
 use std::fmt;
 use std::time::{Duration, Instant};
 
+/// Time between two words of progress that are sent: the agent hangs up on a writer that says too many.
+const PROGRESS: Duration = Duration::from_millis(100);
+
 /// A call of one method.
 pub struct Call<'a> {
     limit: Duration,
     until: Cell<Instant>,
+    told: Cell<Option<Instant>>,
     /// The wire, the event's number, and whether progress gives it more time.
     wire: Option<(&'a Wire<'a>, u64, bool)>,
 }
@@ -30,6 +34,7 @@ impl<'a> Call<'a> {
         Self {
             limit,
             until: Cell::new(Instant::now() + limit),
+            told: Cell::new(None),
             wire: None,
         }
     }
@@ -55,14 +60,21 @@ impl<'a> Call<'a> {
     }
 
     /// Tells the agent that the work goes on. At `prepare_backup` and `prepare_snapshot` the time for the answer begins
-    /// anew; at other events it does not.
+    /// anew; at other events it does not. It may be called as often as one likes: one word in 100 ms is sent (in a quarter of
+    /// the limit, where that is less).
     pub fn progress(&self, what: &str) {
         let Some((wire, seq, extends)) = self.wire else {
             return;
         };
+        let now = Instant::now();
+        let rest = PROGRESS.min(self.limit / 4);
+        if self.told.get().is_some_and(|told| now < told + rest) {
+            return;
+        }
+        self.told.set(Some(now));
         wire.progress(seq, what);
         if extends {
-            self.until.set(Instant::now() + self.limit);
+            self.until.set(now + self.limit);
         }
     }
 }

@@ -418,3 +418,50 @@ fn a_long_preparation_tells_its_progress_and_learns_of_an_abort() {
     assert_eq!((reply.seq, reply.ok), (agent.seq, true));
     assert_eq!(agent.called(), "abort");
 }
+
+/// Tells every row that it copies.
+struct Talker;
+
+impl Writer for Talker {
+    fn registration(&self) -> Registration {
+        Registration::new("talker", "talker:1", "Talker")
+    }
+
+    fn prepare_snapshot(&mut self, call: &Call<'_>, _: &PrepareSnapshot) -> Result<(), Veto> {
+        for row in 0..10_000 {
+            call.progress(&format!("row {row}"));
+        }
+        Ok(())
+    }
+
+    fn freeze(&mut self, _: &Call<'_>, _: &Freeze) -> Result<Value, Veto> {
+        Ok(Value::Null)
+    }
+
+    fn thaw(&mut self, _: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
+        Err(Veto::retryable("never frozen"))
+    }
+
+    fn abort(&mut self, _: &str, _: &str) {}
+}
+
+#[test]
+fn an_application_that_tells_everything_does_not_flood_the_agent() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let event = Event {
+        seq: 1,
+        deadline_ms: 600_000,
+        kind: EventKind::PrepareSnapshot(PrepareSnapshot { set: "s".into() }),
+    };
+    let line = serde_json::to_string(&event).unwrap();
+    (&ours).write_all(format!("{line}\n").as_bytes()).unwrap();
+    ours.shutdown(std::net::Shutdown::Write).unwrap();
+    let start = std::time::Instant::now();
+    let writer = thread::spawn(move || serve(&mut Talker, &theirs));
+    let said: Vec<String> = BufReader::new(ours).lines().map(Result::unwrap).collect();
+    writer.join().unwrap();
+    let words = said.iter().filter(|line| line.contains("progress"));
+    let most = start.elapsed().as_millis() / 100 + 1;
+    assert!((1..=most).contains(&(words.count() as u128)), "{said:#?}");
+    assert!(said.last().is_some_and(|line| line.contains("\"ok\":true")));
+}
