@@ -13,7 +13,7 @@ use guest_agent_wire::types::BackupType;
 use qmp_bridge::error::Error;
 use qmp_bridge::protocol::SetPreRestore;
 use qmp_bridge::sets::backup::{build_on, parse_component};
-use qmp_bridge::snapshot::document::{CreateRequest, Outcome, SetDocument};
+use qmp_bridge::snapshot::document::{CreateRequest, Outcome, SetDocument, WriterRecord};
 use serde_json::Value;
 
 fn full() -> CreateRequest {
@@ -99,6 +99,38 @@ async fn the_next_backup_gets_the_stamps_of_the_last_one() {
     let guest = world.agent.guest.lock().unwrap();
     let component = &guest.picked[0].components[0];
     assert_eq!(component.previous_stamp.as_deref(), Some("tuesday"));
+}
+
+#[tokio::test]
+async fn every_kind_of_backup_is_told_with_the_stamps_that_it_builds_on_and_kept_in_the_document() {
+    let world = World::new();
+    let first = world.create(full()).await.set.to_string();
+    for (word, kind) in [
+        ("full", BackupType::Full),
+        ("copy", BackupType::Copy),
+        ("incremental", BackupType::Incremental),
+        ("differential", BackupType::Differential),
+        ("log", BackupType::Log),
+    ] {
+        let mut options = vec!["--type", word, "--component", "db=main/orders", "--json"];
+        let builds_on = !matches!(kind, BackupType::Full | BackupType::Copy);
+        if builds_on {
+            options.extend(["--since", &first]);
+        }
+        let output = world.vmshadow_create(&options).output().await.unwrap();
+        let document: SetDocument = serde_json::from_slice(&output.stdout).unwrap();
+        let guest = world.agent.guest.lock().unwrap();
+        assert_eq!(guest.backup_type, kind);
+        let previous = &guest.picked[0].components[0].previous_stamp;
+        assert_eq!(previous.as_deref(), builds_on.then_some("tuesday"));
+        assert_eq!(document.request.backup_type, kind);
+        let asked = &document.request.components[0].components[0];
+        assert_eq!(asked.previous_stamp, *previous);
+        let mut said = document.writers.iter().flat_map(WriterRecord::components);
+        assert_eq!(said.next().unwrap().stamp.as_deref(), Some("tuesday"));
+        // Nobody's history depends on a copy.
+        assert_eq!(document.awaits_backup, kind != BackupType::Copy);
+    }
 }
 
 #[tokio::test]

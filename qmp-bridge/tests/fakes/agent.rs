@@ -8,7 +8,7 @@ use guest_agent_wire::host::{
     WriterComponents, WriterInfo, WriterOutcomes, WriterReport, WritersSaid,
 };
 use guest_agent_wire::metadata::Metadata;
-use guest_agent_wire::types::{DiskExtent, Hold, Level, WriterState};
+use guest_agent_wire::types::{BackupType, DiskExtent, Hold, Level, WriterState};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -40,6 +40,8 @@ pub(crate) struct Guest {
     pub(crate) hold_ms: u64,
     /// Evidence at the thaw (at the freeze it is 1).
     pub(crate) evidence_at_thaw: u64,
+    /// What kind of backup `prepare` named.
+    pub(crate) backup_type: BackupType,
     /// What `prepare` picked.
     pub(crate) picked: Vec<WriterComponents>,
     /// Sets that wait for `backup_complete`.
@@ -83,6 +85,7 @@ impl FakeAgent {
                 thawed_by_others: Vec::new(),
                 hold_ms: 7,
                 evidence_at_thaw: 1,
+                backup_type: BackupType::default(),
                 picked: Vec::new(),
                 incomplete: Vec::new(),
                 outcomes: Vec::new(),
@@ -198,6 +201,7 @@ impl FakeAgent {
             Command::Identify {} => to_value(&guest.identified()),
             Command::Prepare(prepare) => {
                 guest.set = Some(prepare.set);
+                guest.backup_type = prepare.backup_type;
                 guest.picked = prepare.components;
                 guest.in_scope = guest
                     .writers
