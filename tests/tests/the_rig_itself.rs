@@ -109,6 +109,7 @@ fn the_oracle_accepts_only_a_copy_that_ends_at_the_stall() {
             last,
             count,
             integrity: integrity.to_owned(),
+            size: None,
         };
         oracle::compare(&found, 0, &acks(), &window)
     };

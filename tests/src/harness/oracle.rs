@@ -31,10 +31,24 @@ pub struct Found {
     pub count: u64,
     /// SQLite's word; "ok" is the only good one.
     pub integrity: String,
+    /// Of an SQLite database.
+    pub size: Option<Size>,
+}
+
+/// What an SQLite database is long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// `PRAGMA page_count`, with what only its log has.
+    pub page_count: u64,
+    /// Its write-ahead log, before anybody opened the copy; 0 if there was none.
+    pub wal_bytes: u64,
 }
 
 /// Has the stock `sqlite3` of a machine check and count a database of the load.
 pub fn open_database(vm: &Vm, path: &str) -> Result<Found> {
+    // Whoever closes it last takes the log away.
+    let wal_bytes = vm.shell(&format!("stat -c %s {path}-wal 2>/dev/null || echo 0"))?;
+    let page_count = vm.shell(&format!("sqlite3 {path} 'PRAGMA page_count'"))?;
     let integrity = vm.shell(&format!("sqlite3 {path} 'PRAGMA integrity_check'"))?;
     let counts = vm.shell(&format!(
         "sqlite3 {path} 'SELECT coalesce(max(id), 0), count(*) FROM tx'"
@@ -47,6 +61,10 @@ pub fn open_database(vm: &Vm, path: &str) -> Result<Found> {
         last: last.parse()?,
         count: count.parse()?,
         integrity: integrity.trim().to_owned(),
+        size: Some(Size {
+            page_count: page_count.trim().parse()?,
+            wal_bytes: wal_bytes.trim().parse()?,
+        }),
     })
 }
 

@@ -6,6 +6,7 @@
 //! writer recorded.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -17,6 +18,9 @@ use super::requires;
 use super::site::{Site, Taken};
 use super::vm::VmBuilder;
 
+/// How long writes are held: far longer than a transaction takes, so that only the freeze can have made the clients' longest wait, and the
+/// copy must end there.
+const HOLD: Duration = Duration::from_secs(1);
 /// Clients of the load.
 const CLIENTS: usize = 3;
 /// Copies in one second machine.
@@ -53,7 +57,7 @@ fn batch(site: &Site, kind: Kind, first: usize, count: usize) -> Result<()> {
     let load = super::load::Load::start_clients(&site.vm, kind.name(), CLIENTS)?;
     let mut taken = Vec::new();
     for number in first..first + count {
-        taken.push(site.create(&["--method", method(number)])?);
+        taken.push(site.create_held(&["--method", method(number)], HOLD)?);
         // What was begun after the set is acknowledged, to every client.
         load.wait_for_more(20 * CLIENTS)?;
     }
@@ -121,7 +125,7 @@ fn sqlite_batch(site: &Site, first: usize, count: usize) -> Result<()> {
     }
     let mut taken = Vec::new();
     for number in first..first + count {
-        taken.push(site.create(&["--method", method(number)])?);
+        taken.push(site.create_held(&["--method", method(number)], HOLD)?);
         load.wait_for_more(40)?;
     }
     let acks = load.stop(&site.vm)?;
@@ -129,6 +133,15 @@ fn sqlite_batch(site: &Site, first: usize, count: usize) -> Result<()> {
         let files = site.read_back(&set.answer, "set")?;
         let found = site.judge(&files)?;
         site.compare(&found, &acks, &set.window)?;
+        for (number, found) in found.iter().enumerate() {
+            let evidence = &evidence(set)?[number];
+            let size = found.size.context("no size")?;
+            ensure!(
+                evidence["page_count"] == size.page_count
+                    && evidence["wal_bytes"] == size.wal_bytes,
+                "{found:?}, recorded {evidence}"
+            );
+        }
         forget(site, set, &files)?;
     }
     Ok(())

@@ -336,11 +336,29 @@ impl Site {
 
     /// `vmshadow create` that succeeds at the application level.
     pub fn create(&self, arguments: &[&str]) -> Result<Taken> {
+        self.create_by(|| self.try_create(arguments))
+    }
+
+    /// The same with a hold of this time at least, by the guest's clock: the bridge stands still between the freeze and the commit.
+    pub fn create_held(&self, arguments: &[&str], hold: Duration) -> Result<Taken> {
+        self.create_by(|| {
+            let mut all = vec!["create"];
+            all.extend_from_slice(arguments);
+            let mut running = self.bridge.start(&all, Some("marked"))?;
+            running.wait_stopped()?;
+            let until_us = self.vm.guest()?.boottime_us()? + u64::try_from(hold.as_micros())?;
+            wait::until("the guest's clock to go on", wait::STEP, || {
+                let now_us = self.vm.guest()?.boottime_us()?;
+                Ok((now_us >= until_us).then_some(()))
+            })?;
+            running.go_on()?;
+            running.wait(wait::STEP)
+        })
+    }
+
+    fn create_by(&self, create: impl FnOnce() -> Result<Answer>) -> Result<Taken> {
         let asked_us = self.vm.guest()?.boottime_us()?;
-        let answer = self
-            .try_create(arguments)?
-            .succeeded()
-            .with_context(|| self.log())?;
+        let answer = create()?.succeeded().with_context(|| self.log())?;
         // /proc/uptime is cut to hundredths: the true time may be up to that much later.
         let answered_us = self.vm.guest()?.boottime_us()? + 10_000;
         ensure!(answer.at("/level-reached")? == "application", "{answer:#?}");
