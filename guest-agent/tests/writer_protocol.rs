@@ -44,7 +44,7 @@ fn take(bridge: &mut Bridge, writer: &mut Played, set: &str, post: Value) -> Val
     writer.agree("freeze");
     let generation = returned(bridge)["generation"].clone();
     bridge.send("thaw", json!({"set": set, "generation": generation}));
-    writer.answer("thaw", json!({"ok": true, "held": true}));
+    writer.answer("thaw", json!({"ok": true, "held": true, "evidence": 7}));
     assert_eq!(returned(bridge)["held"], true);
     let mut arguments = json!({"set": set, "kept": true});
     arguments

@@ -95,6 +95,42 @@ fn a_writer_that_does_not_say_held_or_whose_evidence_changes_did_not_hold() {
     }
 }
 
+/// Whoever holds by itself must show something that can be compared; one that leans on the file system need not.
+#[test]
+fn an_application_that_holds_by_itself_without_evidence_refuses_the_set() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    for hold in ["app", "filesystem"] {
+        let mut writer = Played::connect(
+            &rig,
+            &json!({"protocol": 1, "class_id": "test", "instance_id": hold, "name": hold,
+                    "freeze_timeout_ms": 5_000, "hold": hold}),
+        );
+        assert_eq!(writer.event()["protocol"], 1);
+        let mut bridge = rig.bridge();
+        send_prepare(&mut bridge);
+        writer.agree_to_prepare();
+        finish_prepare(&mut bridge);
+        bridge.send("freeze", freeze_arguments(10_000));
+        writer.answer("freeze", json!({"ok": true}));
+        if hold == "app" {
+            assert!(writer.expect_abort().contains("no evidence"));
+            let error = bridge.next()["error"].clone();
+            assert_eq!(error["code"], "WRITER_VETO", "{error:#}");
+            assert_eq!(error["retryable"], false);
+        } else {
+            let generation = bridge.next()["return"]["generation"].clone();
+            bridge.send("thaw", json!({"set": "s", "generation": generation}));
+            writer.answer("thaw", json!({"ok": true, "held": true}));
+            assert_eq!(bridge.next()["return"]["held"], true);
+        }
+        drop((writer, bridge));
+        wait_until("it is gone", || !rig.has_writer(hold));
+    }
+}
+
 #[test]
 fn a_veto_at_any_step_thaws_and_aborts_everybody() {
     if !can_run(&[]) {
@@ -513,7 +549,7 @@ fn what_is_mounted_while_writers_freeze_refuses_the_set() {
             let image = rig.path("late.img");
             rig::run("mount", &["-o", "loop", image.to_str().unwrap(), &place]);
         }
-        writer.write(&json!({"seq": event["seq"], "ok": true}));
+        writer.write(&json!({"seq": event["seq"], "ok": true, "evidence": 7}));
         writer.answer("abort", json!({"ok": true}));
         let error = bridge.next()["error"].clone();
         assert_eq!(error["code"], "FREEZE_FAILED", "{error:#}");

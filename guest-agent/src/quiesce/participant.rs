@@ -214,7 +214,13 @@ impl Participant {
                 }
                 self.failure = None;
             }
-            Step::Freeze { .. } => self.frozen_evidence = self.evidence.clone(),
+            Step::Freeze { .. } => {
+                if self.is_unproven() {
+                    let why = "it holds its writes itself (hold: app), but gives no evidence";
+                    return Some(self.fail(step, failure(WriterFailure::Nonretryable, why)));
+                }
+                self.frozen_evidence = self.evidence.clone();
+            }
             Step::Thaw { .. } => {
                 if let Err(failure) = self.check_hold(reply.held) {
                     return Some(self.fail(step, failure));
@@ -303,6 +309,11 @@ impl Participant {
             known.target = reply.target.or(known.target);
             known.failure = reply.failure.or(known.failure.take());
         }
+    }
+
+    /// Nothing could be compared at the thaw, so nobody but itself would know whether it held.
+    fn is_unproven(&self) -> bool {
+        self.writer.identity().hold == Hold::App && self.evidence.is_null()
     }
 
     /// Nobody is taken to have held who does not say so, nor an application whose own evidence changed meanwhile.

@@ -91,8 +91,10 @@ impl Played {
         came
     }
 
+    /// Agrees; to a freeze with the evidence that one who holds by itself must give.
     pub fn agree(&mut self, event: &str) -> Value {
-        self.answer(event, json!({"ok": true}))
+        let evidence = (event == "freeze").then_some(7);
+        self.answer(event, json!({"ok": true, "evidence": evidence}))
     }
 
     pub fn agree_to_prepare(&mut self) {

@@ -13,7 +13,7 @@
 //! use guest_agent_wire::writer::{Freeze, Registration, Thaw};
 //! use serde_json::Value;
 //!
-//! struct Queue { paused: bool }
+//! struct Queue { paused: bool, messages: u64 }
 //!
 //! impl Writer for Queue {
 //!     fn registration(&self) -> Registration {
@@ -27,11 +27,11 @@
 //!             return Err(Veto::retryable("it is paused for other reasons"));
 //!         }
 //!         self.paused = true; // and wait until the last write is out
-//!         Ok(Value::Null)
+//!         Ok(self.messages.into()) // what a write would have changed
 //!     }
 //!     fn thaw(&mut self, _: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
 //!         let held = std::mem::replace(&mut self.paused, false);
-//!         Ok(Held { held, evidence: Value::Null })
+//!         Ok(Held { held, evidence: self.messages.into() })
 //!     }
 //!     fn abort(&mut self, _set: &str, _reason: &str) {
 //!         self.paused = false;
@@ -39,7 +39,7 @@
 //! }
 //!
 //! // Returns only if the agent refuses this writer.
-//! let refused = sdk::run(&mut Queue { paused: false }, guest_agent_wire::writer::SOCKET_PATH.as_ref());
+//! let refused = sdk::run(&mut Queue { paused: false, messages: 0 }, guest_agent_wire::writer::SOCKET_PATH.as_ref());
 //! eprintln!("{refused}");
 //! ```
 
@@ -150,7 +150,8 @@ pub trait Writer {
         Ok(())
     }
 
-    /// OnFreeze: hold writes from the return on. The value is the evidence. The library calls [`Writer::abort`] when
+    /// OnFreeze: hold writes from the return on. The value is the evidence; one that holds its writes itself (`Hold::App`) must
+    /// give some, or the agent takes it for a refusal. The library calls [`Writer::abort`] when
     /// `hold_ms` have passed since the call.
     fn freeze(&mut self, call: &Call<'_>, hold: &Freeze) -> Result<Value, Veto>;
 

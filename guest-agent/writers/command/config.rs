@@ -70,7 +70,7 @@ pub(crate) struct Settings {
     /// FRONT_END freezes first and thaws last, then BACK_END (databases), then SYSTEM.
     #[arg(long, default_value = "FRONT_END", value_parser = level)]
     pub(crate) level: Level,
-    /// Who holds the writes: `app` (evidence at thaw must be that at freeze) or `filesystem` (it may differ).
+    /// Who holds the writes: `app` (there must be evidence at freeze, and the same at thaw) or `filesystem` (it may differ).
     #[arg(long, default_value = "filesystem", value_parser = hold)]
     pub(crate) hold: Hold,
     /// Longest time that it can stay frozen, milliseconds.
