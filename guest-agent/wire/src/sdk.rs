@@ -118,6 +118,13 @@ pub struct Held {
 /// The order of a set: `prepare_backup`, `prepare_snapshot`, `freeze`, `thaw`, `post_snapshot`, and later `backup_complete` or
 /// `backup_shutdown`; at any step instead of the rest: `abort`. Another set may begin between `post_snapshot` and
 /// `backup_complete`. The order of a restore: `pre_restore`, `post_restore`.
+///
+/// **The library's timer runs between calls, not beside them**: the methods have the application to themselves (`&mut self`), so
+/// nothing can let it go while one of them waits. An application is frozen for at most `hold_ms` and what the call under way
+/// takes: `freeze`, `still_holds` or `thaw`. The library cannot end these, so each must end by itself: whatever they wait for
+/// (a server, a lock, a child) is waited for with [`Call::remaining`] as its limit, and `still_holds` does not wait. A client
+/// without time-outs has no place in them. What must hold even if the process stands still is the application's own: a lock
+/// that ends with its connection, a pause with a time (as with `redis-writer`), a second process (as with `unit-writer`).
 pub trait Writer {
     /// Who it is. Asked anew at each connection.
     fn registration(&self) -> Registration;
@@ -151,8 +158,8 @@ pub trait Writer {
     }
 
     /// OnFreeze: hold writes from the return on. The value is the evidence; one that holds its writes itself (`Hold::App`) must
-    /// give some, or the agent takes it for a refusal. The library calls [`Writer::abort`] when
-    /// `hold_ms` have passed since the call.
+    /// give some, or the agent takes it for a refusal. The library calls [`Writer::abort`] when `hold_ms` have passed since the
+    /// call, at once if they have when it returns. One that fails holds nothing afterwards.
     fn freeze(&mut self, call: &Call<'_>, hold: &Freeze) -> Result<Value, Veto>;
 
     /// Whether writes are still held. Asked about ten times a second between `freeze` and `thaw`; must not wait. An error (why

@@ -177,7 +177,14 @@ impl Session<'_> {
                 self.open.insert(freeze.set.clone());
                 // From before the call: what the call takes is part of the hold.
                 let until = Instant::now() + Duration::from_millis(freeze.hold_ms);
-                reply.evidence = writer.freeze(&call, freeze)?;
+                let evidence = writer.freeze(&call, freeze)?;
+                if Instant::now() >= until {
+                    // Nothing but this method's return could end it: the agent has given it up.
+                    let late = "the freeze took longer than the hold may last";
+                    writer.abort(&freeze.set, late);
+                    return Err(Veto::timeout(late));
+                }
+                reply.evidence = evidence;
                 self.hold = Some(Hold {
                     set: freeze.set.clone(),
                     generation: freeze.generation,

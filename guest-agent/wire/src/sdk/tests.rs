@@ -17,9 +17,23 @@ struct Probe {
     /// It loses its hold after so many looks.
     looks: Option<u32>,
     evidence: Value,
+    /// Its freeze takes all the time that there is for the answer.
+    slow: bool,
 }
 
 impl Probe {
+    /// One that does all it is asked, and is heard by nobody yet.
+    fn willing() -> Self {
+        Self {
+            calls: channel().0,
+            frozen: false,
+            veto: false,
+            looks: None,
+            evidence: Value::from(5),
+            slow: false,
+        }
+    }
+
     fn call(&self, name: &'static str) {
         self.calls.send(name).unwrap();
     }
@@ -33,12 +47,15 @@ impl Writer for Probe {
         }
     }
 
-    fn freeze(&mut self, _: &Call<'_>, _: &Freeze) -> Result<Value, Veto> {
+    fn freeze(&mut self, call: &Call<'_>, _: &Freeze) -> Result<Value, Veto> {
         self.calls.send("freeze").unwrap();
         if self.veto {
             return Err(Veto::retryable("busy"));
         }
         self.frozen = true;
+        while self.slow && !call.is_over() {
+            thread::yield_now();
+        }
         Ok(self.evidence.clone())
     }
 
@@ -97,27 +114,13 @@ struct Agent {
 }
 
 impl Agent {
-    fn with(veto: bool) -> Self {
-        Self::with_looks(veto, None)
-    }
-
-    fn with_looks(veto: bool, looks: Option<u32>) -> Self {
-        Self::with_evidence(veto, looks, Value::from(5))
-    }
-
-    fn with_evidence(veto: bool, looks: Option<u32>, evidence: Value) -> Self {
+    fn with(mut probe: Probe) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(Duration::from_secs(20)))
             .unwrap();
         let (sender, calls) = channel();
+        probe.calls = sender;
         let writer = thread::spawn(move || {
-            let mut probe = Probe {
-                calls: sender,
-                frozen: false,
-                veto,
-                looks,
-                evidence,
-            };
             let ended = serve(&mut probe, &theirs);
             assert!(!probe.frozen, "left frozen");
             ended
@@ -188,7 +191,7 @@ impl Agent {
 
 #[test]
 fn a_hold_in_time_is_told_as_held_with_the_same_evidence() {
-    let mut agent = Agent::with(false);
+    let mut agent = Agent::with(Probe::willing());
     assert_eq!(agent.freeze(60_000).evidence, Value::from(5));
     let thawed = agent.thaw();
     assert_eq!(thawed.held, Some(true));
@@ -197,7 +200,7 @@ fn a_hold_in_time_is_told_as_held_with_the_same_evidence() {
 
 #[test]
 fn the_librarys_own_timer_resumes_and_the_thaw_says_so() {
-    let mut agent = Agent::with(false);
+    let mut agent = Agent::with(Probe::willing());
     assert!(agent.freeze(200).ok);
     assert_eq!(agent.called(), "freeze");
     assert_eq!(agent.called(), "abort");
@@ -207,8 +210,28 @@ fn the_librarys_own_timer_resumes_and_the_thaw_says_so() {
 }
 
 #[test]
+fn a_freeze_that_outlasts_its_hold_is_undone_and_refused() {
+    let mut agent = Agent::with(Probe {
+        slow: true,
+        ..Probe::willing()
+    });
+    // The time for the answer is a second.
+    let reply = agent.freeze(200);
+    assert_eq!(
+        (reply.ok, reply.code),
+        (false, Some(WriterFailure::Timeout))
+    );
+    assert_eq!(agent.called(), "freeze");
+    assert_eq!(agent.called(), "abort");
+    assert_eq!(agent.thaw().held, Some(false));
+}
+
+#[test]
 fn a_hold_that_the_application_has_lost_is_told_at_once() {
-    let mut agent = Agent::with_looks(false, Some(3));
+    let mut agent = Agent::with(Probe {
+        looks: Some(3),
+        ..Probe::willing()
+    });
     assert!(agent.freeze(600_000).ok);
     let release: Release = agent.read();
     assert_eq!(release.release, "its lock is gone");
@@ -220,7 +243,7 @@ fn a_hold_that_the_application_has_lost_is_told_at_once() {
 
 #[test]
 fn a_lost_agent_resumes_the_application_at_once() {
-    let mut agent = Agent::with(false);
+    let mut agent = Agent::with(Probe::willing());
     assert!(agent.freeze(600_000).ok);
     assert_eq!(agent.called(), "freeze");
     let Agent {
@@ -236,7 +259,10 @@ fn a_lost_agent_resumes_the_application_at_once() {
 
 #[test]
 fn a_veto_is_told_with_its_code() {
-    let mut agent = Agent::with(true);
+    let mut agent = Agent::with(Probe {
+        veto: true,
+        ..Probe::willing()
+    });
     let reply = agent.freeze(1_000);
     assert!(!reply.ok);
     assert_eq!(reply.code, Some(WriterFailure::Retryable));
@@ -247,8 +273,10 @@ fn a_veto_is_told_with_its_code() {
 
 #[test]
 fn an_answer_longer_than_a_line_is_a_failure_that_says_so_and_the_hold_still_ends() {
-    let long = "x".repeat(crate::MESSAGE_BYTES_MAX).into();
-    let mut agent = Agent::with_evidence(false, None, long);
+    let mut agent = Agent::with(Probe {
+        evidence: "x".repeat(crate::MESSAGE_BYTES_MAX).into(),
+        ..Probe::willing()
+    });
     let reply = agent.freeze(600_000);
     assert!(!reply.ok);
     assert_eq!(reply.code, Some(WriterFailure::Outofresources));
@@ -261,7 +289,7 @@ fn an_answer_longer_than_a_line_is_a_failure_that_says_so_and_the_hold_still_end
 
 #[test]
 fn a_refusal_ends_the_library() {
-    let mut agent = Agent::with(false);
+    let mut agent = Agent::with(Probe::willing());
     agent.write(EventKind::Welcome(Welcome {
         protocol: None,
         refused: Some("not you".into()),
@@ -284,20 +312,13 @@ fn a_refusal_is_read_though_the_agent_hung_up_before_the_registration() {
     let line = serde_json::to_string(&refusal).unwrap();
     (&ours).write_all(format!("{line}\n").as_bytes()).unwrap();
     drop(ours);
-    let mut probe = Probe {
-        calls: channel().0,
-        frozen: false,
-        veto: false,
-        looks: None,
-        evidence: Value::Null,
-    };
-    let ended = serve(&mut probe, &theirs);
+    let ended = serve(&mut Probe::willing(), &theirs);
     assert!(matches!(ended, Ended::Refused(why) if why == "not you"));
 }
 
 #[test]
 fn garbage_from_the_agent_ends_the_connection_and_the_hold() {
-    let mut agent = Agent::with(false);
+    let mut agent = Agent::with(Probe::willing());
     assert!(agent.freeze(600_000).ok);
     let mut stream = agent.reader.get_ref();
     stream.write_all(b"{\"seq\":\n").unwrap();
@@ -322,7 +343,7 @@ fn make_copies(agent: &mut Agent, set: &str) {
 
 #[test]
 fn each_set_that_waits_for_its_backup_is_shut_down_when_the_agent_is_lost_and_no_other() {
-    let mut agent = Agent::with(false);
+    let mut agent = Agent::with(Probe::willing());
     for set in ["a", "b", "c"] {
         make_copies(&mut agent, set);
     }
@@ -348,7 +369,7 @@ fn each_set_that_waits_for_its_backup_is_shut_down_when_the_agent_is_lost_and_no
 
 #[test]
 fn a_writer_of_which_no_component_was_picked_has_nothing_to_undo() {
-    let mut agent = Agent::with(false);
+    let mut agent = Agent::with(Probe::willing());
     let backup = PrepareBackup {
         set: "s".into(),
         component_mode: true,
@@ -368,7 +389,7 @@ fn a_writer_of_which_no_component_was_picked_has_nothing_to_undo() {
 
 #[test]
 fn a_restore_that_the_agent_does_not_end_is_aborted() {
-    let mut agent = Agent::with(false);
+    let mut agent = Agent::with(Probe::willing());
     for end in [true, false] {
         let restore = Restore {
             set: "r".into(),
@@ -392,7 +413,7 @@ fn a_restore_that_the_agent_does_not_end_is_aborted() {
 
 #[test]
 fn a_long_preparation_tells_its_progress_and_learns_of_an_abort() {
-    let mut agent = Agent::with(false);
+    let mut agent = Agent::with(Probe::willing());
     let set = "s".to_owned();
     // Far more than the test waits: only the abort can end it.
     agent.write_with(
