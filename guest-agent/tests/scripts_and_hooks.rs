@@ -315,7 +315,7 @@ fn while_qemus_agent_holds_a_freeze_its_hooks_are_left_alone() {
 }
 
 #[test]
-fn hooks_that_others_can_change_or_that_are_links_refuse_the_set_unless_excluded() {
+fn hooks_that_others_can_change_or_exchange_refuse_the_set_unless_excluded() {
     if !can_run(&[]) {
         return;
     }
@@ -326,9 +326,11 @@ fn hooks_that_others_can_change_or_that_are_links_refuse_the_set_unless_excluded
     assert!(message(&error).contains("can be changed"), "{error:#}");
     fs::remove_file(&script).unwrap();
     let elsewhere = hooks.hook("opt/app", "");
-    symlink(elsewhere, &script).unwrap();
+    symlink(&elsewhere, &script).unwrap();
+    let beside = elsewhere.parent().unwrap();
+    fs::set_permissions(beside, fs::Permissions::from_mode(0o777)).unwrap();
     let error = hooks.refused_prepare();
-    assert!(message(&error).contains("not a plain file"), "{error:#}");
+    assert!(message(&error).contains("can be changed"), "{error:#}");
     let mut bridge = hooks.rig.bridge();
     bridge.ok(
         "prepare",
@@ -336,6 +338,11 @@ fn hooks_that_others_can_change_or_that_are_links_refuse_the_set_unless_excluded
     );
     bridge.abort();
     assert!(hooks.done().is_empty());
+    drop(bridge);
+    // As QEMU's own hook follows links.
+    fs::set_permissions(beside, fs::Permissions::from_mode(0o755)).unwrap();
+    assert_eq!(hooks.whole_set()["held"], true);
+    assert_eq!(hooks.done().len(), 2, "{:?}", hooks.done());
 }
 
 #[test]
@@ -394,13 +401,14 @@ fn azure(hooks: &Hooks, pre: &str, post: &str, continues: bool) {
         "pluginName": "ScriptRunner",
         "preScriptLocation": path(pre),
         "postScriptLocation": path(post),
-        "preScriptParams": ["one", "two words"],
+        "preScriptParams": ["one", "two words", 3, true],
         "postScriptParams": [],
         "preScriptNoOfRetries": 1,
         "postScriptNoOfRetries": 0,
         "timeoutInSeconds": 30,
         "continueBackupOnFailure": continues,
-        "fsFreezeEnabled": true,
+        // File systems are frozen whatever it says.
+        "fsFreezeEnabled": false,
     });
     let file = "etc/azure/VMSnapshotScriptPluginConfig.json";
     hooks.file(file, &settings.to_string(), 0o600);
@@ -421,7 +429,7 @@ fn azures_scripts_get_their_parameters_and_a_warning_is_no_failure() {
     hooks.hook("opt/pre.sh", "[ \"$2\" = 'two words' ] && exit 2");
     hooks.hook("opt/post.sh", "");
     assert_eq!(hooks.whole_set()["held"], true);
-    assert_eq!(hooks.done(), ["pre.sh one two words", "post.sh"]);
+    assert_eq!(hooks.done(), ["pre.sh one two words 3 true", "post.sh"]);
     let known = identified(&mut hooks.rig.bridge());
     assert_eq!(known[0].0, "azure:ScriptRunner");
 }
@@ -438,7 +446,7 @@ fn azures_failed_pre_script_refuses_the_set_or_takes_its_word_from_it() {
     let error = hooks.refused_freeze();
     assert!(message(&error).contains("no connection"), "{error:#}");
     // Once more as the settings say, and the post-script all the same.
-    let pre = "pre.sh one two words";
+    let pre = "pre.sh one two words 3 true";
     assert_eq!(hooks.done(), [pre, pre, "post.sh"]);
 
     azure(&hooks, "pre.sh", "post.sh", true);

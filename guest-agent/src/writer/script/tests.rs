@@ -172,13 +172,60 @@ fn places_in_the_line_are_taken_in_order_and_a_lost_one_holds_up_nobody() {
 }
 
 #[test]
-fn links_empty_directories_and_unknown_settings_are_refused() {
+fn a_link_is_followed_where_nobody_else_can_change_where_it_leads() {
+    let top = Top::new();
+    top.script("w", "freeze", "true");
+    let freeze = top.0.path().join("w/freeze");
+    // A link to a link in another directory, by a relative way.
+    let (by, target) = (top.0.path().join("by"), top.0.path().join("target"));
+    for directory in [&by, &target] {
+        fs::create_dir(directory).unwrap();
+        fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    fs::rename(&freeze, target.join("real")).unwrap();
+    symlink("../target/real", by.join("link")).unwrap();
+    symlink("../by/link", &freeze).unwrap();
+    check_executable(&freeze).unwrap();
+    assert!(matches!(
+        own::scan(&top.0.path().join("w/..")).last(),
+        Some(Directory::Writer(..))
+    ));
+    // Whoever can change a directory on the way can exchange the link there, though the file and where it lies are sound.
+    fs::set_permissions(&by, fs::Permissions::from_mode(0o777)).unwrap();
+    let why = check_executable(&freeze).unwrap_err();
+    assert!(why.contains("can be changed"), "{why}");
+    fs::set_permissions(&by, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::remove_file(by.join("link")).unwrap();
+    symlink("link", by.join("link")).unwrap();
+    let why = check_executable(&freeze).unwrap_err();
+    assert!(why.contains("too many links"), "{why}");
+}
+
+#[test]
+fn a_link_in_the_way_to_a_script_that_others_can_exchange_is_refused() {
+    let top = Top::new();
+    top.script("w", "freeze", "true");
+    let open = top.0.path().join("open");
+    fs::create_dir(&open).unwrap();
+    symlink(top.0.path().join("w"), open.join("w")).unwrap();
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
+    let why = check_executable(&open.join("w/freeze")).unwrap_err();
+    assert!(why.contains("open can be changed"), "{why}");
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o755)).unwrap();
+    check_executable(&open.join("w/freeze")).unwrap();
+}
+
+#[test]
+fn links_to_nothing_empty_directories_and_unknown_settings_are_refused() {
     let top = Top::new();
     top.script("w", "freeze", "true");
     let freeze = top.0.path().join("w/freeze");
     fs::rename(&freeze, top.0.path().join("w/elsewhere")).unwrap();
     assert!(top.refusal().contains("none of"));
-    symlink(top.0.path().join("w/elsewhere"), &freeze).unwrap();
+    symlink(top.0.path().join("w/nothing"), &freeze).unwrap();
+    assert!(top.refusal().contains("none of"));
+    fs::remove_file(&freeze).unwrap();
+    symlink(top.0.path(), &freeze).unwrap();
     assert!(top.refusal().contains("not a plain file"));
     fs::remove_file(&freeze).unwrap();
     fs::rename(top.0.path().join("w/elsewhere"), &freeze).unwrap();

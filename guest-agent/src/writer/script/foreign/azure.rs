@@ -26,9 +26,9 @@ struct Settings {
     pre_script_location: String,
     post_script_location: String,
     #[serde(default)]
-    pre_script_params: Vec<String>,
+    pre_script_params: Vec<Word>,
     #[serde(default)]
-    post_script_params: Vec<String>,
+    post_script_params: Vec<Word>,
     #[serde(default)]
     pre_script_no_of_retries: u32,
     #[serde(default)]
@@ -37,6 +37,25 @@ struct Settings {
     timeout_in_seconds: u64,
     #[serde(default = "yes")]
     continue_backup_on_failure: bool,
+}
+
+/// A parameter of a script. The settings that Azure hands out have text; what else somebody wrote is passed as it stands there.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Word {
+    Text(String),
+    Number(serde_json::Number),
+    Truth(bool),
+}
+
+impl Word {
+    fn text(&self) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Number(number) => number.to_string(),
+            Self::Truth(truth) => truth.to_string(),
+        }
+    }
 }
 
 fn plugin() -> String {
@@ -79,9 +98,9 @@ fn writer(root: &Path, path: &Path, settings: Settings) -> Directory {
         .timeout_in_seconds
         .saturating_mul(1_000)
         .clamp(1_000, WRITER_MS_MAX);
-    let step = |location: &str, params: &[String], retries: u32| Step {
+    let step = |location: &str, params: &[Word], retries: u32| Step {
         file: place(root, location),
-        arguments: params.to_vec(),
+        arguments: params.iter().map(Word::text).collect(),
         by_shell: true,
         is_private: true,
         warning: Some(WARNING),
