@@ -11,11 +11,10 @@
 
 mod rig;
 
-use guest_agent::filesystem::devices::BlockDevices;
 use guest_agent::filesystem::mounts::{DeviceNumber, Mount};
 use guest_agent::filesystem::not_to_snapshot::{Wish, find, place};
 use guest_agent_wire::metadata::FileSet;
-use rig::{Rig, can_run, run};
+use rig::{Rig, can_run, on_a_partition, run};
 use rustix::fs::FallocateFlags;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,24 +29,6 @@ fn make(path: &Path, extents: u64) {
     for extent in 0..extents {
         rustix::fs::fallocate(&file, FallocateFlags::empty(), extent * 2 * BLOCK, BLOCK).unwrap();
     }
-}
-
-/// A system in which the file system lies on a partition with a serial.
-fn system(top: &Path, device: DeviceNumber) -> BlockDevices {
-    let partition = top.join("devices/vda/vda1");
-    fs::create_dir_all(&partition).unwrap();
-    fs::create_dir_all(top.join("dev/block")).unwrap();
-    for (path, text) in [
-        ("../serial", "ser"),
-        ("partition", "1"),
-        ("start", "2048"),
-        ("size", "8388608"),
-    ] {
-        fs::write(partition.join(path), text).unwrap();
-    }
-    let link = top.join("dev/block").join(device.to_string());
-    std::os::unix::fs::symlink(&partition, link).unwrap();
-    BlockDevices::new(top)
 }
 
 /// Reads of the device since it was made.
@@ -85,7 +66,7 @@ fn round(fstype: &str, image: &Path, mountpoint: &Path) -> Figures {
         minor: rustix::fs::minor(stat.st_dev),
     };
     let top = tempfile::tempdir().unwrap();
-    let devices = system(top.path(), device);
+    let devices = on_a_partition(top.path(), device);
     let mounts = [Mount {
         device,
         root: "/".into(),

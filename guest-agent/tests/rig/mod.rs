@@ -15,6 +15,8 @@
 
 pub mod played;
 
+use guest_agent::filesystem::devices::BlockDevices;
+use guest_agent::filesystem::mounts::DeviceNumber;
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -63,6 +65,24 @@ pub fn run(program: &str, arguments: &[&str]) {
         "{program} {arguments:?}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
+}
+
+/// A system in which the file system lies on a partition with a serial, which begins at a mebibyte.
+pub fn on_a_partition(top: &Path, device: DeviceNumber) -> BlockDevices {
+    let partition = top.join("devices/vda/vda1");
+    fs::create_dir_all(&partition).unwrap();
+    fs::create_dir_all(top.join("dev/block")).unwrap();
+    for (path, text) in [
+        ("../serial", "ser"),
+        ("partition", "1"),
+        ("start", "2048"),
+        ("size", "8388608"),
+    ] {
+        fs::write(partition.join(path), text).unwrap();
+    }
+    let link = top.join("dev/block").join(device.to_string());
+    std::os::unix::fs::symlink(&partition, link).unwrap();
+    BlockDevices::new(top)
 }
 
 /// A directory with mounts, an agent, and what is needed to undo both.
