@@ -44,7 +44,7 @@ fn agree_together(writers: &mut [Played], event: &str) -> Vec<Value> {
     let asked: Vec<Value> = writers.iter_mut().map(Played::event).collect();
     for (writer, asked) in writers.iter_mut().zip(&asked) {
         assert_eq!(asked["event"], event, "{asked}");
-        writer.write(&json!({"seq": asked["seq"], "ok": true, "held": true}));
+        writer.write(&json!({"seq": asked["seq"], "ok": true, "held": true, "evidence": 7}));
     }
     asked
 }
@@ -75,7 +75,7 @@ fn finish(
     writer.agree("freeze");
     let generation = returned(bridge)["generation"].clone();
     bridge.send("thaw", json!({"set": "s", "generation": generation}));
-    writer.answer("thaw", json!({"ok": true, "held": true}));
+    writer.answer("thaw", json!({"ok": true, "held": true, "evidence": 7}));
     assert_eq!(returned(bridge)["held"], true);
     bridge.send("post_snapshot", json!({"set": "s", "kept": true}));
     writer.answer("post_snapshot", post_snapshot);
@@ -227,7 +227,7 @@ fn a_failure_when_the_requester_has_gone_is_told_to_the_next_one() {
         writer.agree("freeze");
         let generation = returned(&mut bridge)["generation"].clone();
         bridge.send("thaw", json!({"set": "s", "generation": generation}));
-        writer.answer("thaw", json!({"ok": true, "held": true}));
+        writer.answer("thaw", json!({"ok": true, "held": true, "evidence": 7}));
         returned(&mut bridge);
         bridge.send("post_snapshot", json!({"set": "s", "kept": true}));
         writer.agree("post_snapshot");
@@ -322,7 +322,8 @@ fn one_level_after_the_other(
                     assert_eq!(early, None, "level {later} beside {level}");
                 }
             }
-            levels[*level][number].write(&json!({"seq": asked["seq"], "ok": true, "held": true}));
+            levels[*level][number]
+                .write(&json!({"seq": asked["seq"], "ok": true, "held": true, "evidence": 7}));
         }
     }
 }
@@ -386,7 +387,7 @@ fn every_event_carries_the_limit_of_its_step() {
     let generation = returned(&mut bridge)["generation"].clone();
     bridge.send("thaw", json!({"set": "s", "generation": generation}));
     limited(
-        &writer.answer("thaw", json!({"ok": true, "held": true})),
+        &writer.answer("thaw", json!({"ok": true, "held": true, "evidence": 7})),
         10_000,
     );
     returned(&mut bridge);
@@ -452,7 +453,7 @@ fn what_is_left_of_a_limit_is_less_for_those_that_are_asked_later() {
             assert!(hold(&event) < hold(&before), "{before}, then {event}");
         }
         lasts(took);
-        writer.write(&json!({"seq": event["seq"], "ok": true}));
+        writer.write(&json!({"seq": event["seq"], "ok": true, "evidence": 7}));
         before = Some(event);
     }
     returned(&mut bridge);
