@@ -1,5 +1,8 @@
 //! Programs that only know QEMU's guest agent find one in ours: libvirt by `virsh`, Proxmox by the bytes it writes.
 
+#[path = "stock_clients_of_the_guest_agent/virsh_script.rs"]
+mod virsh_script;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,6 +12,8 @@ use serde_json::{Value, json};
 use vmshadow_tests::guest_protocol::QGA_PORT;
 use vmshadow_tests::harness::daemon::VhostBlk;
 use vmshadow_tests::harness::disk::{self, FileSystem};
+use vmshadow_tests::harness::guest::Guest;
+use vmshadow_tests::harness::image::{self, GuestImage};
 use vmshadow_tests::harness::libvirt::{DomainDisk, Libvirt, may_run};
 use vmshadow_tests::harness::site::{Site, SiteDisk};
 use vmshadow_tests::harness::{requires, wait};
@@ -25,7 +30,7 @@ struct Domain {
 static TURN: Mutex<()> = Mutex::new(());
 
 impl Domain {
-    fn start(name: &str) -> Result<Self> {
+    fn start(name: &str, image: &GuestImage) -> Result<Self> {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let directory = tempfile::Builder::new()
             .prefix("vmshadow-libvirt-disks-")
@@ -47,7 +52,7 @@ impl Domain {
                 point: format!("/mnt/{}", disk.name),
             })
             .collect();
-        let libvirt = Libvirt::start(name, &attached)?;
+        let libvirt = Libvirt::start(name, image, &attached)?;
         wait::until("libvirt to see the agent", wait::STEP, || {
             let ping = r#"{"execute":"guest-ping"}"#;
             Ok(libvirt.virsh(&["qemu-agent-command", name, ping]).ok())
@@ -81,12 +86,81 @@ printf '#!/bin/sh\necho "$@" >/dev/console\npoweroff -f\n' >/sbin/shutdown
 chmod 755 /sbin/shutdown
 "#;
 
+/// What is done to the disk all the while.
+const WRITES: &str = r#"disk=$(grep -lx own /sys/block/vd*/serial) && mkdir -p /mnt/own &&
+    mount -t ext4 /dev/$(echo $disk | cut -d/ -f4) /mnt/own || exit 1
+    n=0
+    while [ ! -e /tmp/enough ]; do n=$((n + 1)); echo $n >>/mnt/own/numbers; sync /mnt/own/numbers; echo $n >/tmp/written; done"#;
+
+/// libvirt's own snapshots, with `--quiesce` and without, of a disk that is written to: what was copied tells whether the guest was frozen
+/// at that moment, for ext4 marks itself as one to be recovered while it is mounted, but not while it is frozen.
+fn snapshots_of_libvirts_own(libvirt: &Libvirt, shell: &Guest) -> Result<()> {
+    let name = libvirt.domain();
+    let writing = shell.start(WRITES)?;
+    let wait_for_more = || {
+        let written = || shell.shell("cat /tmp/written 2>/dev/null || true");
+        let before = written()?;
+        wait::until("more to be written", wait::STEP, || {
+            let now = written()?;
+            Ok((!now.is_empty() && now != before).then_some(()))
+        })
+    };
+    let mut copy = libvirt.file("own.qcow2");
+    for quiesce in [false, true] {
+        wait_for_more()?;
+        let overlay = libvirt.file(&format!("overlay-{quiesce}.qcow2"));
+        let own = format!(
+            "{},snapshot=external,file={}",
+            Libvirt::OWN_DISK,
+            overlay.display()
+        );
+        let mut words = vec![
+            "snapshot-create-as",
+            name,
+            "one",
+            "--disk-only",
+            "--no-metadata",
+        ];
+        for disk in ["vda,snapshot=no", "vdb,snapshot=no", own.as_str()] {
+            words.extend(["--diskspec", disk]);
+        }
+        if quiesce {
+            words.push("--quiesce");
+        }
+        let said = libvirt.virsh(&words)?;
+        ensure!(said.contains("created"), "{said}");
+        // Nothing is frozen afterwards.
+        let status = r#"{"execute":"guest-fsfreeze-status"}"#;
+        let status = libvirt.virsh(&["qemu-agent-command", name, status])?;
+        ensure!(status.contains("thawed"), "{status}");
+        wait_for_more()?;
+        // The machine writes to the overlay now, and to this no more.
+        let plain = libvirt.file("copy.raw");
+        let from = copy.to_str().context("path")?;
+        disk::run("qemu-img", &["convert", "-U", "-O", "raw", from], &plain)?;
+        let state = disk::run("dumpe2fs", &["-h"], &plain)?;
+        ensure!(
+            state.contains("needs_recovery") != quiesce,
+            "quiesce {quiesce}: {state}"
+        );
+        if quiesce {
+            // As it is, with nothing replayed.
+            disk::run("e2fsck", &["-fn"], &plain)?;
+        }
+        copy = overlay;
+    }
+    ensure!(writing.still_runs(), "nothing is written any more");
+    shell.shell("touch /tmp/enough")?;
+    writing.wait(wait::STEP)?;
+    Ok(())
+}
+
 #[test]
 fn every_word_of_virsh_that_asks_an_agent_is_answered_by_ours() -> Result<()> {
     if !libvirt_runs() {
         return Ok(());
     }
-    let domain = Domain::start("words")?;
+    let domain = Domain::start("words", image::guest_image()?)?;
     let libvirt = &domain.libvirt;
     let name = libvirt.domain();
     // Each line: the words after the domain's name, and what virsh must say.
@@ -164,26 +238,7 @@ fn every_word_of_virsh_that_asks_an_agent_is_answered_by_ours() -> Result<()> {
         let run = r#"{"execute":"guest-exec","arguments":{"path":"/bin/echo"}}"#;
         say(&["qemu-agent-command", run], &["pid"])?;
 
-        // A quiesced snapshot: frozen, snapshot, thawed; nothing is frozen afterwards.
-        let overlay = format!(
-            "{},snapshot=external,file={}",
-            Libvirt::OWN_DISK,
-            libvirt.file("overlay.qcow2").display()
-        );
-        let mut words = vec![
-            "snapshot-create-as",
-            "quiesced",
-            "--disk-only",
-            "--quiesce",
-            "--no-metadata",
-        ];
-        for disk in ["vda,snapshot=no", "vdb,snapshot=no", overlay.as_str()] {
-            words.extend(["--diskspec", disk]);
-        }
-        say(&words, &["created"])?;
-        let status = r#"{"execute":"guest-fsfreeze-status"}"#;
-        say(&["qemu-agent-command", status], &["thawed"])?;
-        shell.shell("echo written >/mnt/a/after && sync")?;
+        snapshots_of_libvirts_own(libvirt, &shell)?;
 
         say(&["shutdown", "--mode", "agent"], &[])?;
         wait::until("the domain to end", wait::STEP, || {
@@ -194,12 +249,67 @@ fn every_word_of_virsh_that_asks_an_agent_is_answered_by_ours() -> Result<()> {
     check().with_context(|| libvirt.log())
 }
 
+/// Where `virsh` says something else of ours than of QEMU's own agent, and why: the step, a part of each such line, the reason.
+const DIFFERENCES: &[(&str, &str, &str)] = &[
+    (
+        "8: guestinfo @ --filesystem",
+        "ours: fs..disk..serial",
+        UDEV,
+    ),
+    ("9: guestinfo @ --disk", "ours: disk..serial", UDEV),
+    ("35: domfsfreeze @", "theirs: Froze 3 ", READ_ONLY),
+    ("35: domfsfreeze @", "ours: Froze 2 ", READ_ONLY),
+    ("42: domfsthaw @", "theirs: Thawed 3 ", READ_ONLY),
+    ("42: domfsthaw @", "ours: Thawed 2 ", READ_ONLY),
+];
+
+const UDEV: &str = "theirs asks udev, which this guest has not; ours asks the disk itself then";
+const READ_ONLY: &str =
+    "ours leaves read-only file systems (/usr) alone: they have no writes to hold";
+
+#[test]
+fn virsh_says_of_ours_what_it_says_of_qemus_own_agent() -> Result<()> {
+    if !libvirt_runs() {
+        return Ok(());
+    }
+    let domain = Domain::start("beside", image::databases_image()?)?;
+    let libvirt = &domain.libvirt;
+    let check = || -> Result<()> {
+        let shell = libvirt.shell()?;
+        shell.shell(ACCOUNTS_AND_PROGRAMS)?;
+        shell.shell(virsh_script::STOCK)?;
+        let theirs = virsh_script::run(libvirt)?;
+        // It was the one.
+        shell.shell("pidof qemu-ga && ! pidof guest-agent")?;
+        shell.shell(virsh_script::OURS)?;
+        let ours = virsh_script::run(libvirt)?;
+        shell.shell("pidof guest-agent && ! pidof qemu-ga")?;
+        let (mut unexpected, mut seen) = (Vec::new(), Vec::new());
+        for (step, line) in virsh_script::differences(&theirs, &ours)? {
+            let known = DIFFERENCES
+                .iter()
+                .find(|(at, part, _)| *at == step && line.contains(part));
+            match known {
+                Some(known) => seen.push(known),
+                None => unexpected.push(format!("{step}: {line}")),
+            }
+        }
+        eprintln!("{} answers compared", ours.len());
+        ensure!(unexpected.is_empty(), "{}", unexpected.join("\n"));
+        for difference in DIFFERENCES {
+            ensure!(seen.contains(&difference), "not seen: {difference:?}");
+        }
+        libvirt.destroy()
+    };
+    check().with_context(|| libvirt.log())
+}
+
 #[test]
 fn libvirt_freezes_and_thaws_a_domain_through_our_agent() -> Result<()> {
     if !libvirt_runs() {
         return Ok(());
     }
-    let domain = Domain::start("guest")?;
+    let domain = Domain::start("guest", image::guest_image()?)?;
     let libvirt = &domain.libvirt;
     let check = || -> Result<()> {
         let name = libvirt.domain();

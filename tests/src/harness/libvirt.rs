@@ -11,8 +11,9 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
+use super::disk::{self, FileSystem};
 use super::guest::Guest;
-use super::image;
+use super::image::{self, GuestImage};
 use super::process::Process;
 use super::vm;
 use super::wait;
@@ -60,11 +61,12 @@ pub struct Libvirt {
 impl Libvirt {
     /// Programs that it needs beside those of a machine.
     pub const PROGRAMS: &[&str] = &["libvirtd", "virsh", "unshare", "nsenter", "qemu-img"];
-    /// The domain's disk that libvirt itself can make snapshots of: it does none of vhost-user disks.
+    /// The domain's disk that libvirt itself can make snapshots of: it does none of vhost-user disks. An ext4 that nobody has mounted;
+    /// its serial is `own`.
     pub const OWN_DISK: &str = "vdz";
 
-    /// Starts libvirtd, creates the domain by `virsh create` and waits until the guest is ready.
-    pub fn start(domain: &str, disks: &[DomainDisk]) -> Result<Self> {
+    /// Starts libvirtd, creates the domain by `virsh create` and waits until the guest is ready. It is the small guest or the databases'.
+    pub fn start(domain: &str, image: &GuestImage, disks: &[DomainDisk]) -> Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("vmshadow-libvirt-")
             .tempdir()?;
@@ -80,7 +82,7 @@ impl Libvirt {
             Ok(libvirt.virsh(&["version"]).ok())
         })?;
         let xml = libvirt.directory.path().join("domain.xml");
-        fs::write(&xml, libvirt.domain_xml(disks)?)?;
+        fs::write(&xml, libvirt.domain_xml(image, disks)?)?;
         libvirt.virsh(&["create", xml.to_str().context("path")?])?;
         libvirt.wait_ready()?;
         Ok(libvirt)
@@ -132,18 +134,17 @@ impl Libvirt {
         })
     }
 
-    fn domain_xml(&self, disks: &[DomainDisk]) -> Result<String> {
-        let image = image::guest_image()?;
+    fn domain_xml(&self, image: &GuestImage, disks: &[DomainDisk]) -> Result<String> {
         let file = |name: &str| self.directory.path().join(name).display().to_string();
         let mounts: Vec<_> = disks
             .iter()
             .map(|disk| format!("{}:{}:ext4", disk.serial, disk.point))
             .collect();
         let mut xml = format!(
-            "<domain type='{}'><name>{}</name><memory unit='MiB'>512</memory><vcpu>2</vcpu>\
+            "<domain type='{}'><name>{}</name><memory unit='MiB'>{}</memory><vcpu>2</vcpu>\
              <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\
              <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel><initrd>{}</initrd>\
-             <cmdline>{} vmshadow.agent=on vmshadow.mount={}</cmdline></os>\
+             <cmdline>{} {}vmshadow.agent=on vmshadow.mount={}</cmdline></os>\
              <on_reboot>destroy</on_reboot><on_crash>destroy</on_crash><devices>\
              <serial type='file'><source path='{}'/></serial>",
             match image::accelerator()? {
@@ -151,9 +152,15 @@ impl Libvirt {
                 image::Accelerator::Tcg => "qemu",
             },
             self.domain,
+            if image.usr.is_some() { 1024 } else { 512 },
             image.kernel.display(),
             image.initramfs.display(),
             vm::KERNEL_ARGUMENTS,
+            if image.usr.is_some() {
+                "vmshadow.usr=usr "
+            } else {
+                ""
+            },
             mounts.join(","),
             file("console"),
         );
@@ -165,13 +172,23 @@ impl Libvirt {
                 disk.socket.display(),
             );
         }
+        if let Some(usr) = &image.usr {
+            xml += &format!(
+                "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>\
+                 <target dev='vdy' bus='virtio'/><readonly/><serial>usr</serial></disk>",
+                usr.display()
+            );
+        }
         let own = file("own.qcow2");
-        let mut make = Command::new("qemu-img");
-        make.args(["create", "-q", "-f", "qcow2", &own, "16M"]);
-        ensure!(make.status()?.success(), "qemu-img cannot make {own}");
+        let plain = disk::create(self.directory.path(), "own", FileSystem::Ext4)?;
+        disk::run(
+            "qemu-img",
+            &["convert", "-q", "-O", "qcow2", &plain.display().to_string()],
+            Path::new(&own),
+        )?;
         xml += &format!(
             "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{own}'/>\
-             <target dev='{}' bus='virtio'/></disk>",
+             <target dev='{}' bus='virtio'/><serial>own</serial></disk>",
             Self::OWN_DISK
         );
         xml += &format!(
