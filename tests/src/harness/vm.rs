@@ -31,6 +31,9 @@ const RESETS: &str = "resets";
 /// The serial of the disk that a Debian starts from.
 pub const ROOT: &str = "root";
 
+/// The virtio-serial ports. The guest waits for the shell's alone: it comes last.
+const PORTS: [&str; 4] = [LOAD_PORT, QGA_PORT, AGENT_PORT, SHELL_PORT];
+
 /// Queues of a vhost-user disk.
 const QUEUES: u32 = 2;
 
@@ -237,11 +240,7 @@ impl VmBuilder {
         .args(["-qmp", &server(&directory.path().join("qmp.sock"))])
         .args(["-qmp", &server(&directory.path().join("rig.sock"))])
         .args(["-device", "virtio-serial-pci"]);
-        // The guest waits for the shell's port alone: it comes last.
-        for (number, name) in [LOAD_PORT, QGA_PORT, AGENT_PORT, SHELL_PORT]
-            .iter()
-            .enumerate()
-        {
+        for (number, name) in PORTS.iter().enumerate() {
             let socket = directory.path().join(format!("{name}.sock"));
             qemu.arg("-chardev")
                 .arg(format!(
@@ -249,7 +248,9 @@ impl VmBuilder {
                     socket.display()
                 ))
                 .arg("-device")
-                .arg(format!("virtserialport,chardev=port{number},name={name}"));
+                .arg(format!(
+                    "virtserialport,id={name},chardev=port{number},name={name}"
+                ));
         }
         if let Some(socket) = &self.vsock {
             qemu.arg("-chardev")
@@ -456,6 +457,29 @@ impl Vm {
             let removed = monitor.execute("chardev-remove", chardev.clone());
             Ok(removed.ok().map(drop))
         })
+    }
+
+    /// Pulls out a virtio-serial port. Its socket stays and nobody is behind it.
+    pub fn pull_port(&self, name: &str) -> Result<()> {
+        self.monitor()?
+            .execute("device_del", json!({ "id": name }))?;
+        Ok(())
+    }
+
+    /// Puts it back, under the number that it had.
+    pub fn put_port_back(&self, name: &str) -> Result<()> {
+        let number = PORTS.iter().position(|port| *port == name);
+        let number = number.context("no such port")?;
+        let device = json!({
+            "driver": "virtserialport",
+            "id": name,
+            "chardev": format!("port{number}"),
+            "name": name,
+            // The first one is that of a console.
+            "nr": number + 1,
+        });
+        self.monitor()?.execute("device_add", device)?;
+        Ok(())
     }
 
     /// Puts it back.
