@@ -25,6 +25,8 @@ use crate::clock::BootTime;
 
 /// Output that is kept of each stream, bytes.
 const OUTPUT_BYTES_MAX: usize = 64 * 1024;
+/// Reads of a stream between two looks at the limit.
+const READS_MAX: usize = 16;
 /// Error text that is shown to people, bytes.
 const MESSAGE_BYTES_MAX: usize = 1024;
 /// First argument of the process that becomes the command; the program must know it.
@@ -262,10 +264,14 @@ fn watch(child: &mut Child, pid: Pid, until: BootTime, output: &mut Output) -> i
     }
 }
 
-/// Takes what is there; closes the stream at its end.
+/// Takes what is there, a pipe's worth at most, so that the limit is looked at however fast more comes; closes the stream at its
+/// end.
 fn drain(stream: &mut Option<impl Read>, into: &mut Vec<u8>) {
     let mut buffer = [0; 4096];
-    while let Some(open) = stream {
+    for _ in 0..READS_MAX {
+        let Some(open) = stream else {
+            return;
+        };
         match open.read(&mut buffer) {
             Ok(0) => *stream = None,
             Ok(count) => {
@@ -300,4 +306,19 @@ pub fn become_session(
         fs::write(procs, "0")?;
     }
     Err(Command::new(program).args(arguments).exec())
+}
+
+#[test]
+fn output_that_never_pauses_does_not_keep_its_reader_from_the_limit() {
+    let (sender, drained) = std::sync::mpsc::channel();
+    // In a thread: one that reads to the end never comes back.
+    std::thread::spawn(move || {
+        let (mut stream, mut kept) = (Some(io::repeat(b'x')), Vec::new());
+        for _ in 0..4 {
+            drain(&mut stream, &mut kept);
+        }
+        sender.send(kept.len())
+    });
+    let kept = drained.recv_timeout(Duration::from_secs(20));
+    assert_eq!(kept, Ok(OUTPUT_BYTES_MAX));
 }
