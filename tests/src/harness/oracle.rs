@@ -101,9 +101,10 @@ pub fn judge(copies: &[Restored<'_>]) -> Result<Vec<Found>> {
 /// When the set was taken, as the guest and the agent saw it.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
-    /// The guest's clock before the request, in microseconds: what was acknowledged by then is in the copy.
+    /// The guest's clock before the request, or when a long hold was to end, in microseconds: what was acknowledged by then is in
+    /// the copy.
     pub asked_us: u64,
-    /// The guest's clock after the answer: what was begun after it is not in the copy.
+    /// The guest's clock after the answer, or when all was held: what was begun after it is not in the copy.
     pub answered_us: u64,
     /// How long the agent says that this database's file system was frozen at least, in milliseconds.
     pub hold_ms: u64,

@@ -25,6 +25,9 @@ use super::vsock::VhostDeviceVsock;
 use super::wait;
 use crate::guest_protocol::{AGENT_PORT, Ack, QGA_PORT};
 
+/// /proc/uptime is cut to hundredths of a second: the true time may be up to that much later.
+const CLOCK_US: u64 = 10_000;
+
 /// A disk of a site.
 #[derive(Clone, Debug)]
 pub struct SiteDisk {
@@ -340,27 +343,32 @@ impl Site {
     }
 
     /// The same with a hold of this time at least, by the guest's clock: the bridge stands still between the freeze and the commit.
+    /// All is held then: the copy has what was acknowledged at the hold's end, and nothing that was begun in it.
     pub fn create_held(&self, arguments: &[&str], hold: Duration) -> Result<Taken> {
-        self.create_by(|| {
+        let mut bounds = None;
+        let mut taken = self.create_by(|| {
             let mut all = vec!["create"];
             all.extend_from_slice(arguments);
             let mut running = self.bridge.start(&all, Some("marked"))?;
             running.wait_stopped()?;
-            let until_us = self.vm.guest()?.boottime_us()? + u64::try_from(hold.as_micros())?;
-            wait::until("the guest's clock to go on", wait::STEP, || {
+            let held_us = self.vm.guest()?.boottime_us()? + CLOCK_US;
+            let until_us = held_us + u64::try_from(hold.as_micros())?;
+            let ends_us = wait::until("the guest's clock to go on", wait::STEP, || {
                 let now_us = self.vm.guest()?.boottime_us()?;
-                Ok((now_us >= until_us).then_some(()))
+                Ok((now_us >= until_us).then_some(now_us))
             })?;
+            bounds = Some((ends_us, held_us));
             running.go_on()?;
             running.wait(wait::STEP)
-        })
+        })?;
+        (taken.window.asked_us, taken.window.answered_us) = bounds.context("not held")?;
+        Ok(taken)
     }
 
     fn create_by(&self, create: impl FnOnce() -> Result<Answer>) -> Result<Taken> {
         let asked_us = self.vm.guest()?.boottime_us()?;
         let answer = create()?.succeeded().with_context(|| self.log())?;
-        // /proc/uptime is cut to hundredths: the true time may be up to that much later.
-        let answered_us = self.vm.guest()?.boottime_us()? + 10_000;
+        let answered_us = self.vm.guest()?.boottime_us()? + CLOCK_US;
         ensure!(answer.at("/level-reached")? == "application", "{answer:#?}");
         let window = Self::window(&answer, asked_us, answered_us)?;
         Ok(Taken { answer, window })
