@@ -6,7 +6,8 @@ mod rig;
 
 use rig::{Rig, can_run, freeze_arguments, kill_9, wait_until};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// A freeze that starts a child which leaves its process group and freezes late, if it lives: the script waits for it.
 fn slow_freeze(child: &Path) -> String {
@@ -102,4 +103,53 @@ fn what_a_killed_agent_had_frozen_is_undone_in_the_reverse_order_of_the_freezes(
         order.split_whitespace().collect::<Vec<_>>().join(" "),
         "+c +a +b -b -a -c"
     );
+}
+
+/// A control group (v2) of its own below that of this test, if one can be made.
+fn another_control_group() -> Option<PathBuf> {
+    let top = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .into_iter()
+        .map(Path::new)
+        .find(|top| top.join("cgroup.procs").exists())?;
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let group = top
+        .join(own)
+        .join(format!("elsewhere-{}", std::process::id()));
+    fs::create_dir(&group).ok()?;
+    Some(group)
+}
+
+#[test]
+fn leftovers_that_are_undone_from_another_control_group_are_ended_first_all_the_same() {
+    if !can_run(&["setsid"]) {
+        return;
+    }
+    let Some(elsewhere) = another_control_group() else {
+        eprintln!("skipped: no control group (v2) can be made here");
+        return;
+    };
+    let mut rig = Rig::with("ext4");
+    let (child, told) = (rig.path("run/child"), rig.path("run/told"));
+    rig.script("db", "freeze", &slow_freeze(&child));
+    rig.script("db", "thaw", &undo(&child, &told));
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.send("freeze", freeze_arguments(10_000));
+    wait_until("the child runs", || child.exists());
+    rig.kill_agent();
+    let agent = rig.command();
+    // As from the shell of somebody who has logged in.
+    let status = Command::new("sh")
+        .args(["-c", r#"echo 0 > "$0/cgroup.procs" && exec "$@""#])
+        .arg(&elsewhere)
+        .arg(agent.get_program())
+        .args(agent.get_args())
+        .arg("--thaw-leftovers")
+        .status()
+        .unwrap();
+    kill_child(&child);
+    wait_until("the group is empty", || fs::remove_dir(&elsewhere).is_ok());
+    assert!(status.success());
+    assert_eq!(fs::read_to_string(&told).unwrap().trim(), "dead");
 }

@@ -51,13 +51,19 @@ impl ControlGroup {
     /// somebody in it stays: one that outlives its writer is letting go just now.
     pub fn sweep() {
         // What is not empty is not removed.
-        drop(left(Purpose::Script));
-        drop(left(Purpose::Session));
+        let own = own();
+        drop(left(Purpose::Script, own.as_deref()));
+        drop(left(Purpose::Session, own.as_deref()));
     }
 
-    /// The groups that processes which are gone made for scripts.
-    pub(super) fn left_of_scripts() -> Vec<Self> {
-        left(Purpose::Script)
+    /// Where this process makes groups, if it can be told.
+    pub(super) fn place() -> Option<PathBuf> {
+        own()
+    }
+
+    /// The groups that processes which are gone made for scripts in this place.
+    pub(super) fn left_of_scripts(place: &Path) -> Vec<Self> {
+        left(Purpose::Script, Some(place))
     }
 
     /// Removes it if nobody is in it any more; returns whether it is gone.
@@ -109,9 +115,9 @@ fn own() -> Option<PathBuf> {
     Some(top.join(own))
 }
 
-/// The groups for this purpose whose makers are gone.
-fn left(purpose: Purpose) -> Vec<ControlGroup> {
-    let entries = own().and_then(|own| fs::read_dir(own).ok());
+/// The groups for this purpose in a place whose makers are gone.
+fn left(purpose: Purpose, place: Option<&Path>) -> Vec<ControlGroup> {
+    let entries = place.and_then(|place| fs::read_dir(place).ok());
     entries
         .into_iter()
         .flatten()

@@ -16,9 +16,10 @@ use guest_agent_wire::types::{BackupType, WriterFailure};
 use guest_agent_wire::writer::{Abort, EventKind};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
@@ -39,6 +40,9 @@ struct Mark {
     step: Step,
     /// Its place in the order of all freezes of the agent.
     place: u64,
+    /// Where the agent made its control groups: who undoes may run elsewhere (`--thaw-leftovers` from a shell).
+    #[serde(default)]
+    groups: Option<PathBuf>,
 }
 
 /// Notes what undoes this writer's freeze, for an agent that starts after this one was killed.
@@ -49,6 +53,7 @@ pub(super) fn mark(marker: &Path, event: &str, step: &Step) -> Result<(), Failur
         event: event.to_owned(),
         step: step.clone(),
         place: PLACE.fetch_add(1, Ordering::SeqCst),
+        groups: ControlGroup::place(),
     };
     let mark = serde_json::to_string(&mark).map_err(io::Error::from);
     boot_id()
@@ -59,7 +64,6 @@ pub(super) fn mark(marker: &Path, event: &str, step: &Step) -> Result<(), Failur
 /// Ends the scripts that a killed agent of this boot left behind, then undoes what they froze, the last first; returns how
 /// many writers there were.
 pub fn recover(state_dir: &Path) -> io::Result<usize> {
-    kill_scripts();
     let boot = boot_id()?;
     let mut marks = Vec::new();
     for entry in fs::read_dir(state_dir)?.flatten() {
@@ -76,6 +80,12 @@ pub fn recover(state_dir: &Path) -> io::Result<usize> {
             None => fs::remove_file(entry.path())?,
         }
     }
+    kill_scripts_in(
+        marks
+            .iter()
+            .filter_map(|(mark, _)| mark.groups.clone())
+            .collect(),
+    );
     marks.sort_by_key(|(mark, _)| std::cmp::Reverse(mark.place));
     for (mark, path) in &marks {
         undo(mark);
@@ -120,8 +130,17 @@ pub fn this_process() -> io::Result<String> {
 
 /// Kills the scripts whose makers are gone, with all their children, and waits for their end, 10 s at most.
 pub fn kill_scripts() {
+    kill_scripts_in(BTreeSet::new());
+}
+
+/// The same, in these places of control groups as well.
+fn kill_scripts_in(mut places: BTreeSet<PathBuf>) {
+    places.extend(ControlGroup::place());
     let until = BootTime::now().plus_ms(u64::try_from(ENDING.as_millis()).unwrap_or(u64::MAX));
-    let groups = ControlGroup::left_of_scripts();
+    let groups: Vec<ControlGroup> = places
+        .iter()
+        .flat_map(|place| ControlGroup::left_of_scripts(place))
+        .collect();
     for group in &groups {
         group.kill();
     }
