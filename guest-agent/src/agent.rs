@@ -56,8 +56,7 @@ fn lock(state_dir: &Path) -> io::Result<OwnedFd> {
 
 /// Undoes what a killed agent left: frozen file systems, frozen script writers.
 fn undo_leftovers(config: &Agent) -> io::Result<()> {
-    let mounts = sources(config).mounts()?;
-    let thawed = ledger::recover(&config.state_dir, &mounts, RECOVERY)?;
+    let thawed = ledger::recover(&config.state_dir, &sources(config), RECOVERY)?;
     let aborted = left_over::recover(&config.state_dir)?;
     if thawed + aborted > 0 {
         journal::note(format_args!(

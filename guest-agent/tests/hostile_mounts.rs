@@ -341,3 +341,95 @@ fn a_thaw_that_hangs_keeps_no_other_file_system_frozen() {
     probe.wait_done();
     wait_until("it is not frozen any more", || !is_frozen(&inner));
 }
+
+/// Kills agent and helper while all is frozen, so that nobody thaws.
+fn kill_both_while_frozen(rig: &mut Rig) {
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.freeze();
+    let helper = rig.helper_pid().to_string();
+    run("kill", &["-STOP", &helper]);
+    rig.kill_agent();
+    run("kill", &["-9", &helper]);
+}
+
+#[test]
+fn what_a_killed_agent_left_is_thawed_though_its_mount_point_is_covered() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    kill_both_while_frozen(&mut rig);
+    let a = rig.mountpoint("a");
+    let other = rig.mount_with("other", &["--bind", a.to_str().unwrap()]);
+    rig.mount_with("a", &["-t", "tmpfs", "tmpfs"]);
+    assert!(is_frozen(&other), "somebody thawed");
+    rig.start();
+    Probe::start(&other).wait_done();
+}
+
+#[test]
+fn what_a_killed_agent_left_is_thawed_though_only_another_name_space_sees_it() {
+    if !can_run(&["unshare"]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    let container = Keeper::start(
+        &["unshare", "-m", "--propagation", "private"],
+        "echo ready; exec sleep 600",
+        None,
+    );
+    kill_both_while_frozen(&mut rig);
+    let a = rig.mountpoint("a");
+    // The helper may still be about to end.
+    run("umount", &["-l", a.to_str().unwrap()]);
+    let inside = PathBuf::from(format!("/proc/{}/root", container.child.id()));
+    let inside = inside.join(a.strip_prefix("/").unwrap());
+    assert!(is_frozen(&inside), "somebody thawed");
+    rig.start();
+    let is_thawed = !is_frozen(&inside);
+    // Before the name space goes, with which nobody could reach it any more.
+    run(
+        "sh",
+        &[
+            "-c",
+            "fsfreeze -u \"$0\" 2>&- || true",
+            inside.to_str().unwrap(),
+        ],
+    );
+    assert!(is_thawed);
+}
+
+#[test]
+fn a_file_system_on_a_covered_mount_is_told_as_not_held_and_refuses_no_set() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::new();
+    rig.mount("srv", "ext4");
+    let image = rig.path("data.img");
+    rig.mount_image("srv/data", "ext4", &image);
+    let seen = rig.mount("seen", "ext4");
+    // Now nobody can open the first two.
+    let srv = rig.mountpoint("srv");
+    run("mount", &["-t", "tmpfs", "tmpfs", srv.to_str().unwrap()]);
+    rig.start();
+    let mut bridge = rig.bridge();
+    let prepared = bridge.ask("prepare", json!({"set": "s", "limit_ms": 20_000}));
+    let frozen = prepared.get("return").is_some().then(|| bridge.freeze());
+    let held = frozen.as_ref().map(|frozen| {
+        let is_held = is_frozen(&seen);
+        bridge.thaw(frozen);
+        is_held
+    });
+    run("umount", &[srv.to_str().unwrap()]);
+    assert_eq!(held, Some(true), "{prepared:#}");
+    let frozen = frozen.unwrap();
+    let hidden = frozen["filesystems"].as_array().unwrap().iter();
+    let hidden: Vec<&Value> = hidden.filter(|fs| fs["result"] == "failed").collect();
+    assert_eq!(hidden.len(), 2, "{frozen:#}");
+    for filesystem in hidden {
+        let why = filesystem["message"].as_str().unwrap();
+        assert!(why.contains("hidden"), "{why}");
+    }
+}

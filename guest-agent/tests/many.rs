@@ -63,6 +63,49 @@ fn five_hundred_file_systems_are_held_as_one() {
     }
 }
 
+/// Thousands of mounts must not stay behind, whatever the test did.
+struct Detached(std::path::PathBuf);
+
+impl Drop for Detached {
+    fn drop(&mut self) {
+        let mut command = std::process::Command::new("umount");
+        let status = command.arg("-l").arg(&self.0).status();
+        status.map(drop).unwrap_or(());
+    }
+}
+
+#[test]
+fn thousands_of_mounts_of_one_file_system_keep_no_thaw_waiting() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let all = rig.mountpoint("all");
+    fs::create_dir(&all).unwrap();
+    // In a tmpfs of their own, so that all go with it; each round doubles them.
+    run("mount", &["-t", "tmpfs", "tmpfs", all.to_str().unwrap()]);
+    let detached = Detached(all.clone());
+    run("mount", &["--make-private", all.to_str().unwrap()]);
+    let script = "set -e; cd \"$0\"; mkdir 0; mount --bind \"$1\" 0; n=1
+        for round in $(seq 13); do mkdir \"r$round\"; for d in *; do [ \"$d\" = \"r$round\" ] || mkdir \"r$round/$d\"; done
+        for d in *; do [ \"$d\" = \"r$round\" ] || mount --rbind \"$d\" \"r$round/$d\"; done; done";
+    let a = rig.mountpoint_text("a");
+    run("bash", &["-c", script, all.to_str().unwrap(), &a]);
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let count = mounts
+        .lines()
+        .filter(|line| line.contains("/mnt/all/"))
+        .count();
+    eprintln!("{count} mounts");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let frozen = bridge.freeze();
+    let thawed = bridge.thaw(&frozen);
+    drop(detached);
+    assert!(count > 4_000, "only {count} mounts");
+    assert_eq!(thawed["held"], true, "{}", thawed["why_not"]);
+}
+
 struct Willing(usize);
 
 impl Writer for Willing {

@@ -68,6 +68,8 @@ fn round(fstype: &str, image: &Path, mountpoint: &Path) -> Figures {
     let top = tempfile::tempdir().unwrap();
     let devices = on_a_partition(top.path(), device);
     let mounts = [Mount {
+        id: 1,
+        parent: 0,
         device,
         root: "/".into(),
         mountpoint: mountpoint.into(),

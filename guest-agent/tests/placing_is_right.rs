@@ -95,6 +95,8 @@ fn copied_without(fstype: &str, mountpoint: &Path, image: &Path, copy: &Path) ->
     let top = tempfile::tempdir().unwrap();
     let devices = on_a_partition(top.path(), device);
     let mounts = [Mount {
+        id: 1,
+        parent: 0,
         device,
         root: "/".into(),
         mountpoint: mountpoint.into(),

@@ -128,6 +128,43 @@ fn a_thaw_after_the_agent_stood_still_hears_that_the_hold_is_broken() {
 }
 
 #[test]
+fn agent_and_helper_stopped_together_thaw_as_soon_as_they_go_on() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let both = [rig.agent_pid().to_string(), rig.helper_pid().to_string()];
+    let signal = |name: &str| run("kill", &[name, &both[0], &both[1]]);
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let frozen = bridge.ok("freeze", freeze_arguments(HOLD_MS));
+    let start = std::time::Instant::now();
+    signal("-STOP");
+    let mut probe = Probe::start(&rig.mountpoint("a"));
+    wait_until("the limit is past", || {
+        start.elapsed().as_millis() > u128::from(HOLD_MS) + 1_000
+    });
+    let is_held = !probe.is_done();
+    signal("-CONT");
+    probe.wait_done();
+    assert!(is_held, "somebody thawed: FAILURES.md says that nobody can");
+    let thaw = json!({"set": "s", "generation": frozen["generation"]});
+    let answer = bridge.ask("thaw", thaw);
+    let broken = answer["error"]["code"] == "HOLD_BROKEN";
+    assert!(broken || answer["return"]["held"] == false, "{answer:#}");
+    drop(bridge);
+    good_set(&rig);
+}
+
+#[test]
+fn the_unit_is_started_again_however_often_it_was_killed() {
+    let unit = include_str!("../systemd/vmshadow-guest-agent.service");
+    let (head, service) = unit.split_once("[Service]").unwrap();
+    assert!(head.contains("\nStartLimitIntervalSec=0\n"));
+    assert!(service.contains("\nRestart=always\n"));
+}
+
+#[test]
 fn agent_and_helper_are_locked_in_memory_and_the_last_to_be_killed_for_want_of_it() {
     if !can_run(&[]) {
         return;

@@ -4,6 +4,7 @@
 //! server hangs for ever.
 #![deny(clippy::indexing_slicing)]
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -38,6 +39,10 @@ impl std::fmt::Display for DeviceNumber {
 /// One line of mountinfo (proc_pid_mountinfo(5)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// Number of this mount.
+    pub id: u32,
+    /// Number of the mount that it lies on.
+    pub parent: u32,
     /// Device of the superblock.
     pub device: DeviceNumber,
     /// What of the file system is mounted here; `/` unless it is a bind mount or a subvolume.
@@ -62,8 +67,8 @@ pub fn parse(text: &[u8]) -> Vec<Mount> {
 
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|byte| *byte == b' ');
-    let _mount_id = fields.next()?;
-    let _parent_id = fields.next()?;
+    let id = number(fields.next()?)?;
+    let parent = number(fields.next()?)?;
     let device = DeviceNumber::parse(std::str::from_utf8(fields.next()?).ok()?)?;
     let root = unescape_path(fields.next()?);
     let mountpoint = unescape_path(fields.next()?);
@@ -77,6 +82,8 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
         .split(|byte| *byte == b',')
         .any(|option| option == b"ro");
     Some(Mount {
+        id,
+        parent,
         device,
         root,
         mountpoint,
@@ -84,6 +91,10 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
         source,
         read_only,
     })
+}
+
+fn number(field: &[u8]) -> Option<u32> {
+    std::str::from_utf8(field).ok()?.parse().ok()
 }
 
 fn unescape_path(field: &[u8]) -> PathBuf {
@@ -126,6 +137,54 @@ pub fn mount_of<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
         .iter()
         .filter(|mount| path.starts_with(&mount.mountpoint))
         .max_by_key(|mount| mount.mountpoint.components().count())
+}
+
+/// Mounts by what they lie on, to find which of them the lookup of a path ends in.
+#[derive(Debug)]
+pub struct Tree<'a> {
+    above: HashMap<(Option<u32>, &'a Path), &'a Mount>,
+}
+
+impl<'a> Tree<'a> {
+    /// Looks at each mount once.
+    #[must_use]
+    pub fn new(mounts: &'a [Mount]) -> Self {
+        let ids: HashSet<u32> = mounts.iter().map(|mount| mount.id).collect();
+        let above = mounts
+            .iter()
+            .map(|mount| {
+                // The root of a name space lies on nothing that is seen there.
+                let parent = Some(mount.parent).filter(|id| *id != mount.id && ids.contains(id));
+                ((parent, mount.mountpoint.as_path()), mount)
+            })
+            .collect();
+        Self { above }
+    }
+
+    /// The mount whose root, or a directory in it, is what this path opens; `None` if it is on no mount.
+    #[must_use]
+    pub fn reached(&self, path: &Path) -> Option<&'a Mount> {
+        let mut ways: Vec<&Path> = path.ancestors().collect();
+        ways.reverse();
+        let mut reached: Option<&'a Mount> = None;
+        // Each step goes to a mount on the last one, so a loop (which no kernel writes) is what the limit is for.
+        let mut steps = self.above.len();
+        for way in ways {
+            while let Some(next) = self.above.get(&(reached.map(|mount| mount.id), way)) {
+                reached = Some(next);
+                steps = steps.checked_sub(1)?;
+            }
+        }
+        reached
+    }
+
+    /// Something covers this mount, or a mount or directory on the way to it: opening its mount point would reach another file
+    /// system, if any. What is covered by the same file system is not hidden.
+    #[must_use]
+    pub fn is_hidden(&self, mount: &Mount) -> bool {
+        self.reached(&mount.mountpoint)
+            .is_none_or(|reached| reached.device != mount.device)
+    }
 }
 
 #[cfg(test)]

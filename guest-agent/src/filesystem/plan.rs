@@ -7,11 +7,12 @@
 //! was not held must not pass for one in which all was.
 
 use super::devices::{BlockDevices, parse_swaps};
-use super::mounts::{DeviceNumber, Mount, mount_of, parse};
+use super::mounts::{DeviceNumber, Mount, Tree, mount_of, parse};
 use super::not_to_snapshot::Swap;
 use guest_agent_wire::host::FilesystemInfo;
 use guest_agent_wire::types::DiskExtent;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 /// Types on a disk that have no freeze operation: FIFREEZE answers EOPNOTSUPP.
@@ -21,6 +22,9 @@ const WITHOUT_FREEZE: &[&str] = &[
 
 /// Types that hold data on disks but are not seen as one block device, so their freeze cannot be proven.
 const UNCOVERED: &[&str] = &["zfs", "bcachefs"];
+
+/// Most text about mounts of other name spaces than the first that is read; some 200,000 mounts.
+const OTHER_SPACES_BYTES_MAX: usize = 32 << 20;
 
 /// A mounted file system that is backed by a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +55,20 @@ impl Filesystem {
             .first()
             .map(|path| path.to_string_lossy().into_owned())
             .unwrap_or_default()
+    }
+
+    /// Stands for those of name spaces that were too large to be read: nobody knows on which disks they lie.
+    fn not_looked_at() -> Self {
+        Self {
+            device: DeviceNumber { major: 0, minor: 0 },
+            mountpoints: vec![PathBuf::from("(other mount name spaces)")],
+            fstype: "unknown".to_owned(),
+            source: String::new(),
+            read_only: false,
+            why_not: Some("there are too many mounts to look at".to_owned()),
+            extents: Vec::new(),
+            step: 0,
+        }
     }
 
     /// As the host sees it.
@@ -101,25 +119,20 @@ impl Sources {
         let devices = BlockDevices::new(&self.sys);
         let only_under = self.only_under.as_deref();
         let mut filesystems = order(&self.mounts()?, &devices, only_under);
-        let mut spaces = BTreeSet::from([self.name_space("1")]);
-        for entry in std::fs::read_dir(&self.proc)?.flatten() {
-            let name = entry.file_name();
-            let Some(process) = name.to_str().filter(|n| n.parse::<u32>().is_ok()) else {
-                continue;
-            };
-            let space = self.name_space(process);
-            // A process without one has ended, or is a zombie.
-            if space.is_none() || !spaces.insert(space) {
-                continue;
-            }
+        let mut known: BTreeSet<_> = filesystems.iter().map(|fs| fs.device).collect();
+        let mut room = OTHER_SPACES_BYTES_MAX;
+        for process in self.other_spaces()? {
             // It may have ended just now; what it saw is seen by others of its name space or by nobody.
-            let Ok(text) = std::fs::read(self.proc.join(process).join("mountinfo")) else {
+            let Ok(text) = self.mountinfo(&process, room) else {
                 continue;
             };
-            for mut other in order(&parse(&text), &devices, only_under) {
-                if filesystems.iter().any(|fs| fs.device == other.device) {
-                    continue;
-                }
+            let Some(left) = room.checked_sub(text.len()) else {
+                filesystems.push(Filesystem::not_looked_at());
+                break;
+            };
+            room = left;
+            for mut other in order_new(&parse(&text), &devices, only_under, &known) {
+                known.insert(other.device);
                 // Its own name may mean another file system here.
                 let root = PathBuf::from(format!("/proc/{process}/root"));
                 for mountpoint in &mut other.mountpoints {
@@ -132,6 +145,60 @@ impl Sources {
             }
         }
         Ok(filesystems)
+    }
+
+    /// Mount points by which these file systems can be reached, in whatever mount name space; none that something hides.
+    pub fn ways_to(
+        &self,
+        wanted: &BTreeSet<DeviceNumber>,
+    ) -> std::io::Result<BTreeMap<DeviceNumber, Vec<PathBuf>>> {
+        let mut ways: BTreeMap<DeviceNumber, Vec<PathBuf>> = BTreeMap::new();
+        let mut add = |mounts: &[Mount], root: &Path| {
+            let tree = Tree::new(mounts);
+            for mount in mounts.iter().filter(|mount| wanted.contains(&mount.device)) {
+                if !tree.is_hidden(mount) {
+                    let inside = mount.mountpoint.strip_prefix("/");
+                    let path = root.join(inside.unwrap_or(&mount.mountpoint));
+                    ways.entry(mount.device).or_default().push(path);
+                }
+            }
+        };
+        add(&self.mounts()?, Path::new("/"));
+        let mut room = OTHER_SPACES_BYTES_MAX;
+        for process in self.other_spaces()? {
+            let text = self.mountinfo(&process, room).unwrap_or_default();
+            room = room.saturating_sub(text.len());
+            let root = self.proc.join(process).join("root");
+            add(&parse(&text), &root);
+        }
+        Ok(ways)
+    }
+
+    /// A process of each mount name space but the first.
+    fn other_spaces(&self) -> std::io::Result<Vec<String>> {
+        let mut spaces = BTreeSet::from([self.name_space("1")]);
+        let mut processes = Vec::new();
+        for entry in std::fs::read_dir(&self.proc)?.flatten() {
+            let name = entry.file_name();
+            let Some(process) = name.to_str().filter(|n| n.parse::<u32>().is_ok()) else {
+                continue;
+            };
+            let space = self.name_space(process);
+            // A process without one has ended, or is a zombie.
+            if space.is_some() && spaces.insert(space) {
+                processes.push(process.to_owned());
+            }
+        }
+        Ok(processes)
+    }
+
+    /// What a process sees; one byte more than `room` if it is more than that.
+    fn mountinfo(&self, process: &str, room: usize) -> std::io::Result<Vec<u8>> {
+        let file = std::fs::File::open(self.proc.join(process).join("mountinfo"))?;
+        let mut text = Vec::new();
+        let limit = u64::try_from(room).unwrap_or(u64::MAX).saturating_add(1);
+        file.take(limit).read_to_end(&mut text)?;
+        Ok(text)
     }
 
     /// What names a process's mount name space; `None` if it has none or may not be looked at.
@@ -193,38 +260,64 @@ pub fn order(
     devices: &BlockDevices,
     only_under: Option<&Path>,
 ) -> Vec<Filesystem> {
+    order_new(mounts, devices, only_under, &BTreeSet::new())
+}
+
+/// The same without what is known already. The work grows with the number of mounts, not with its square: there may be
+/// thousands, and file systems may be frozen meanwhile.
+fn order_new(
+    mounts: &[Mount],
+    devices: &BlockDevices,
+    only_under: Option<&Path>,
+    known: &BTreeSet<DeviceNumber>,
+) -> Vec<Filesystem> {
+    let mut exists: BTreeMap<DeviceNumber, bool> = BTreeMap::new();
+    let candidates: Vec<&Mount> = mounts
+        .iter()
+        .filter(|mount| !known.contains(&mount.device))
+        .filter(|mount| only_under.is_none_or(|top| mount.mountpoint.starts_with(top)))
+        .filter(|mount| {
+            let device = mount.device;
+            let exists = exists
+                .entry(device)
+                .or_insert_with(|| devices.exists(device));
+            *exists || is_on_disk_unseen(mount)
+        })
+        .collect();
+    if candidates.is_empty() {
+        return Vec::new();
+    }
+    let tree = Tree::new(mounts);
     let mut found: BTreeMap<DeviceNumber, Filesystem> = BTreeMap::new();
     let mut beneath: BTreeMap<DeviceNumber, Vec<DeviceNumber>> = BTreeMap::new();
     // A hidden mount point counts only for a file system that has no other.
-    let (hidden, seen): (Vec<&Mount>, Vec<&Mount>) = mounts
-        .iter()
-        .filter(|mount| is_on_disk(mount, devices))
-        .partition(|mount| is_hidden(mount, mounts));
-    let seen = seen
+    let (hidden, seen): (Vec<&Mount>, Vec<&Mount>) = candidates
         .into_iter()
-        .map(|mount| (mount, mount.mountpoint.clone(), why_not(mount)));
-    let hidden = hidden.into_iter().map(|mount| {
-        // Never opened, and its path is the name of what hides it.
-        let mut name = mount.mountpoint.clone().into_os_string();
-        name.push(" (hidden)");
-        let why = "hidden beneath another mount".to_owned();
-        (mount, PathBuf::from(name), Some(why))
-    });
-    for (mount, mountpoint, why_not) in seen.chain(hidden) {
-        if only_under.is_some_and(|top| !mount.mountpoint.starts_with(top)) {
-            continue;
-        }
+        .partition(|mount| tree.is_hidden(mount));
+    let seen = seen.into_iter().map(|mount| (mount, false));
+    let hidden = hidden.into_iter().map(|mount| (mount, true));
+    for (mount, is_hidden) in seen.chain(hidden) {
         if let Some(known) = found.get_mut(&mount.device) {
-            if is_hidden(mount, mounts) {
+            if is_hidden {
                 continue;
             }
             known.mountpoints.push(mount.mountpoint.clone());
             // The root of the file system names it better than a bind mount of a directory inside.
             if mount.root == Path::new("/") {
-                known.mountpoints.rotate_right(1);
+                let last = known.mountpoints.len() - 1;
+                known.mountpoints.swap(0, last);
             }
             continue;
         }
+        let (mountpoint, why_not) = if is_hidden {
+            // Never opened, and its path is the name of what hides it.
+            let mut name = mount.mountpoint.clone().into_os_string();
+            name.push(" (hidden)");
+            let why = "hidden beneath another mount".to_owned();
+            (PathBuf::from(name), Some(why))
+        } else {
+            (mount.mountpoint.clone(), why_not(mount))
+        };
         let mut extents = Vec::new();
         let mut under = Vec::new();
         for device in devices.of_mount(mount) {
@@ -257,15 +350,10 @@ pub fn order(
     filesystems
 }
 
-fn is_on_disk(mount: &Mount, devices: &BlockDevices) -> bool {
-    devices.exists(mount.device)
-        || (mount.fstype == "btrfs" && mount.source.starts_with('/'))
+/// It has data on disks though its number is not that of a block device.
+fn is_on_disk_unseen(mount: &Mount) -> bool {
+    (mount.fstype == "btrfs" && mount.source.starts_with('/'))
         || UNCOVERED.contains(&mount.fstype.as_str())
-}
-
-/// Another mount covers this mount point, so opening it would reach another file system.
-fn is_hidden(mount: &Mount, mounts: &[Mount]) -> bool {
-    mount_of(mounts, &mount.mountpoint).is_none_or(|top| top.device != mount.device)
 }
 
 fn why_not(mount: &Mount) -> Option<String> {

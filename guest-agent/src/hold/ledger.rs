@@ -7,10 +7,11 @@
 //! `vmshadow-hold 1 BOOT_ID PID\n`, then a line `MARK MAJOR:MINOR\n` for each file system.
 #![deny(clippy::indexing_slicing)]
 
+use super::slot::open_first;
 use crate::filesystem::freeze;
-use crate::filesystem::mounts::{DeviceNumber, Mount};
+use crate::filesystem::mounts::DeviceNumber;
+use crate::filesystem::plan::Sources;
 use crate::journal;
-use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use std::fs;
 use std::io::{self, Write as _};
@@ -125,7 +126,8 @@ pub fn boot_id() -> io::Result<String> {
 /// Thaws what ledgers of this boot say was left frozen; returns how many file systems were. A helper that is still dying (a
 /// FIFREEZE of it may be under way, which no signal ends) is waited for, up to `patience`; after that its ledger stays and
 /// the error asks to be called again, since the file system will be frozen once that FIFREEZE returns.
-pub fn recover(state_dir: &Path, mounts: &[Mount], patience: Duration) -> io::Result<usize> {
+/// What cannot be reached by any mount point keeps its ledger, for another try.
+pub fn recover(state_dir: &Path, sources: &Sources, patience: Duration) -> io::Result<usize> {
     let boot_id = boot_id()?;
     let mut thawed = 0;
     for entry in fs::read_dir(state_dir)?.flatten() {
@@ -136,14 +138,21 @@ pub fn recover(state_dir: &Path, mounts: &[Mount], patience: Duration) -> io::Re
             .ok()
             .and_then(|text| parse(&text));
         if let Some(record) = record.filter(|record| record.boot_id == boot_id) {
-            thawed += thaw_all(&record.frozen, mounts);
+            let mut left = thaw_all(&record.frozen, sources)?;
+            thawed += left.thawed;
             match end_of(record.helper, patience) {
                 End::Long => {}
-                End::Now => thawed += thaw_all(&record.frozen, mounts),
+                End::Now => {
+                    left = thaw_all(&record.frozen, sources)?;
+                    thawed += left.thawed;
+                }
                 End::NotYet => {
                     let text = format!("helper {} is still freezing", record.helper);
                     return Err(io::Error::new(io::ErrorKind::TimedOut, text));
                 }
+            }
+            if left.unreached > 0 {
+                continue;
             }
         }
         match fs::remove_file(entry.path()) {
@@ -156,33 +165,43 @@ pub fn recover(state_dir: &Path, mounts: &[Mount], patience: Duration) -> io::Re
     Ok(thawed)
 }
 
-fn thaw_all(devices: &[DeviceNumber], mounts: &[Mount]) -> usize {
-    devices
-        .iter()
-        .rev()
-        .filter(|device| {
-            let Some(mount) = mounts.iter().find(|mount| mount.device == **device) else {
-                return false;
-            };
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            match open(&mount.mountpoint, flags, Mode::empty()).and_then(freeze::thaw) {
-                Ok(()) => {
-                    let place = mount.mountpoint.display();
-                    journal::note(format_args!(
-                        "thawed {place}, left frozen by a killed agent"
-                    ));
-                    true
-                }
-                // Already thawed: by its own helper, or by a person.
-                Err(Errno::INVAL) => false,
-                Err(error) => {
-                    let place = mount.mountpoint.display();
-                    journal::note(format_args!("could not thaw {place}: {error}"));
-                    false
-                }
+/// What came of an attempt.
+struct Left {
+    thawed: usize,
+    unreached: usize,
+}
+
+/// By whichever mount of each that can be opened: the one by which it was frozen may be gone or covered by now.
+fn thaw_all(devices: &[DeviceNumber], sources: &Sources) -> io::Result<Left> {
+    let ways = sources.ways_to(&devices.iter().copied().collect())?;
+    let mut left = Left {
+        thawed: 0,
+        unreached: 0,
+    };
+    for device in devices.iter().rev() {
+        let paths = ways.get(device).map(Vec::as_slice).unwrap_or_default();
+        let place = paths.first().map_or_else(
+            || format!("file system {device}, which is mounted nowhere"),
+            |path| path.display().to_string(),
+        );
+        match open_first(*device, paths).and_then(freeze::thaw) {
+            Ok(()) => {
+                journal::note(format_args!(
+                    "thawed {place}, left frozen by a killed agent"
+                ));
+                left.thawed += 1;
             }
-        })
-        .count()
+            // Already thawed: by its own helper, or by a person.
+            Err(Errno::INVAL) => {}
+            Err(error) => {
+                journal::note(format_args!(
+                    "could not thaw {place}: {error}; mount it where it can be seen, then run guest-agent --thaw-leftovers"
+                ));
+                left.unreached += 1;
+            }
+        }
+    }
+    Ok(left)
 }
 
 /// When a helper ended.
@@ -246,6 +265,15 @@ fn may_be_helper(pid: rustix::process::Pid) -> bool {
 mod tests {
     //! What is written is read again, and nothing else is believed.
     use super::*;
+    use rustix::fs::Mode;
+
+    fn sources() -> Sources {
+        Sources {
+            proc: "/proc".into(),
+            sys: "/sys".into(),
+            only_under: None,
+        }
+    }
 
     #[test]
     fn a_ledger_names_what_is_frozen_now() {
@@ -279,9 +307,22 @@ mod tests {
             .arg(crate::hold::helper::ARGUMENT)
             .spawn()
             .unwrap();
-        let thawed = recover(dir.path(), &[], Duration::from_secs(60));
+        let thawed = recover(dir.path(), &sources(), Duration::from_secs(60));
         assert!(helper.wait().unwrap().success());
         assert_eq!(thawed.unwrap(), 0);
+    }
+
+    #[test]
+    fn a_ledger_of_what_cannot_be_reached_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let nowhere = DeviceNumber {
+            major: 999,
+            minor: 9,
+        };
+        let text = format!("{TITLE} {} 0\nF {nowhere}\n", boot_id().unwrap());
+        fs::write(dir.path().join("hold.3"), text).unwrap();
+        assert_eq!(recover(dir.path(), &sources(), Duration::ZERO).unwrap(), 0);
+        assert!(dir.path().join("hold.3").exists());
     }
 
     #[test]
@@ -294,7 +335,7 @@ mod tests {
         .unwrap();
         fs::write(dir.path().join("hold.2"), "vmshad").unwrap();
         fs::write(dir.path().join("unrelated"), "x").unwrap();
-        assert_eq!(recover(dir.path(), &[], Duration::ZERO).unwrap(), 0);
+        assert_eq!(recover(dir.path(), &sources(), Duration::ZERO).unwrap(), 0);
         let left: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().collect();
         assert_eq!(left.len(), 1);
     }

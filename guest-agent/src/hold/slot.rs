@@ -314,7 +314,7 @@ fn errno_of(result: Result<(), Errno>) -> i32 {
 }
 
 /// Opens the first path that is a directory on the device, so that a mount that came or went meanwhile is not mistaken.
-fn open_first(device: DeviceNumber, paths: &[PathBuf]) -> Result<OwnedFd, Errno> {
+pub(super) fn open_first(device: DeviceNumber, paths: &[PathBuf]) -> Result<OwnedFd, Errno> {
     let mut failure = Errno::NOENT;
     for path in paths {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;

@@ -503,8 +503,7 @@ impl Actor {
             Ok(()) => {
                 self.helper_died = false;
                 // Its ledger names what has been thawed by hand meanwhile.
-                let mounts = self.sources.mounts().unwrap_or_default();
-                ledger::recover(&self.settings.state_dir, &mounts, Duration::ZERO)
+                ledger::recover(&self.settings.state_dir, &self.sources, Duration::ZERO)
                     .map(drop)
                     .unwrap_or(());
                 journal::note(format_args!("started another helper"));
@@ -528,10 +527,7 @@ impl Actor {
         for participant in &mut self.set.participants {
             room = participant.fit_document(room);
         }
-        let filesystems = self
-            .sources
-            .filesystems()
-            .map_err(|error| Cause::Internal(format!("mountinfo: {error}")))?;
+        let filesystems = self.find_filesystems()?;
         Ok(Identified {
             writers: self
                 .set

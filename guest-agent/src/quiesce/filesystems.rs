@@ -5,6 +5,7 @@
 
 use super::actor::{Actor, Heard};
 use super::cause::Cause;
+use super::work::Work;
 use crate::clock::BootTime;
 use crate::filesystem::mounts::DeviceNumber;
 use crate::filesystem::plan::Filesystem;
@@ -17,6 +18,8 @@ use std::time::Duration;
 
 /// Time to open all mount points, milliseconds.
 const OPEN_MS: u64 = 5_000;
+/// Time to look at all mounts.
+const FIND_MAX: Duration = Duration::from_secs(5);
 /// What the agent waits longer than the helper's own limits, milliseconds.
 pub(super) const GRACE_MS: u64 = 1_000;
 
@@ -131,13 +134,27 @@ pub(super) struct Choice<'a> {
 }
 
 impl Actor {
+    /// All that there are. On a thread, since there may be thousands of mounts: an abort, a thaw and `status` need not wait for it.
+    pub(super) fn find_filesystems(&mut self) -> Result<Vec<Filesystem>, Cause> {
+        let sources = self.sources.clone();
+        let found = match Work::start("mounts", FIND_MAX, move |_| sources.filesystems()) {
+            Some(work) => self.listening_to(&work)?,
+            None => None,
+        };
+        match found {
+            Some(found) => found.map_err(|error| Cause::Internal(format!("mountinfo: {error}"))),
+            None => {
+                let limit = FIND_MAX.as_millis();
+                let why = format!("the file systems were not found within {limit} ms");
+                Err(Cause::Internal(why))
+            }
+        }
+    }
+
     /// Finds the file systems of the set and has the helper open them.
     pub(super) fn open_filesystems(&mut self, choice: Choice<'_>) -> Result<(), Cause> {
         self.close_filesystems();
-        let found = self
-            .sources
-            .filesystems()
-            .map_err(|error| Cause::Internal(format!("mountinfo: {error}")))?;
+        let found = self.find_filesystems()?;
         let mut slots = 0;
         for filesystem in found {
             if !filesystem.is_on(&self.set.disks) || !is_chosen(&filesystem, choice.only) {
@@ -286,11 +303,8 @@ impl Actor {
 
     /// Fails if a file system of the set was mounted or made writable after the others had been chosen: writers take up to a
     /// minute to freeze, and it would be the one that is not held.
-    pub(super) fn find_missed(&self, choice: Choice<'_>) -> Result<(), Cause> {
-        let found = self
-            .sources
-            .filesystems()
-            .map_err(|error| Cause::Internal(format!("mountinfo: {error}")))?;
+    pub(super) fn find_missed(&mut self, choice: Choice<'_>) -> Result<(), Cause> {
+        let found = self.find_filesystems()?;
         let missed = found.iter().find(|filesystem| {
             filesystem.is_on(&self.set.disks)
                 && is_chosen(filesystem, choice.only)

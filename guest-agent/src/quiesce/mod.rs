@@ -2,7 +2,7 @@
 //!
 //! `native` and `qga` hand requests to [`service::Service`]; one thread, the [`actor`], owns everything. [`state`] decides what
 //! may happen when and is pure; `writers` and `filesystems` are the actor's steps,
-//! `step` the events for writers, `words` how much they may say, `session` what follows a set and what restores; [`cause`] names why a set ended.
+//! `step` the events for writers, `words` how much they may say, `work` what is done on threads, `session` what follows a set and what restores; [`cause`] names why a set ended.
 
 pub mod actor;
 pub mod cause;
@@ -14,4 +14,5 @@ mod session;
 pub mod state;
 mod step;
 mod words;
+mod work;
 mod writers;

@@ -4,8 +4,9 @@
 //! patterns name; work that hangs in a file system is left to itself and heard by nobody; an abort and `status` need not wait for a
 //! search; nothing of it can keep the thaw waiting.
 
-use super::actor::{Actor, Heard};
+use super::actor::Actor;
 use super::cause::Cause;
+use super::work::Work;
 use crate::clock::BootTime;
 use crate::filesystem::devices::BlockDevices;
 use crate::filesystem::not_to_snapshot::{
@@ -13,8 +14,7 @@ use crate::filesystem::not_to_snapshot::{
 };
 use guest_agent_wire::host::NotToSnapshot;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Longest time to look for files, before anything is frozen.
 const FIND_MAX: Duration = Duration::from_secs(5);
@@ -22,36 +22,6 @@ const FIND_MAX: Duration = Duration::from_secs(5);
 const PLACE_MAX: Duration = Duration::from_millis(300);
 /// Of the time that is left to freeze and copy, placing may take this part.
 const PLACE_PART: u32 = 10;
-/// Time to hear what is to be heard meanwhile.
-const LISTEN: Duration = Duration::from_millis(20);
-
-/// Work on a thread, since what it touches may hang. It is told to end when four fifths of the limit are over, with what it has by then.
-struct Work<T> {
-    result: Receiver<T>,
-    end: Instant,
-}
-
-impl<T: Send + 'static> Work<T> {
-    /// `None`: the guest has no thread to spare.
-    fn start(limit: Duration, work: impl FnOnce(Instant) -> T + Send + 'static) -> Option<Self> {
-        let (sender, result) = mpsc::channel();
-        let start = Instant::now();
-        let until = start + limit * 4 / 5;
-        std::thread::Builder::new()
-            .name("not-to-snapshot".to_owned())
-            .spawn(move || drop(sender.send(work(until))))
-            .ok()?;
-        let end = start + limit;
-        Some(Self { result, end })
-    }
-
-    /// What came of it within `wait`, or by its end.
-    fn within(&self, wait: Duration) -> Option<T> {
-        let left = self.end.saturating_duration_since(Instant::now());
-        self.result.recv_timeout(wait.min(left)).ok()
-    }
-}
-
 impl Actor {
     /// Patterns of the writers in scope and of the configuration, and swap. Remembered until the freeze.
     pub(super) fn find_not_to_snapshot(&mut self, until: BootTime) -> Result<(), Cause> {
@@ -80,7 +50,7 @@ impl Actor {
         let disks = self.set.disks.clone();
         // The file systems are still to be written back.
         let limit = FIND_MAX.min(until.remaining() / 2);
-        let work = Work::start(limit, move |until| {
+        let work = Work::start("not-to-snapshot", limit, move |until| {
             find(&wishes, &swap.files, &mounts, &devices, &disks, until)
         });
         let found = match work {
@@ -98,22 +68,6 @@ impl Actor {
         Ok(())
     }
 
-    /// Waits for the end of a search; what else comes meanwhile is dealt with.
-    fn listening_to<T: Send + 'static>(&mut self, work: &Work<T>) -> Result<Option<T>, Cause> {
-        loop {
-            if let Some(found) = work.within(LISTEN) {
-                return Ok(Some(found));
-            }
-            match self.wait(BootTime::now()) {
-                Heard::Interrupted(cause) => return Err(cause),
-                Heard::HelperDied => return Err(Cause::HelperDied),
-                Heard::Late if Instant::now() >= work.end => return Ok(None),
-                // Nothing is asked of writers and of the helper, so this is an answer that came too late.
-                Heard::Late | Heard::Helper(..) | Heard::Writer(..) => {}
-            }
-        }
-    }
-
     /// Where that lies now that all is frozen; `None` if nothing was named.
     pub(super) fn place_not_to_snapshot(&mut self) -> Option<Box<NotToSnapshot>> {
         let candidates = Arc::clone(self.set.not_to_snapshot.as_ref()?);
@@ -125,7 +79,7 @@ impl Actor {
         let left = self.set.hold_end.map(BootTime::remaining);
         let limit = PLACE_MAX.min(left.unwrap_or_default() / PLACE_PART);
         let known = Arc::clone(&candidates);
-        let work = Work::start(limit, move |until| {
+        let work = Work::start("not-to-snapshot", limit, move |until| {
             place(&known, &swap.devices, &devices, &disks, &frozen, until)
         });
         let placed = work.and_then(|work| work.within(limit));

@@ -12,6 +12,8 @@ fn a_line_is_read_with_and_without_optional_fields() {
     assert_eq!(
         mounts[0],
         Mount {
+            id: 36,
+            parent: 35,
             device: DeviceNumber {
                 major: 98,
                 minor: 0
@@ -53,6 +55,29 @@ fn a_path_lies_on_the_innermost_and_latest_mount() {
         mount_of(&mounts, Path::new("/varx")).unwrap().device.minor,
         1
     );
+}
+
+#[test]
+fn a_path_is_looked_up_as_the_kernel_does() {
+    let mounts = parse(
+        b"1 0 8:1 / / rw - ext4 a rw\n2 1 8:2 / /a/b rw - ext4 b rw\n3 1 8:3 / /a rw - ext4 c rw\n\
+          4 3 8:4 / /a/c rw - ext4 d rw\n5 4 8:5 / /a/c rw - ext4 e rw\n6 5 8:5 /x /a/c rw - ext4 e rw\n",
+    );
+    let tree = Tree::new(&mounts);
+    let reached = |path: &str| tree.reached(Path::new(path)).unwrap().id;
+    assert_eq!(reached("/x"), 1);
+    assert_eq!(reached("/a/b"), 3);
+    assert_eq!(reached("/a/c/d"), 6);
+    let hidden = mounts.iter().filter(|mount| tree.is_hidden(mount));
+    let hidden: Vec<u32> = hidden.map(|mount| mount.id).collect();
+    // Not 5, which is covered by its own file system.
+    assert_eq!(hidden, [2, 4]);
+}
+
+#[test]
+fn mounts_that_lie_on_each_other_are_no_way_round_and_round() {
+    let mounts = parse(b"1 2 8:1 / / rw - ext4 a rw\n2 1 8:2 / / rw - ext4 b rw\n");
+    assert_eq!(Tree::new(&mounts).reached(Path::new("/x")), None);
 }
 
 proptest! {

@@ -59,6 +59,8 @@ impl Guest {
 
     fn mounts(&self, fstype: &str) -> Vec<Mount> {
         vec![Mount {
+            id: 1,
+            parent: 0,
             device: self.number,
             root: "/".into(),
             mountpoint: "/".into(),

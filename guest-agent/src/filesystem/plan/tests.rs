@@ -44,7 +44,7 @@ fn planned(text: &str) -> Vec<(String, u32)> {
 #[test]
 fn the_root_freezes_last_and_others_together() {
     let steps = planned(
-        "1 1 254:0 / / rw - ext4 a rw\n2 1 254:1 / /home rw - xfs b rw\n3 1 254:2 / /var rw - ext4 c rw\n",
+        "1 0 254:0 / / rw - ext4 a rw\n2 1 254:1 / /home rw - xfs b rw\n3 1 254:2 / /var rw - ext4 c rw\n",
     );
     assert_eq!(
         steps,
@@ -56,7 +56,7 @@ fn the_root_freezes_last_and_others_together() {
 fn a_file_system_in_a_file_freezes_before_the_one_around_it() {
     // 7:2 is a file on 7:1, which is a file on 254:3, mounted in the opposite order of nesting.
     let steps = planned(
-        "1 1 254:3 / /img/1 rw - ext4 a rw\n2 1 7:1 / /img/2 rw - ext4 b rw\n3 1 7:2 / /inner rw - ext4 c rw\n",
+        "1 0 254:3 / /img/1 rw - ext4 a rw\n2 0 7:1 / /img/2 rw - ext4 b rw\n3 0 7:2 / /inner rw - ext4 c rw\n",
     );
     assert_eq!(
         steps,
@@ -70,14 +70,14 @@ fn a_file_system_in_a_file_freezes_before_the_one_around_it() {
 
 #[test]
 fn a_root_in_a_file_freezes_before_the_file_system_around_it() {
-    let steps = planned("1 1 254:3 / /img/1 rw - ext4 a rw\n2 1 7:1 / / rw - ext4 b rw\n");
+    let steps = planned("1 2 254:3 / /img/1 rw - ext4 a rw\n2 0 7:1 / / rw - ext4 b rw\n");
     assert_eq!(steps, [("/".into(), 0), ("/img/1".into(), 1)]);
 }
 
 #[test]
 fn a_superblock_mounted_twice_is_named_once_by_its_root() {
     let steps = planned(
-        "1 1 254:0 /sub /bind rw - ext4 a rw\n2 1 254:0 / /whole rw - ext4 a rw\n3 1 254:0 /x /other rw - ext4 a rw\n",
+        "1 0 254:0 /sub /bind rw - ext4 a rw\n2 0 254:0 / /whole rw - ext4 a rw\n3 0 254:0 /x /other rw - ext4 a rw\n",
     );
     assert_eq!(steps, [("/whole".into(), 0)]);
 }
@@ -85,20 +85,20 @@ fn a_superblock_mounted_twice_is_named_once_by_its_root() {
 #[test]
 fn what_is_not_on_a_disk_is_never_a_candidate() {
     let steps = planned(
-        "1 1 0:30 / /nfs rw - nfs4 server:/x rw\n2 1 0:31 / /tmp rw - tmpfs tmpfs rw\n\
-         3 1 0:34 / /ssh rw - fuse.sshfs me@there rw\n4 1 0:32 / /auto rw - autofs systemd-1 rw\n\
-         5 1 0:33 / /over rw - overlay overlay rw\n6 1 99:1 / /gone rw - ext4 /dev/gone rw\n",
+        "1 0 0:30 / /nfs rw - nfs4 server:/x rw\n2 0 0:31 / /tmp rw - tmpfs tmpfs rw\n\
+         3 0 0:34 / /ssh rw - fuse.sshfs me@there rw\n4 0 0:32 / /auto rw - autofs systemd-1 rw\n\
+         5 0 0:33 / /over rw - overlay overlay rw\n6 0 99:1 / /gone rw - ext4 /dev/gone rw\n",
     );
     assert!(steps.is_empty());
 }
 
 #[test]
 fn a_covered_mount_point_is_not_opened() {
-    let steps = planned("1 1 254:0 / /mnt rw - ext4 a rw\n2 1 254:1 / /mnt rw - ext4 b rw\n");
+    let steps = planned("1 0 254:0 / /mnt rw - ext4 a rw\n2 1 254:1 / /mnt rw - ext4 b rw\n");
     assert_eq!(steps, [("/mnt".into(), 0), ("/mnt (hidden)".into(), 0)]);
     let sys = sys();
     let all = order(
-        &parse(b"1 1 254:0 / /mnt rw - ext4 a rw\n2 1 0:9 / /mnt rw - nfs b rw\n"),
+        &parse(b"1 0 254:0 / /mnt rw - ext4 a rw\n2 1 0:9 / /mnt rw - nfs b rw\n"),
         &BlockDevices::new(sys.path()),
         None,
     );
@@ -111,7 +111,7 @@ fn a_covered_mount_point_is_not_opened() {
 fn a_hidden_mount_point_does_not_name_a_file_system_that_has_another() {
     let sys = sys();
     let mounts = parse(
-        b"1 1 254:0 / /mnt rw - ext4 a rw\n2 1 0:9 / /mnt rw - nfs b rw\n3 1 254:0 / /seen rw - ext4 a rw\n",
+        b"1 0 254:0 / /mnt rw - ext4 a rw\n2 1 0:9 / /mnt rw - nfs b rw\n3 0 254:0 / /seen rw - ext4 a rw\n",
     );
     let all = order(&mounts, &BlockDevices::new(sys.path()), None);
     assert_eq!(all.len(), 1);
@@ -120,9 +120,59 @@ fn a_hidden_mount_point_does_not_name_a_file_system_that_has_another() {
 }
 
 #[test]
+fn what_lies_on_a_covered_mount_is_hidden_too_and_reached_by_another_mount() {
+    let sys = sys();
+    let covered = "1 0 254:9 / / rw - ext4 r rw\n2 1 254:0 / /srv rw - ext4 a rw\n3 2 254:1 / /srv/data rw - ext4 b rw\n\
+                   4 2 0:9 / /srv rw - tmpfs t rw\n";
+    let all = order(
+        &parse(covered.as_bytes()),
+        &BlockDevices::new(sys.path()),
+        None,
+    );
+    let names: Vec<_> = all.iter().map(Filesystem::name).collect();
+    assert_eq!(names, ["/srv/data (hidden)", "/srv (hidden)", "/"]);
+    let why = all[0].why_not.as_deref();
+    assert_eq!(why, Some("hidden beneath another mount"));
+    let seen = format!("{covered}5 1 254:1 /sub /other rw - ext4 b rw\n");
+    let all = order(
+        &parse(seen.as_bytes()),
+        &BlockDevices::new(sys.path()),
+        None,
+    );
+    let data = all.iter().find(|fs| fs.device.minor == 1).unwrap();
+    assert_eq!(data.mountpoints, [PathBuf::from("/other")]);
+    assert_eq!(data.why_not, None);
+}
+
+#[test]
+fn name_spaces_that_are_too_large_to_read_are_told_as_not_held() {
+    let sys = sys();
+    let proc = tempfile::tempdir().unwrap();
+    let line = "2 1 0:5 / /proc rw - proc proc rw\n";
+    let much = line.repeat(OTHER_SPACES_BYTES_MAX / line.len() + 1);
+    for (process, space, mounts) in [
+        ("1", "mnt:[1]", "1 0 254:0 / /data rw - ext4 a rw\n"),
+        ("8", "mnt:[2]", &much),
+    ] {
+        fs::create_dir_all(proc.path().join(process).join("ns")).unwrap();
+        symlink(space, proc.path().join(process).join("ns/mnt")).unwrap();
+        fs::write(proc.path().join(process).join("mountinfo"), mounts).unwrap();
+    }
+    let sources = Sources {
+        proc: proc.path().to_owned(),
+        sys: sys.path().to_owned(),
+        only_under: None,
+    };
+    let all = sources.filesystems().unwrap();
+    assert_eq!(all.len(), 2);
+    assert!(!all[1].info().freezable);
+    assert!(all[1].is_on(&["S3".into()]), "it may be on any disk");
+}
+
+#[test]
 fn fuse_on_a_disk_is_named_and_never_opened() {
     let sys = sys();
-    let mounts = parse(b"1 1 254:4 / /ntfs rw - fuseblk /dev/vd4 rw\n");
+    let mounts = parse(b"1 0 254:4 / /ntfs rw - fuseblk /dev/vd4 rw\n");
     let fs = order(&mounts, &BlockDevices::new(sys.path()), None).remove(0);
     assert!(fs.is_on(&["S4".into()]));
     assert!(!fs.info().freezable);
@@ -133,7 +183,7 @@ fn fuse_on_a_disk_is_named_and_never_opened() {
 fn what_has_data_on_disks_but_no_freeze_is_named_as_not_held() {
     let sys = sys();
     for (fstype, source) in [("zfs", "tank/data"), ("bcachefs", "/dev/vd1:/dev/vd2")] {
-        let mounts = parse(format!("1 1 0:40 / /data rw - {fstype} {source} rw\n").as_bytes());
+        let mounts = parse(format!("1 0 0:40 / /data rw - {fstype} {source} rw\n").as_bytes());
         let fs = order(&mounts, &BlockDevices::new(sys.path()), None).remove(0);
         assert!(!fs.info().freezable);
         assert!(fs.info().why_not.unwrap().contains(fstype));
@@ -147,12 +197,12 @@ fn what_only_another_name_space_sees_is_named_as_not_freezable() {
     let sys = sys();
     let proc = tempfile::tempdir().unwrap();
     for (process, space, mounts) in [
-        ("1", "mnt:[1]", "1 1 254:0 / /data rw - ext4 a rw\n"),
-        ("7", "mnt:[1]", "1 1 254:9 / /not-read rw - ext4 a rw\n"),
+        ("1", "mnt:[1]", "1 0 254:0 / /data rw - ext4 a rw\n"),
+        ("7", "mnt:[1]", "1 0 254:9 / /not-read rw - ext4 a rw\n"),
         (
             "8",
             "mnt:[2]",
-            "1 1 254:0 / / rw - ext4 a rw\n2 1 254:1 / /data rw - ext4 b rw\n3 1 0:5 / /proc rw - proc proc rw\n",
+            "1 0 254:0 / / rw - ext4 a rw\n2 1 254:1 / /data rw - ext4 b rw\n3 1 0:5 / /proc rw - proc proc rw\n",
         ),
     ] {
         fs::create_dir_all(proc.path().join(process).join("ns")).unwrap();
@@ -176,7 +226,7 @@ fn what_only_another_name_space_sees_is_named_as_not_freezable() {
 fn only_what_lies_under_the_given_directory_exists() {
     let sys = sys();
     let mounts =
-        parse(b"1 1 254:0 / / rw - ext4 a rw\n2 1 254:1 / /t/a rw - ext4 b rw\n3 1 254:2 / /tt rw - ext4 b rw\n");
+        parse(b"1 0 254:0 / / rw - ext4 a rw\n2 1 254:1 / /t/a rw - ext4 b rw\n3 1 254:2 / /tt rw - ext4 b rw\n");
     let all = order(
         &mounts,
         &BlockDevices::new(sys.path()),
@@ -189,7 +239,7 @@ fn only_what_lies_under_the_given_directory_exists() {
 #[test]
 fn a_file_system_belongs_to_a_set_by_its_disks() {
     let sys = sys();
-    let mounts = parse(b"1 1 254:1 / /a rw - vfat a rw\n");
+    let mounts = parse(b"1 0 254:1 / /a rw - vfat a rw\n");
     let fs = order(&mounts, &BlockDevices::new(sys.path()), None).remove(0);
     assert!(fs.is_on(&[]));
     assert!(fs.is_on(&["S1".into(), "S2".into()]));
