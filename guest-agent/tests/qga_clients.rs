@@ -300,3 +300,95 @@ fn garbage_and_half_objects_do_not_disturb_the_next_command() {
     qga.write_bytes(b"\xff{\"execute\":\"guest-ping\"}");
     assert_eq!(qga.line(), b"{\"return\":{}}\n");
 }
+
+#[test]
+fn after_a_kill_while_frozen_the_first_thaw_is_an_error_and_the_next_is_zero() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    let freeze = "{\"execute\":\"guest-fsfreeze-freeze\"}";
+    let thaw = "{\"execute\":\"guest-fsfreeze-thaw\"}";
+    assert_eq!(rig.qga().ask(freeze), "{\"return\":1}\n");
+    rig.kill_agent();
+    Probe::start(&rig.mountpoint("a")).wait_done();
+    rig.start();
+    let mut qga = rig.qga();
+    let error = json_of(&qga.ask(thaw));
+    let desc = error["error"]["desc"].as_str().unwrap();
+    assert!(desc.starts_with("couldn't hold writes"), "{desc}");
+    assert_eq!(qga.ask(thaw), "{\"return\":0}\n");
+    // What was thawed is not told of, whenever the agent is killed.
+    assert_eq!(qga.ask(freeze), "{\"return\":1}\n");
+    assert_eq!(qga.ask(thaw), "{\"return\":1}\n");
+    rig.kill_agent();
+    rig.start();
+    assert_eq!(rig.qga().ask(thaw), "{\"return\":0}\n");
+}
+
+#[test]
+fn a_freeze_that_waits_for_the_bridge_and_is_thawed_meanwhile_freezes_nothing() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let (at, go) = (rig.path("run/at"), rig.path("run/go"));
+    let text = format!(
+        "touch {}; while [ ! -e {} ]; do sleep 0.02; done",
+        at.display(),
+        go.display()
+    );
+    rig.script("db", "identify", &text);
+    let mut bridge = rig.bridge();
+    bridge.send("identify", json!({}));
+    wait_until("the bridge is first", || at.exists());
+    let mut qga = rig.qga();
+    qga.write("{\"execute\":\"guest-fsfreeze-freeze\",\"id\":1}");
+    // Answered by the same thread of the agent, behind the freeze.
+    let thaw = "{\"execute\":\"guest-fsfreeze-thaw\",\"id\":2}";
+    let answers = [qga.ask(thaw), String::from_utf8(qga.line()).unwrap()];
+    std::fs::write(go, "").unwrap();
+    assert!(
+        answers
+            .iter()
+            .any(|answer| answer.contains("\"error\"") && answer.contains("\"id\":1")),
+        "{answers:?}"
+    );
+    assert!(
+        answers.contains(&"{\"id\":2,\"return\":0}\n".to_owned()),
+        "{answers:?}"
+    );
+    bridge.next();
+    Probe::start(&rig.mountpoint("a")).wait_done();
+}
+
+#[test]
+fn a_freeze_that_hangs_is_given_up_though_the_hold_may_last_minutes() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::new();
+    let image = rig.path("outer.img");
+    let outer = rig.mount_image("../outer", "ext4", &image);
+    let inner = rig.mount_image("inner", "ext4", &outer.join("inner.img"));
+    rig.start();
+    let (at, go) = (rig.path("run/at"), rig.path("run/go"));
+    let text = format!(
+        "touch {}; while [ ! -e {} ]; do sleep 0.02; done",
+        at.display(),
+        go.display()
+    );
+    rig.script("db", "freeze", &text);
+    let mut qga = rig.qga();
+    qga.write("{\"execute\":\"guest-fsfreeze-freeze\"}");
+    wait_until("all is written back", || at.exists());
+    run("fsfreeze", &["-f", outer.to_str().unwrap()]);
+    std::fs::write(inner.join("dirty"), vec![1; 100_000]).unwrap();
+    std::fs::write(go, "").unwrap();
+    let answer = qga.line();
+    run("fsfreeze", &["-u", outer.to_str().unwrap()]);
+    let error = json_of(&String::from_utf8(answer).unwrap());
+    let desc = error["error"]["desc"].as_str().unwrap();
+    assert!(desc.contains("within 10000 ms"), "{desc}");
+    Probe::start(&inner).wait_done();
+}

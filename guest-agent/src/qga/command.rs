@@ -16,9 +16,9 @@ use super::workshop::{Answer, Job, Work, Workshop};
 use super::{accounts, info, memory, network, processors, users};
 use crate::quiesce::service::{Request, Service};
 use serde_json::{Map, Value, json};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Sends a reply.
 pub trait Reply: FnOnce(Vec<u8>) + Send + 'static {}
@@ -30,6 +30,35 @@ pub struct Desk {
     pub(super) service: Service,
     pub(super) policy: Policy,
     pub(super) work: SyncSender<Job>,
+    pub(super) door: Door,
+}
+
+/// Counts thaws. What passes it goes to the actor in the order in which it was decided: no freeze that a thaw or a sync has
+/// overtaken gets behind that, where nobody would thaw it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Door(Arc<Mutex<u64>>);
+
+impl Door {
+    fn lock(&self) -> MutexGuard<'_, u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A freeze's place behind other commands, lost to a thaw of any conversation and to a sync of its own.
+#[derive(Debug)]
+pub(super) struct Turn {
+    door: Door,
+    thaws: u64,
+    syncs: Syncs,
+    asked: u64,
+}
+
+impl Turn {
+    /// `None`: it was given up.
+    pub(super) fn begin(&self, ask: impl FnOnce()) -> Option<()> {
+        let thaws = self.door.lock();
+        (*thaws == self.thaws && self.syncs.count() == self.asked).then(ask)
+    }
 }
 
 /// A conversation's count of syncs. A client that syncs has given up what it asked before: a reply that comes after all would
@@ -255,12 +284,21 @@ pub fn hear(bytes: &[u8], desk: &Desk, syncs: &Syncs, reply: impl Reply) {
         By::Sync => {
             let outcome = sync(&mut arguments);
             if outcome.is_ok() {
+                let _thaws = desk.door.lock();
                 syncs.begin_anew();
             }
             return reply(line(outcome, id, name == "guest-sync-delimited"));
         }
         By::Thaw => Err(arguments.end()),
-        By::Freeze(function) => Ok(function(&mut arguments).map(Work::Freeze)),
+        By::Freeze(function) => Ok(function(&mut arguments).map(|request| {
+            let turn = Turn {
+                door: desk.door.clone(),
+                thaws: *desk.door.lock(),
+                syncs: syncs.clone(),
+                asked: syncs.count(),
+            };
+            Work::Freeze(request, turn)
+        })),
         By::Workshop(function) => Ok(Ok(Work::Function(function, arguments))),
         By::Nobody => return reply(line(Err(disabled(name)), id, false)),
     };
@@ -273,7 +311,11 @@ pub fn hear(bytes: &[u8], desk: &Desk, syncs: &Syncs, reply: impl Reply) {
     match work {
         Ok(Ok(work)) => desk.give(Job { name, work, answer }),
         Ok(Err(failed)) | Err(Err(failed)) => answer(Err(failed)),
-        Err(Ok(())) => thaw(&desk.service, answer),
+        Err(Ok(())) => {
+            let mut thaws = desk.door.lock();
+            *thaws += 1;
+            thaw(&desk.service, answer);
+        }
     }
 }
 

@@ -36,7 +36,7 @@ use crate::filesystem::plan::Sources;
 use crate::journal;
 use crate::quiesce::service::Service;
 use crate::transport::{Connection, Endpoint, serve};
-use command::{Desk, Syncs};
+use command::{Desk, Door, Syncs};
 use policy::Policy;
 use std::io;
 use std::sync::mpsc::sync_channel;
@@ -61,6 +61,7 @@ pub fn run(endpoint: &Endpoint, service: &Service, sources: &Sources, policy: Po
         service: service.clone(),
         policy,
         work,
+        door: Door::default(),
     };
     serve(endpoint, |connection| converse(connection, &desk))
 }

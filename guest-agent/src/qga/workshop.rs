@@ -5,13 +5,13 @@
 //! is done before it.
 
 use super::arguments::Arguments;
-use super::command::refused_while_frozen;
+use super::command::{Turn, refused_while_frozen};
 use super::exec::Children;
 use super::failed::{Failed, Outcome};
 use super::files::Files;
 use crate::filesystem::plan::Sources;
 use crate::quiesce::service::{Request, Service};
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, channel};
 
 /// Commands that may wait.
 pub(super) const WAITING_MAX: usize = 16;
@@ -23,8 +23,8 @@ pub(super) type Answer = Box<dyn FnOnce(Outcome) + Send>;
 pub(super) enum Work {
     /// A function of the workshop.
     Function(fn(&mut Arguments, &mut Workshop) -> Outcome, Arguments),
-    /// A request to the actor; what comes behind it waits for its end.
-    Freeze(Request),
+    /// A request to the actor, unless it is given up first; what comes behind it waits for its end.
+    Freeze(Request, Turn),
 }
 
 /// A command that was accepted.
@@ -64,16 +64,23 @@ impl Workshop {
         let outcome = match job.work {
             _ if frozen => Err(refused_while_frozen(job.name)),
             Work::Function(function, mut arguments) => function(&mut arguments, self),
-            Work::Freeze(request) => freeze(service, request),
+            Work::Freeze(request, turn) => freeze(service, request, &turn),
         };
         (job.answer)(outcome);
     }
 }
 
-fn freeze(service: &Service, request: Request) -> Outcome {
-    let outcome = match service.ask_and_wait(request) {
-        Some(outcome) => outcome.map_err(|error| Failed::generic(error.message))?,
-        None => return Err(Failed::generic("the agent is ending")),
+fn freeze(service: &Service, request: Request, turn: &Turn) -> Outcome {
+    let (sender, receiver) = channel();
+    let begun = turn.begin(|| {
+        service.ask(request, move |answer| sender.send(answer).unwrap_or(()));
+    });
+    if begun.is_none() {
+        return Err(Failed::generic("given up by its client before it began"));
+    }
+    let outcome = match receiver.recv() {
+        Ok(outcome) => outcome.map_err(|error| Failed::generic(error.message))?,
+        Err(_) => return Err(Failed::generic("the agent is ending")),
     };
     if outcome == 0 {
         // Clients need not thaw what froze nothing, so nothing may stay held: writers are let go now.

@@ -7,6 +7,7 @@
 use super::cause::{Cause, error};
 use super::filesystems::{Choice, GRACE_MS, Held};
 use super::participant::Participant;
+use super::qga_mark::QgaMark;
 use super::service::{Answer, Request, Service, Signal};
 use super::session::Incomplete;
 use super::state::{Effect, Event, Machine, Owner, Phase, Refusal};
@@ -111,6 +112,7 @@ pub struct Actor {
     run: String,
     later: VecDeque<(Request, Answer)>,
     pub(super) machine: Machine,
+    qga_mark: QgaMark,
     pub(super) registry: Arc<Registry>,
     pub(super) sources: Sources,
     pub(super) settings: Settings,
@@ -159,13 +161,19 @@ impl Actor {
         alarm: Arc<Alarm>,
     ) -> Self {
         let start_us = BootTime::now().as_us();
+        // Larger than any generation of an agent that ran earlier in this boot, and exact in a JSON number.
+        let mut machine = Machine::new(start_us);
+        let qga_mark = QgaMark::find(&settings.state_dir);
+        if qga_mark.is_set() {
+            machine.begin_broken(Owner::Qga, QGA_SET, "the agent was killed while it held");
+        }
         Self {
             service,
             signals,
             run: format!("{}-{start_us}", std::process::id()),
             later: VecDeque::new(),
-            // Larger than any generation of an agent that ran earlier in this boot, and exact in a JSON number.
-            machine: Machine::new(start_us),
+            machine,
+            qga_mark,
             registry,
             sources,
             settings,
@@ -282,6 +290,9 @@ impl Actor {
     }
 
     fn request_while_busy(&mut self, request: Request, answer: Answer) {
+        if matches!(request, Request::QgaThaw) {
+            self.give_up_waiting_freezes();
+        }
         self.orphan_if_gone(&request);
         let event = match self.event_of(&request) {
             Some(event) => event,
@@ -328,9 +339,25 @@ impl Actor {
         }
     }
 
+    /// A thaw overtakes freezes that wait for the end of something else: nobody would thaw them.
+    fn give_up_waiting_freezes(&mut self) {
+        let (freezes, others) = std::mem::take(&mut self.later)
+            .into_iter()
+            .partition(|(request, _)| matches!(request, Request::QgaFreeze { .. }));
+        self.later = others;
+        let freezes: VecDeque<(Request, Answer)> = freezes;
+        for (_, answer) in freezes {
+            let cause = Cause::Aborted("thawed before it was frozen".to_owned());
+            answer(Err(cause.error()));
+        }
+    }
+
     /// Asks the machine, and tells everybody whether anything is frozen now.
     pub(super) fn step(&mut self, event: &Event) -> Result<Effect, Refusal> {
         let effect = self.machine.step(event);
+        if !self.machine.owes_qga_a_word() {
+            self.qga_mark.clear();
+        }
         self.service.publish(self.machine.is_frozen());
         effect
     }
@@ -673,7 +700,11 @@ impl Actor {
             self.step(&Event::Done).map(drop).unwrap_or(());
             let event = Event::Freeze(Owner::Qga, QGA_SET.to_owned());
             match self.step(&event) {
-                Ok(_) => self.freeze(&freeze, only.as_deref()),
+                Ok(_) => {
+                    let marked = self.qga_mark.set();
+                    marked.map_err(|error| Cause::Internal(format!("state directory: {error}")))?;
+                    self.freeze(&freeze, only.as_deref())
+                }
                 Err(refusal) => Err(Cause::Internal(format!("{refusal:?}"))),
             }
         });

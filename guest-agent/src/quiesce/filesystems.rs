@@ -12,7 +12,7 @@ use crate::filesystem::plan::Filesystem;
 use crate::hold::helper::THAW_STEP_MS;
 use crate::hold::message::{Ask, Tell};
 use crate::journal;
-use guest_agent_wire::host::{FilesystemReport, FilesystemResult};
+use guest_agent_wire::host::{FilesystemReport, FilesystemResult, HOLD_MS_MAX};
 use rustix::io::Errno;
 use std::time::Duration;
 
@@ -255,7 +255,9 @@ impl Actor {
             generation,
             hold_ms,
         })?;
-        let until = BootTime::now().plus_ms(hold_ms + GRACE_MS);
+        // A hold by QEMU's protocol may last minutes; its freeze may not.
+        let flush_ms = hold_ms.min(HOLD_MS_MAX);
+        let until = BootTime::now().plus_ms(flush_ms + GRACE_MS);
         let ok = loop {
             match self.wait(until) {
                 Heard::Helper(
@@ -278,7 +280,7 @@ impl Actor {
                     _,
                 ) if done == generation => break ok,
                 Heard::Helper(Tell::Ended { .. }, _) | Heard::Late => {
-                    return Err(Cause::FlushTimeout { hold_ms });
+                    return Err(Cause::FlushTimeout { hold_ms: flush_ms });
                 }
                 Heard::Interrupted(cause) => return Err(cause),
                 Heard::HelperDied => return Err(Cause::HelperDied),

@@ -9,6 +9,7 @@ pub mod cause;
 mod filesystems;
 mod not_to_snapshot;
 mod participant;
+mod qga_mark;
 pub mod service;
 mod session;
 pub mod state;

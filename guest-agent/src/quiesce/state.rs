@@ -208,6 +208,25 @@ impl Machine {
         }
     }
 
+    /// A hold of an earlier run of the agent did not last, and its owner does not know.
+    pub fn begin_broken(&mut self, owner: Owner, set: &str, why: &str) {
+        self.broken = Some(Broken {
+            owner,
+            set: set.to_owned(),
+            why: why.to_owned(),
+        });
+    }
+
+    /// A client of the QEMU guest agent protocol froze, or is about to, and has not been told how its hold ended.
+    #[must_use]
+    pub fn owes_qga_a_word(&self) -> bool {
+        let is_broken = self
+            .broken
+            .as_ref()
+            .is_some_and(|broken| broken.owner == Owner::Qga);
+        is_broken || (self.owner == Owner::Qga && self.is_frozen())
+    }
+
     /// Where it is.
     #[must_use]
     pub fn phase(&self) -> Phase {

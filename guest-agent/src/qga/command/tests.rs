@@ -31,6 +31,7 @@ impl Room {
                 service: Service::new(sender),
                 policy,
                 work,
+                door: Door::default(),
             },
             jobs,
             signals,
@@ -59,7 +60,7 @@ impl Room {
         };
         match job.work {
             // Nobody plays the actor while this thread waits for it.
-            Work::Freeze(_) => (job.answer)(Ok(json!(1))),
+            Work::Freeze(..) => (job.answer)(Ok(json!(1))),
             Work::Function(..) => self.workshop.work(job, &self.desk.service, false),
         }
         true
@@ -314,4 +315,42 @@ fn replies_are_what_qapis_client_types_expect() {
     let interfaces = ask("guest-network-get-interfaces");
     serde_json::from_value::<Vec<qga::GuestNetworkInterface>>(interfaces).unwrap();
     assert!(ask("guest-get-time").as_i64().unwrap() > 0);
+}
+
+/// What becomes of a freeze that waits while this comes; the actor's place is taken by a thread that freezes.
+fn freeze_behind(text: &str) -> (bool, Option<String>) {
+    let mut room = Room::new();
+    room.hear(r#"{"execute":"guest-fsfreeze-freeze","id":1}"#);
+    room.hear(text);
+    let job = room.jobs.try_recv().unwrap();
+    let (_, nobody) = channel();
+    let signals = std::mem::replace(&mut room.signals, nobody);
+    let actor = std::thread::spawn(move || {
+        let mut froze = false;
+        for signal in signals {
+            if let Signal::Request(request, answer) = signal {
+                froze |= matches!(request, Request::QgaFreeze { .. });
+                answer(Ok(json!(1)));
+            }
+        }
+        froze
+    });
+    room.workshop.work(job, &room.desk.service, false);
+    let replies: Vec<String> = std::iter::from_fn(|| room.reply()).collect();
+    let reply = replies.into_iter().find(|reply| reply.contains("\"id\":1"));
+    drop(room);
+    (actor.join().unwrap(), reply)
+}
+
+#[test]
+fn a_freeze_that_was_given_up_while_it_waited_freezes_nothing() {
+    let (froze, reply) = freeze_behind(r#"{"execute":"guest-fsfreeze-thaw"}"#);
+    assert!(!froze, "nobody would thaw it");
+    assert!(reply.unwrap().contains("given up"));
+    let (froze, reply) = freeze_behind(r#"{"execute":"guest-sync","arguments":{"id":7}}"#);
+    assert!(!froze, "its client has begun anew");
+    assert_eq!(reply, None);
+    let (froze, reply) = freeze_behind(r#"{"execute":"guest-ping"}"#);
+    assert!(froze);
+    assert!(reply.unwrap().contains("\"return\":1"));
 }
