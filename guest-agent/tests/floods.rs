@@ -5,7 +5,7 @@
 mod rig;
 
 use rig::played::Played;
-use rig::{Bridge, Rig, can_run, freeze_arguments, is_frozen};
+use rig::{Bridge, Rig, can_run, freeze_arguments, is_frozen, wait_until};
 use serde_json::{Value, json};
 
 /// Far more than may wait anywhere.
@@ -87,4 +87,31 @@ fn progress_or_answers_without_end_fail_the_set() {
         assert_eq!(error["code"], "WRITER_NOT_RESPONDING", "{error:#}");
         goes_on_alone(&mut bridge, &mut other);
     }
+}
+
+#[test]
+fn a_long_answer_that_crosses_an_abort_is_no_flood() {
+    if !can_run(&[]) {
+        return;
+    }
+    let rig = Rig::with("ext4");
+    let mut late = Played::registered(&rig, "late", "BACK_END", 30_000);
+    let mut other = Played::registered(&rig, "other", "BACK_END", 30_000);
+    let mut bridge = rig.bridge();
+    bridge.send("prepare", json!({"set": "s", "limit_ms": 20_000}));
+    let asked = late.event();
+    other.answer(
+        "prepare_backup",
+        json!({"ok": false, "failure": "RETRYABLE"}),
+    );
+    other.expect_abort();
+    let long = "x".repeat(300 << 10);
+    late.write(&json!({"seq": asked["seq"], "ok": true, "components": [{"name": "all", "metadata": long}]}));
+    late.expect_abort();
+    assert_eq!(bridge.next()["error"]["code"], "WRITER_VETO");
+    drop(other);
+    wait_until("the other is gone", || {
+        bridge.status()["writers"].as_array().unwrap().len() == 1
+    });
+    goes_on_alone(&mut bridge, &mut late);
 }

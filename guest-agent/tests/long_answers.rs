@@ -118,6 +118,9 @@ fn what_all_writers_say_has_room_together_and_the_one_too_much_refuses_the_set()
     );
     // Three of them have room, and what they said before stays theirs.
     drop(writers.pop());
+    wait_until("the fourth is gone", || {
+        bridge.status()["writers"].as_array().unwrap().len() == 3
+    });
     bridge.send("prepare", json!({"set": "s", "limit_ms": 20_000}));
     for writer in &mut writers {
         writer.answer(

@@ -21,7 +21,7 @@ use guest_agent_wire::writer::{
 };
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs;
 use std::io::{self, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -35,6 +35,8 @@ use std::time::{Duration, Instant};
 const REGISTRATION: Duration = Duration::from_secs(5);
 /// Longest registration, bytes.
 const REGISTRATION_BYTES_MAX: usize = 16 << 10;
+/// Events to which one reply each is still taken as asked for.
+const UNANSWERED_MAX: usize = 16;
 /// Longest id or name, bytes.
 pub(crate) const NAME_BYTES_MAX: usize = 256;
 const STACK_BYTES: usize = 256 * 1024;
@@ -105,6 +107,8 @@ struct Connected {
 struct Pending {
     seq: u64,
     answer: Option<(u64, Answer)>,
+    /// Events without a reply yet, also those that were replaced since: a reply may be on its way.
+    unanswered: BTreeSet<u64>,
     /// Why it is gone.
     gone: Option<String>,
 }
@@ -114,16 +118,17 @@ impl Connected {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a reply; false if it is to nothing that is asked now: an event that has been replaced since.
+    /// Takes a reply, which means nothing if its event has been replaced since; false if it is to nothing that was asked, or
+    /// not the first one.
     fn reply(&self, reply: Reply) -> bool {
         let mut pending = self.lock();
         let answer = pending.answer.take_if(|(seq, _)| *seq == reply.seq);
+        let was_asked = pending.unanswered.remove(&reply.seq);
         drop(pending);
-        let is_asked = answer.is_some();
         if let Some((_, answer)) = answer {
             answer(Ok(reply));
         }
-        is_asked
+        was_asked
     }
 
     fn is_asked(&self, seq: u64) -> bool {
@@ -165,6 +170,10 @@ impl Writer for Connected {
             kind,
         };
         pending.answer = Some((event.seq, answer));
+        pending.unanswered.insert(event.seq);
+        if pending.unanswered.len() > UNANSWERED_MAX {
+            pending.unanswered.pop_first();
+        }
         drop(pending);
         if !send_line(&self.stream, &event) {
             // Half a line may be out, so this connection is of no more use; its thread says the rest.

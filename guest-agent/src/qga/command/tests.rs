@@ -336,10 +336,14 @@ fn freeze_behind(text: &str) -> (bool, Option<String>) {
         froze
     });
     room.workshop.work(job, &room.desk.service, false);
-    let replies: Vec<String> = std::iter::from_fn(|| room.reply()).collect();
-    let reply = replies.into_iter().find(|reply| reply.contains("\"id\":1"));
+    // The actor answers what it still has, and ends when nobody can ask it any more.
+    let replies = std::mem::replace(&mut room.replies, channel().1);
     drop(room);
-    (actor.join().unwrap(), reply)
+    let froze = actor.join().unwrap();
+    let mut replies = replies
+        .iter()
+        .map(|reply| String::from_utf8_lossy(&reply).into_owned());
+    (froze, replies.find(|reply| reply.contains("\"id\":1")))
 }
 
 #[test]

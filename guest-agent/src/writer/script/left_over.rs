@@ -205,7 +205,8 @@ fn without_control_groups_the_children_of_who_is_gone_are_killed_and_others_are_
     let here = Maker::this_process().unwrap();
     let mut left = start(format!("{}-1", std::process::id()));
     let mut other = start(here.to_string());
-    assert!(kill_marked() > 0);
+    // An agent that starts beside this test may be quicker, and kill it for us.
+    kill_marked();
     assert!(!left.wait().unwrap().success());
     assert_eq!(
         other.try_wait().unwrap(),
