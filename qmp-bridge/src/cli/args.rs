@@ -104,6 +104,16 @@ pub(crate) enum Command {
     Recover,
 }
 
+fn percent(text: &str) -> Result<u8, String> {
+    match text {
+        "off" => Ok(0),
+        number => match number.parse() {
+            Ok(percent @ 0..=100) => Ok(percent),
+            Ok(_) | Err(_) => Err("give `off`, or a number up to 100".to_owned()),
+        },
+    }
+}
+
 fn failed_component(text: &str) -> Result<WriterOutcomes, String> {
     let picked = parse_component(text)?;
     let components = picked.components.into_iter();
@@ -177,6 +187,10 @@ pub(crate) struct Create {
     /// Do not freeze these file systems, by mount point.
     #[arg(long = "exclude-filesystem", value_delimiter = ',')]
     pub(crate) exclude_filesystems: Vec<String>,
+    /// Largest share of the disks that may be left out of the copies by the guest's word that it need not be there (files not to
+    /// snapshot, swap), percent; if it names more, or with `off`, all is in them.
+    #[arg(long, value_name = "off|PERCENT", value_parser = percent, default_value = "75")]
+    pub(crate) leave_out: u8,
     /// Longest hold of file systems, milliseconds.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     pub(crate) hold_limit_ms: Option<u64>,
@@ -203,6 +217,7 @@ impl Create {
             partial_files: self.partial_files,
             bootable_system_state: self.bootable_system_state,
             exclude_filesystems: self.exclude_filesystems.clone(),
+            leave_out_percent: Some(self.leave_out),
             hold_limit_ms: self.hold_limit_ms,
             writer_limit_ms: self.writer_limit_ms,
             prepare_limit_ms: self.prepare_limit_ms,

@@ -73,6 +73,10 @@ pub struct CreateRequest {
     /// Mount points left out.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exclude_filesystems: Vec<String>,
+    /// Largest share of the disks of the set, in percent of their bytes, that may be left out of the copies by the guest's word that
+    /// it need not be there; 0: nothing; 75 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub leave_out_percent: Option<u8>,
     /// Longest hold of file systems, milliseconds; at most and by default 10,000.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hold_limit_ms: Option<u64>,
@@ -501,6 +505,9 @@ pub struct SetDocument {
     /// What need not be in the copies by the guest's word, without its places. What came of it stands with each copy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_to_snapshot: Option<Box<NotToSnapshot>>,
+    /// Bytes that the guest named as not needed and that are in the copies all the same: it named more than the request allows.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub leave_out_refused_bytes: u64,
     /// Disks of the VM that are not in the set.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub uncovered_disks: Vec<UncoveredDisk>,
@@ -538,6 +545,7 @@ impl SetDocument {
             qemu_guest_agent: None,
             exempt: Vec::new(),
             not_to_snapshot: None,
+            leave_out_refused_bytes: 0,
             uncovered_disks: Vec::new(),
             notes: Vec::new(),
             undone: Vec::new(),

@@ -174,7 +174,10 @@ fn leave_out(
         .into_iter()
         .map(|area| (area.volume, area.ranges))
         .collect();
-    let left_out = client.server.sets.leave_out(command.set, &areas)?;
+    let left_out = client
+        .server
+        .sets
+        .leave_out(command.set, &areas, command.limit_ms)?;
     let volumes = areas
         .into_iter()
         .zip(left_out)

@@ -19,17 +19,19 @@ use crate::volume::{Core, Maintenance, Shared, Volume, lock};
 const STEP_BLOCKS: u64 = 16_384;
 /// Records of a step.
 const STEP_RECORDS: usize = 256;
+/// Ranges that a step looks at: each is looked up in the index by itself, while writes wait.
+const STEP_RANGES: usize = 64;
 
 /// What is to be left out of a snapshot, and how far that is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaveOut {
-    /// First block, and the one behind the last; the next one is at the end.
+    /// First block, and the one behind the last; the next one is at the end. None touches another.
     rest: Vec<(u64, u64)>,
     left_out_blocks: u64,
 }
 
 impl LeaveOut {
-    /// Of the ranges only whole blocks count.
+    /// Of the ranges only whole blocks count, each once.
     #[must_use]
     pub fn new(ranges: &[ByteRange]) -> LeaveOut {
         let mut rest: Vec<(u64, u64)> = ranges
@@ -41,8 +43,16 @@ impl LeaveOut {
             .filter(|(first, end)| first < end)
             .collect();
         rest.sort_unstable_by(|one, other| other.cmp(one));
+        let mut apart: Vec<(u64, u64)> = Vec::new();
+        while let Some((first, end)) = rest.pop() {
+            match apart.last_mut() {
+                Some((_, last)) if first <= *last => *last = end.max(*last),
+                Some(_) | None => apart.push((first, end)),
+            }
+        }
+        apart.reverse();
         LeaveOut {
-            rest,
+            rest: apart,
             left_out_blocks: 0,
         }
     }
@@ -55,7 +65,9 @@ impl LeaveOut {
 
     /// The next blocks to look at, `most` at most: the first, and the one behind the last.
     fn take(&mut self, most: u64, end: Block) -> Option<(Block, Block)> {
-        while let Some((first, behind)) = self.rest.pop() {
+        while most > 0
+            && let Some((first, behind)) = self.rest.pop()
+        {
             let behind = behind.min(end.0);
             if first >= behind {
                 continue;
@@ -150,22 +162,31 @@ impl Shared {
             return Ok(false);
         };
         let end = core.state.snapshots_end();
-        let most = STEP_BLOCKS.min(self.options.memtable_records as u64).max(1);
-        let Some((first, behind)) = wanted.take(most, end) else {
-            return Ok(false);
-        };
-        let leavable = core.leavable(first, behind, newest, older);
-        let mut runs = self.heed(leavable)?;
-        if let Some((next, _)) = runs.get(STEP_RECORDS) {
-            wanted.rest.push((next.0, behind.0));
-            runs.truncate(STEP_RECORDS);
+        let mut most = STEP_BLOCKS.min(self.options.memtable_records as u64).max(1);
+        let mut runs: Vec<(Block, u32)> = Vec::new();
+        let mut looked_at = 0;
+        while looked_at < STEP_RANGES
+            && let Some((first, behind)) = wanted.take(most, end)
+        {
+            looked_at += 1;
+            most -= behind.0 - first.0;
+            let leavable = core.leavable(first, behind, newest, older);
+            runs.extend(self.heed(leavable)?);
+            if let Some((next, _)) = runs.get(STEP_RECORDS) {
+                wanted.rest.push((next.0, behind.0));
+                runs.truncate(STEP_RECORDS);
+                break;
+            }
         }
         if runs.is_empty() {
-            return Ok(true);
+            return Ok(looked_at > 0);
         }
         // As a plan does: behind it come a COMMIT, and one that confirms it.
         let needed = core.promised_records + runs.len() as u64 + 3;
         if !core.journal.has_room(needed) {
+            let again = runs.iter().rev();
+            let again = again.map(|(first, count)| (first.0, first.0 + u64::from(*count)));
+            wanted.rest.extend(again);
             return Err(StoreError::Busy);
         }
         let epoch = core.state.epoch;

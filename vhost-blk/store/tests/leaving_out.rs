@@ -159,6 +159,34 @@ fn parts_of_blocks_and_ranges_that_overlap_are_counted_once() {
     assert_eq!(wanted.left_out_bytes(), 5 * 4096);
 }
 
+/// Steps until nothing is left to do, and bytes left out.
+fn steps(world: &World, ranges: &[ByteRange]) -> (u32, u64) {
+    let id = world.model.snapshots[0].id;
+    let mut wanted = LeaveOut::new(ranges);
+    let mut steps = 0;
+    while world.volume().leave_out(id, &mut wanted).unwrap() {
+        steps += 1;
+    }
+    (steps, wanted.left_out_bytes())
+}
+
+/// What a guest names again, and what it names in pieces, makes a store work no longer: each step is a sync.
+#[test]
+fn the_number_of_ranges_does_not_multiply_the_work() {
+    let whole = ByteRange::new(0, BLOCKS * 4096);
+    let again = vec![whole; 1000];
+    let pieces: Vec<ByteRange> = (0..BLOCKS / 2)
+        .map(|piece| ByteRange::new(piece * 2 * 4096, 4096))
+        .collect();
+    for (ranges, blocks) in [(vec![whole], BLOCKS), (again, BLOCKS), (pieces, BLOCKS / 2)] {
+        let mut world = world();
+        world.apply(&snapshot(Method::CopyOnWrite));
+        let (steps, bytes) = steps(&world, &ranges);
+        assert_eq!(bytes, blocks * 4096);
+        assert!(steps <= 8, "{} ranges: {steps} steps", ranges.len());
+    }
+}
+
 #[test]
 fn a_revert_gives_zeroes_and_the_rest() {
     for method in METHODS {

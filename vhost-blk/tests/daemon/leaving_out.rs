@@ -28,6 +28,7 @@ fn leave_out(
                 length_bytes,
             }],
         }],
+        limit_ms: None,
     };
     let left = control.run(&command)?;
     assert_eq!(left.volumes.len(), 1);
@@ -143,4 +144,29 @@ fn only_kept_sets_and_their_own_volumes_leave_anything_out() {
     // An older set keeps what it has.
     control.take_set(&["disk"], Method::Cow);
     assert_eq!(leave_out(&mut control, set, "disk", 0, MIB).unwrap(), 0);
+}
+
+/// What a guest names must not keep a store busy for as long as the guest likes.
+#[test]
+fn leaving_out_ends_at_its_limit_and_keeps_the_rest() {
+    let served = serve_disk(MIB, &[]);
+    let mut control = Control::connect(&served.control);
+    let committed = control.take_set(&["disk"], Method::Row);
+    let set = committed.volumes[0].snapshot.set;
+    let areas = vec![AreasLeftOut {
+        volume: "disk".to_owned(),
+        ranges: vec![ByteRange {
+            offset_bytes: 0,
+            length_bytes: MIB,
+        }],
+    }];
+    for (limit_ms, left_out) in [(Some(0), 0), (None, MIB)] {
+        let command = SnapshotSetLeaveOut {
+            set,
+            areas: areas.clone(),
+            limit_ms,
+        };
+        let left = control.run(&command).unwrap();
+        assert_eq!(left.volumes[0].left_out_bytes, left_out, "{limit_ms:?}");
+    }
 }

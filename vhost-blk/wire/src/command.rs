@@ -208,13 +208,18 @@ command!("snapshot-set-keep", SnapshotSetKeep, Empty);
 /// Leaves areas that nobody needs out of the snapshots of a kept set (VSS: `FilesNotToSnapshot`), as well as it can: what was left out
 /// reads as zeroes from the snapshot, for ever, and its old content costs no shadow storage. Kept are parts of blocks of 4096
 /// bytes, what an older snapshot sees as it is, what was written since the commit, and all of it once there is a newer snapshot or a
-/// set is between mark and commit. The disk itself does not change. Takes a sync for every 64 MiB; durable when answered.
+/// set is between mark and commit. The disk itself does not change. Takes a sync for every 64 MiB or 64 areas that do not touch; durable
+/// when answered.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct SnapshotSetLeaveOut {
     /// The set.
     pub set: Uuid,
     /// What to leave out, by volume.
     pub areas: Vec<AreasLeftOut>,
+    /// When to stop, in milliseconds from the command on; at most and by default 60,000. What is not left out by then is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_ms: Option<u64>,
 }
 command!(
     "snapshot-set-leave-out",

@@ -1,17 +1,23 @@
 //! What need not be in the copies (VSS: FilesNotToSnapshot) is left out of them.
 //!
 //! Called by `run` when the set is kept: the guest has said, while all was frozen, where it lies. Invariants: nothing that goes wrong here
-//! undoes the set, and what could not be left out is in it; without the witnesses' word that file systems were held nothing is left out.
+//! undoes the set, and what could not be left out is in it; without the witnesses' word that file systems were held nothing is left out;
+//! nor is more than the requester allows, whatever the guest names.
 
 use super::super::level::Level;
 use super::Run;
 use super::daemons::{all, exempt_of};
 use guest_agent_wire::host::NotToSnapshot;
+use guest_agent_wire::types::DiskExtent;
 use std::time::Duration;
 use vhost_blk_wire::command::{AreasLeftOut, SnapshotSetLeaveOut};
 
-/// Longest time for it. A store takes a sync for every 64 MiB.
+/// Longest time for it by the stores' clocks. A store takes a sync for every 64 MiB.
+const LIMIT_MS: u64 = 55_000;
+/// The same for the answers.
 const LIMIT: Duration = Duration::from_secs(60);
+/// Share of the disks that may be left out, unless the requester says otherwise. COORDINATION.md argues it.
+const PERCENT: u8 = 75;
 
 /// For the record: the places are of use at this moment only.
 pub(super) fn without_places(found: &NotToSnapshot) -> Box<NotToSnapshot> {
@@ -35,6 +41,11 @@ impl Run<'_> {
         }
         let set = self.doc.set;
         let extents = &found.extents;
+        if let Some((named, note)) = self.too_much(extents) {
+            self.doc.leave_out_refused_bytes = named;
+            self.doc.notes.push(note);
+            return;
+        }
         let telling = all(&self.daemons, LIMIT, |part| SnapshotSetLeaveOut {
             set,
             areas: exempt_of(part, extents)
@@ -44,6 +55,7 @@ impl Run<'_> {
                     ranges: area.ranges,
                 })
                 .collect(),
+            limit_ms: Some(LIMIT_MS),
         });
         let answers = match telling.await {
             Ok(answers) => answers,
@@ -75,4 +87,43 @@ impl Run<'_> {
             ));
         }
     }
+
+    /// How much the guest names, and a note of it, if that is more than the requester allows.
+    fn too_much(&self, extents: &[DiskExtent]) -> Option<(u64, String)> {
+        let percent = self.doc.request.leave_out_percent.unwrap_or(PERCENT);
+        let (mut named, mut all) = (0_u64, 0_u64);
+        for copy in &self.doc.copies {
+            named += bytes_on(&copy.serial, copy.size_bytes, extents);
+            all += copy.size_bytes;
+        }
+        let is_too_much = u128::from(named) * 100 > u128::from(all) * u128::from(percent);
+        is_too_much.then(|| {
+            let note = format!(
+                "all is in the copies: of their {all} bytes the guest names {named} that need not be, and at most {percent} % may be left out"
+            );
+            (named, note)
+        })
+    }
+}
+
+/// Bytes of a disk that extents cover, each once.
+fn bytes_on(serial: &str, size_bytes: u64, extents: &[DiskExtent]) -> u64 {
+    let mut spans: Vec<(u64, u64)> = extents
+        .iter()
+        .filter(|extent| extent.serial == serial && !serial.is_empty())
+        .map(|extent| {
+            let end = extent.start_bytes.saturating_add(extent.length_bytes);
+            (extent.start_bytes, end.min(size_bytes))
+        })
+        .collect();
+    spans.sort_unstable();
+    let (mut bytes, mut behind) = (0, 0);
+    for (start, end) in spans {
+        let start = start.max(behind);
+        if start < end {
+            bytes += end - start;
+            behind = end;
+        }
+    }
+    bytes
 }

@@ -7,10 +7,14 @@ use super::super::volume::VolumeEngine;
 use super::error::{SetError, store_error};
 use super::sets::SnapshotSets;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 use vhost_blk_store as store;
 use vhost_blk_wire::event::{DeletionReason, Event as WireEvent};
 use vhost_blk_wire::types::{ByteRange, Method, SnapshotInfo, SnapshotState};
+
+/// Longest time that leaving out may take: what is to be left out is a guest's word, and may be any number of places.
+const LEAVE_OUT_MS_MAX: u64 = 60_000;
 
 impl SnapshotSets {
     /// All snapshots of a volume, or of all, oldest first.
@@ -178,12 +182,15 @@ impl SnapshotSets {
     ///
     /// # Errors
     /// [`SetError::NoSuchSet`], [`SetError::NoSuchVolume`] for a volume that is not in it, [`SetError::InvalidState`] for a set that is not kept. That
-    /// less could be left out than was wished is none.
+    /// less could be left out than was wished, or in the time given, is none.
     pub fn leave_out(
         &self,
         id: Uuid,
         areas: &[(String, Vec<ByteRange>)],
+        limit_ms: Option<u64>,
     ) -> Result<Vec<u64>, SetError> {
+        let limit_ms = limit_ms.map_or(LEAVE_OUT_MS_MAX, |limit| limit.min(LEAVE_OUT_MS_MAX));
+        let deadline = Instant::now() + Duration::from_millis(limit_ms);
         let stored = self.stored(id);
         if stored.is_empty() {
             return Err(SetError::NoSuchSet(id));
@@ -209,17 +216,7 @@ impl SnapshotSets {
         // One volume after the other: they share the disk whose syncs this waits for.
         let mut left_out = Vec::new();
         for (volume, snapshot, mut wanted) in chosen {
-            loop {
-                match volume.leave_out(snapshot.into(), &mut wanted) {
-                    Some(Ok(true)) => {}
-                    Some(Ok(false)) | None => break,
-                    Some(Err(error)) => {
-                        tracing::warn!(volume = %volume.settings.name, %snapshot, %error,
-                            "not all could be left out");
-                        break;
-                    }
-                }
-            }
+            leave_out_until(deadline, volume, snapshot, &mut wanted);
             volume.tell_if_poisoned();
             left_out.push(wanted.left_out_bytes());
         }
@@ -235,6 +232,33 @@ impl SnapshotSets {
                 Some((volume, wire_info(volume, &info)))
             })
             .collect()
+    }
+}
+
+/// Leaves out step by step, for half of the time at most: the other half is for maintenance, which waits for the same lock.
+fn leave_out_until(
+    deadline: Instant,
+    volume: &VolumeEngine,
+    snapshot: Uuid,
+    wanted: &mut store::LeaveOut,
+) {
+    loop {
+        let began = Instant::now();
+        if began >= deadline {
+            tracing::warn!(volume = %volume.settings.name, %snapshot,
+                "not all could be left out in the time given");
+            return;
+        }
+        match volume.leave_out(snapshot.into(), wanted) {
+            Some(Ok(true)) => {}
+            Some(Ok(false)) | None => return,
+            Some(Err(error)) => {
+                tracing::warn!(volume = %volume.settings.name, %snapshot, %error,
+                    "not all could be left out");
+                return;
+            }
+        }
+        std::thread::sleep(began.elapsed());
     }
 }
 
