@@ -118,6 +118,11 @@ impl GuestClient {
         &self.hello
     }
 
+    /// Ends the conversation; what is under way in it fails with `why`.
+    pub fn close(&self, why: &str) {
+        self.link.close(why);
+    }
+
     /// Why the conversation is over, if it is.
     #[must_use]
     pub fn closed(&self) -> Option<String> {

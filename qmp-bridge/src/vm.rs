@@ -186,17 +186,7 @@ impl Vm {
     pub async fn disks(&self) -> Result<Vec<FoundDisk>, VmError> {
         let mut disks = Vec::new();
         for container in DEVICE_CONTAINERS {
-            let path = container.to_owned();
-            let devices = match self.call(&qmp::qom_list { path }).await {
-                Ok(devices) => devices,
-                // A QEMU without any such device has no such container.
-                Err(VmError::Unreachable {
-                    source: CallError::Refused(_),
-                    ..
-                }) => continue,
-                Err(error) => return Err(error),
-            };
-            for device in devices {
+            for device in self.devices(container).await? {
                 let Some(class) = device
                     .type_
                     .strip_prefix("child<")
@@ -231,21 +221,65 @@ impl Vm {
         Ok(disks)
     }
 
+    /// QEMU's id of the virtio-serial port behind a socket. `None`: there is none, or it has no id and QEMU tells nothing of it.
+    ///
+    /// # Errors
+    /// [`VmError::Unreachable`].
+    pub async fn port_behind(&self, socket: &Path) -> Result<Option<String>, VmError> {
+        let [container, _] = DEVICE_CONTAINERS;
+        for device in self.devices(container).await? {
+            if device.type_ != "child<virtserialport>" {
+                continue;
+            }
+            let path = format!("{container}/{}", device.name);
+            match self.socket_of(&path).await {
+                Ok(Ok(found)) if same_socket(&found, socket) => return Ok(Some(device.name)),
+                Ok(Ok(_) | Err(_)) => {}
+                // What stands behind it has no address.
+                Err(VmError::Unreachable {
+                    source: CallError::Refused(_),
+                    ..
+                }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    async fn devices(&self, container: &str) -> Result<Vec<qmp::ObjectPropertyInfo>, VmError> {
+        let path = container.to_owned();
+        match self.call(&qmp::qom_list { path }).await {
+            // A QEMU without any such device has no such container.
+            Err(VmError::Unreachable {
+                source: CallError::Refused(_),
+                ..
+            }) => Ok(Vec::new()),
+            devices => devices,
+        }
+    }
+
     async fn chardev_of(&self, device: &str) -> Result<Backing, VmError> {
-        let other = |what: String| Backing::Other {
-            what,
-            read_only: false,
-        };
+        Ok(match self.socket_of(device).await? {
+            Ok(socket) => Backing::VhostUser { socket },
+            Err(why) => Backing::Other {
+                what: format!("vhost-user-blk {why}"),
+                read_only: false,
+            },
+        })
+    }
+
+    /// The Unix socket of a device's character device, or what it has instead.
+    async fn socket_of(&self, device: &str) -> Result<Result<PathBuf, String>, VmError> {
         let chardev = self.property(device, "chardev").await?;
         let Some(chardev) = chardev.as_str().filter(|id| !id.is_empty()) else {
-            return Ok(other("vhost-user-blk without a chardev".to_owned()));
+            return Ok(Err("without a chardev".to_owned()));
         };
         let address = self
             .property(&format!("/chardevs/{chardev}"), "addr")
             .await?;
         let path = match (address.get("type"), address.get("path")) {
             (Some(Value::String(kind)), Some(Value::String(path))) if kind == "unix" => path,
-            (_, _) => return Ok(other(format!("vhost-user-blk on chardev {chardev}"))),
+            (_, _) => return Ok(Err(format!("on chardev {chardev}"))),
         };
         let mut socket = PathBuf::from(path);
         if socket.is_relative()
@@ -253,7 +287,7 @@ impl Vm {
         {
             socket = directory.join(socket);
         }
-        Ok(Backing::VhostUser { socket })
+        Ok(Ok(socket))
     }
 
     async fn property(&self, path: &str, property: &str) -> Result<Value, VmError> {
@@ -355,6 +389,28 @@ pub fn disturbance(event: &Value) -> Option<String> {
         .map(|data| format!(" {data}"))
         .unwrap_or_default();
     Some(format!("QEMU event {name}{data}"))
+}
+
+/// The event says that the program in the guest that had this virtio-serial port open has let go of it.
+#[must_use]
+pub fn port_closed(event: &Value, port: &str) -> bool {
+    let data = event.get("data");
+    let of = |key| data.and_then(|data| data.get(key));
+    event.get("event").and_then(Value::as_str) == Some("VSERPORT_CHANGE")
+        && of("id").and_then(Value::as_str) == Some(port)
+        && of("open").and_then(Value::as_bool) == Some(false)
+}
+
+/// Two paths of one socket: by their text, or by what they lead to.
+#[must_use]
+pub fn same_socket(one: &Path, other: &Path) -> bool {
+    if one == other {
+        return true;
+    }
+    match (one.canonicalize(), other.canonicalize()) {
+        (Ok(one), Ok(other)) => one == other,
+        (Ok(_) | Err(_), _) => false,
+    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod fakes;
 
 use fakes::storage::content;
 use fakes::{Fault, World, until};
+use guest_agent_wire::types::{WriterFailure, WriterState};
 use serde_json::Value;
 use std::process::Output;
 use std::time::Duration;
@@ -73,6 +74,56 @@ async fn a_level_that_is_not_reached_exits_3_and_keeps_the_document() {
     assert_eq!(json(&shown), document);
     let shown = run(world.vmshadow(&["show", id])).await;
     assert!(stdout(&shown).contains("WRITER_VETO before prepared"));
+}
+
+/// Each of VSS's codes, at each step at which a writer may say it: the requester reads it in the document, and its exit code is 3.
+#[tokio::test]
+async fn the_code_of_a_writer_that_fails_reaches_the_requester() {
+    use WriterFailure as F;
+    use WriterState as S;
+    let cases = [
+        (S::FailedAtPrepareSnapshot, "prepare", "prepared"),
+        (S::FailedAtFreeze, "freeze", "frozen"),
+        (S::FailedAtThaw, "thaw", "verdict"),
+        (S::FailedAtPostSnapshot, "post", "finished"),
+    ];
+    let codes = [
+        (F::Inconsistentsnapshot, "INCONSISTENTSNAPSHOT", false),
+        (F::PartialFailure, "PARTIAL_FAILURE", true),
+        (F::StatusNotAvailable, "STATUS_NOT_AVAILABLE", true),
+        (F::Timeout, "TIMEOUT", true),
+    ];
+    for (state, said_to, step) in cases {
+        for (how, code, retryable) in codes {
+            let world = World::new();
+            world.agent.change(|guest| guest.fails = Some((state, how)));
+            let output = run(world.vmshadow_create(&["--json"])).await;
+            assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+            let document = json(&output);
+            let what = format!("{state:?} {how:?}: {document:#}");
+            let said = &document["writers"][0][said_to];
+            assert_eq!(
+                said["state"],
+                serde_json::to_value(state).unwrap(),
+                "{what}"
+            );
+            assert_eq!(said["failure"]["code"], code, "{what}");
+            let reason = &document["reason"];
+            assert_eq!(reason["step"], step, "{what}");
+            let text = reason["message"].as_str().unwrap();
+            assert!(text.contains("db could not"), "{what}");
+            // By the thaw all that is known is that the hold was not what it was to be.
+            let expected = match (state, how) {
+                (S::FailedAtThaw, _) => ("HOLD_BROKEN", true),
+                (S::FailedAtPostSnapshot, _) => ("WRITER_VETO", retryable),
+                (_, F::Timeout) => ("WRITER_NOT_RESPONDING", true),
+                _ => ("WRITER_VETO", retryable),
+            };
+            assert_eq!(reason["code"], expected.0, "{what}");
+            assert_eq!(reason["retryable"], expected.1, "{what}");
+            world.assert_nothing_left();
+        }
+    }
 }
 
 #[tokio::test]

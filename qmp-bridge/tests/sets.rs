@@ -5,7 +5,7 @@ mod fakes;
 
 use fakes::{Fault, World, short_limits};
 use guest_agent_wire::host::NotToSnapshot;
-use guest_agent_wire::types::DiskExtent;
+use guest_agent_wire::types::{BackupType, DiskExtent, WriterFailure, WriterState};
 use qmp_bridge::error::Error;
 use qmp_bridge::sets::Sets;
 use qmp_bridge::snapshot::document::{Copy, CreateRequest, Outcome, ReasonCode, SetDocument};
@@ -14,7 +14,7 @@ use qmp_bridge::snapshot::run::Limits;
 use qmp_bridge::snapshot::step::{FaultPoint, Step};
 use qmp_bridge::snapshot::witness::Word;
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
@@ -194,6 +194,42 @@ async fn an_agent_that_is_started_anew_while_it_is_waited_for_is_noticed() {
         assert_eq!(reason.step, step);
         let text = format!("{reason:?}");
         assert!(text.contains("started anew"), "{text}");
+        world.assert_nothing_left();
+    }
+}
+
+/// An agent that is stopped and does not come back says nothing any more; QEMU says that it has let go of its port.
+#[tokio::test]
+async fn an_agent_that_lets_go_of_its_port_is_not_waited_for() {
+    for (command, step, code) in [
+        ("freeze", Step::Frozen, ReasonCode::AgentUnreachable),
+        ("thaw", Step::Verdict, ReasonCode::HoldBroken),
+        ("prepare", Step::Prepared, ReasonCode::AgentUnreachable),
+    ] {
+        let world = World::new();
+        world.agent.peer.on(command, Fault::Hang);
+        let limits = Limits {
+            prepare: Duration::from_secs(60),
+            writer_ms: 60_000,
+            ..short_limits()
+        };
+        let sets = Sets::open(&world.state_dir(), limits, FaultPoint::default()).unwrap();
+        let (progress, _steps) = mpsc::unbounded_channel();
+        let (_keep, cancel) = watch::channel(false);
+        let began = std::time::Instant::now();
+        let stopping = async {
+            let asked = format!("agent {command}");
+            fakes::until(&asked, || world.log().contains(&asked)).await;
+            world.qemu.emit_port("agent0", false);
+        };
+        let making = sets.create(world.target(), application(), progress, cancel);
+        let (document, ()) = tokio::join!(making, stopping);
+        let document = document.unwrap();
+        assert_eq!(document.outcome, Outcome::Refused, "{document:#?}");
+        let reason = document.reason.as_ref().unwrap();
+        assert_eq!((reason.code, reason.step), (code, step), "{reason:?}");
+        assert!(reason.message.contains("let go of its port"), "{reason:?}");
+        assert!(began.elapsed() < Duration::from_secs(20), "{command}");
         world.assert_nothing_left();
     }
 }
@@ -397,6 +433,51 @@ async fn what_need_not_be_in_a_copy_is_left_out_and_told() {
     );
 }
 
+/// A compromised guest could name all that it has, and nobody would notice before a restore.
+#[tokio::test]
+async fn no_more_is_left_out_than_the_requester_allows() {
+    // Of two disks of 4096 bytes; pieces count once, and as far as the disk goes.
+    let cases = [
+        (None, 6144, true),
+        (None, 6656, false),
+        (Some(0), 512, false),
+        (Some(100), 8192, true),
+        (Some(10), 1024, false),
+    ];
+    for (percent, bytes, is_left_out) in cases {
+        let world = World::new();
+        let piece = |name: &str, start_bytes, length_bytes| DiskExtent {
+            serial: format!("ser-{name}"),
+            disk: String::new(),
+            start_bytes,
+            length_bytes,
+        };
+        let found = NotToSnapshot {
+            extents: vec![
+                piece("data", 0, bytes.min(3072)),
+                piece("data", 0, 4096.min(bytes)),
+                piece("root", 0, bytes.saturating_sub(4096)),
+                piece("data", 4096, 1 << 40),
+            ],
+            ..NotToSnapshot::default()
+        };
+        let found = Some(Box::new(found));
+        world.agent.change(|guest| guest.not_to_snapshot = found);
+        let request = CreateRequest {
+            leave_out_percent: percent,
+            ..application()
+        };
+        let document = world.create(request).await;
+        let what = format!("{percent:?} {bytes}: {document:#?}");
+        assert_eq!(document.outcome, Outcome::Kept, "{what}");
+        let told = |note: &String| note.contains("may be left out");
+        assert_eq!(document.notes.iter().any(told), !is_left_out, "{what}");
+        let refused = if is_left_out { 0 } else { bytes };
+        assert_eq!(document.leave_out_refused_bytes, refused, "{what}");
+        assert_eq!(world.storages[0].left_out() != Value::Null, is_left_out);
+    }
+}
+
 #[tokio::test]
 async fn nothing_is_left_out_of_a_copy_whose_file_systems_were_not_held() {
     let world = World::new();
@@ -582,6 +663,8 @@ async fn events_that_do_not_matter_are_passed_over() {
     let qemu = world.qemu.clone();
     let hit = Fault::Meanwhile(Arc::new(move || {
         qemu.emit("RTC_CHANGE");
+        qemu.emit_port("console0", false);
+        qemu.emit_port("agent0", true);
         qemu.emit("AN_EVENT_OF_THE_YEAR_2040");
     }));
     world.agent.peer.on("thaw", hit);
@@ -687,6 +770,147 @@ async fn writers_that_cannot_be_told_do_not_undo_a_kept_set() {
         assert!(document.notes.iter().any(|note| note.contains("not told")));
         assert_eq!(world.storages[0].snapshots().len(), 2);
     }
+}
+
+fn fail(world: &World, at: WriterState, how: WriterFailure) {
+    world.agent.change(|guest| guest.fails = Some((at, how)));
+}
+
+/// What VSS says of it: FAILED_AT_POST_SNAPSHOT. No writer may believe any more that it was backed up, and truncate its logs.
+#[tokio::test]
+async fn a_writer_that_fails_at_post_snapshot_ends_the_set() {
+    let at = WriterState::FailedAtPostSnapshot;
+    for (how, retryable) in [
+        (WriterFailure::Nonretryable, false),
+        (WriterFailure::PartialFailure, true),
+    ] {
+        for backup_type in [BackupType::Copy, BackupType::Full] {
+            let world = World::new();
+            fail(&world, at, how);
+            let request = CreateRequest {
+                backup_type,
+                ..application()
+            };
+            let document = world.create(request).await;
+            assert_eq!(document.outcome, Outcome::Refused, "{document:#?}");
+            let reason = document.reason.as_ref().unwrap();
+            assert_eq!(reason.code, ReasonCode::WriterVeto);
+            assert_eq!((reason.step, reason.retryable), (Step::Finished, retryable));
+            assert!(reason.message.contains("db could not"), "{reason:?}");
+            assert_eq!(document.level_reached, Some(Level::Filesystem));
+            assert_eq!(document.witnesses.writers.value, Word::Disagrees);
+            assert!(document.finished && document.copies.is_empty() && !document.awaits_backup);
+            let post = document.writers[0].post.as_ref().unwrap();
+            assert_eq!((post.state, post.failure.as_ref().unwrap().code), (at, how));
+            world.assert_nothing_left();
+            assert!(world.agent.guest.lock().unwrap().incomplete.is_empty());
+            assert!(!world.log().contains(&"agent told complete".to_owned()));
+            let stored = world.sets().find(&document.set.to_string()).unwrap();
+            assert_eq!(stored.document(), document);
+        }
+    }
+}
+
+#[tokio::test]
+async fn best_effort_keeps_the_set_of_a_writer_that_fails_at_post_snapshot_under_another_name() {
+    let world = World::new();
+    let at = WriterState::FailedAtPostSnapshot;
+    fail(&world, at, WriterFailure::Retryable);
+    let request = CreateRequest {
+        backup_type: BackupType::Full,
+        ..best_effort()
+    };
+    let document = world.create(request).await;
+    assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+    assert_eq!(document.level_reached, Some(Level::Filesystem));
+    assert_eq!(document.copies.len(), 2);
+    assert!(document.finished && !document.awaits_backup);
+    assert!(world.agent.guest.lock().unwrap().incomplete.is_empty());
+    let stored = world.sets().find(&document.set.to_string()).unwrap();
+    assert_eq!(stored.document(), document);
+}
+
+/// A bridge that dies in between leaves a record that recovery undoes, and no copy that is called `application`.
+#[tokio::test]
+async fn a_set_that_a_writer_ended_is_not_called_kept_while_it_is_deleted() {
+    let world = World::new();
+    let at = WriterState::FailedAtPostSnapshot;
+    fail(&world, at, WriterFailure::Nonretryable);
+    let found = Arc::new(Mutex::new(Vec::new()));
+    let (sets, seen) = (world.sets(), Arc::clone(&found));
+    let look = move || {
+        let documents = sets.documents().unwrap();
+        let outcomes = documents.iter().map(|document| document.outcome);
+        seen.lock().unwrap().extend(outcomes);
+    };
+    world.storages[0]
+        .peer
+        .on("snapshot-set-delete", Fault::Meanwhile(Arc::new(look)));
+    let document = world.create(application()).await;
+    assert_eq!(document.outcome, Outcome::Refused, "{document:#?}");
+    assert_eq!(*found.lock().unwrap(), [Outcome::Open]);
+}
+
+/// Nor is it forgotten if a daemon cannot be asked.
+#[tokio::test]
+async fn a_set_that_a_writer_ended_is_deleted_when_its_daemon_answers_again() {
+    let world = World::new();
+    let at = WriterState::FailedAtPostSnapshot;
+    fail(&world, at, WriterFailure::Nonretryable);
+    world.storages[0].peer.on("query-snapshots", Fault::Hang);
+    let document = world.create(application()).await;
+    assert_eq!(document.outcome, Outcome::Open, "{document:#?}");
+    world.storages[0].peer.heal();
+    let ended = world.sets().recover().await.unwrap();
+    assert_eq!(ended[0].outcome, Outcome::Undone);
+    assert_eq!(code(&ended[0]), ReasonCode::WriterVeto);
+    world.assert_nothing_left();
+}
+
+/// The copy is what it was when the writers heard that it is kept.
+#[tokio::test]
+async fn a_writer_that_fails_at_backup_complete_is_told_of_and_costs_no_level() {
+    let world = World::new();
+    let at = WriterState::FailedAtBackupComplete;
+    fail(&world, at, WriterFailure::Timeout);
+    let document = world.create(application()).await;
+    assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+    assert_eq!(document.level_reached, Some(Level::Application));
+    let said = document.writers[0].complete.as_ref().unwrap();
+    assert_eq!(said.state, at);
+    let code = said.failure.as_ref().unwrap().code;
+    assert_eq!(code, WriterFailure::Timeout);
+    let noted = |note: &String| note.contains("db could not");
+    assert!(document.notes.iter().any(noted), "{:#?}", document.notes);
+}
+
+/// The states of VSS, one after the other, as the set's document has them.
+#[tokio::test]
+async fn the_states_of_a_writer_stand_in_the_document_in_their_order() {
+    let world = World::new();
+    let shut_down = (
+        WriterState::FailedAtBackupshutdown,
+        Some(WriterFailure::Retryable),
+    );
+    world.agent.change(|guest| guest.found = shut_down);
+    let document = world.create(application()).await;
+    assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+    let writer = serde_json::to_value(&document.writers[0]).unwrap();
+    let steps = ["identify", "prepare", "freeze", "thaw", "post", "complete"];
+    let states = steps.map(|step| writer[step]["state"].as_str().unwrap());
+    assert_eq!(
+        states,
+        [
+            // What became of the backup before, whose requester went without a word.
+            "FAILED_AT_BACKUPSHUTDOWN",
+            "WAITING_FOR_FREEZE",
+            "WAITING_FOR_THAW",
+            "WAITING_FOR_POST_SNAPSHOT",
+            "WAITING_FOR_BACKUP_COMPLETE",
+            "STABLE",
+        ]
+    );
+    assert_eq!(writer["identify"]["last_failure"]["code"], "RETRYABLE");
 }
 
 #[tokio::test]

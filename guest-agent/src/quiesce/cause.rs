@@ -3,7 +3,6 @@
 //! Made by `actor` and its steps; turned into an [`AgentError`] by both protocols.
 
 use guest_agent_wire::host::{AgentError, ErrorCode, Failure};
-use guest_agent_wire::types::WriterFailure;
 
 /// Why a set ended before its time.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -107,17 +106,7 @@ impl Cause {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Veto { failure, .. } => match failure.code {
-                WriterFailure::Nonretryable
-                | WriterFailure::Inconsistentsnapshot
-                | WriterFailure::RecoveryFailed => false,
-                WriterFailure::Retryable
-                | WriterFailure::Outofresources
-                | WriterFailure::Timeout
-                | WriterFailure::PartialFailure
-                | WriterFailure::NotResponding
-                | WriterFailure::StatusNotAvailable => true,
-            },
+            Self::Veto { failure, .. } => failure.code.is_retryable(),
             Self::NotResponding { .. }
             | Self::FlushTimeout { .. }
             | Self::DeadMan { .. }

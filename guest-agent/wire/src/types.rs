@@ -92,6 +92,22 @@ pub enum WriterFailure {
     StatusNotAvailable,
 }
 
+impl WriterFailure {
+    /// Another try may work.
+    #[must_use]
+    pub fn is_retryable(self) -> bool {
+        match self {
+            Self::Nonretryable | Self::Inconsistentsnapshot | Self::RecoveryFailed => false,
+            Self::Retryable
+            | Self::Outofresources
+            | Self::Timeout
+            | Self::PartialFailure
+            | Self::NotResponding
+            | Self::StatusNotAvailable => true,
+        }
+    }
+}
+
 /// A failure of a writer, or of one of its components.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Failure {

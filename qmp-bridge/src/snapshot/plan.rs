@@ -4,8 +4,8 @@
 
 use super::document::{CreateRequest, UncoveredDisk};
 use super::level::Level;
-use crate::vm::{Backing, FoundDisk};
-use std::path::PathBuf;
+use crate::vm::{Backing, FoundDisk, same_socket};
+use std::path::{Path, PathBuf};
 use vhost_blk_wire::types::VolumeInfo;
 
 /// Most volumes in a set (VSS: 64).
@@ -103,7 +103,7 @@ pub fn plan(
                 daemon
                     .volumes
                     .iter()
-                    .find(|volume| same_socket(&volume.socket, socket))
+                    .find(|volume| same_socket(Path::new(&volume.socket), socket))
                     .map(|volume| (daemon, volume))
             }),
             Backing::Other { .. } => None,
@@ -211,17 +211,6 @@ fn attempts(
     let lowered =
         (request.level == Level::Application).then(|| format!("{}: {}", open.device, open.why));
     Ok((levels, lowered))
-}
-
-fn same_socket(volume: &str, chardev: &std::path::Path) -> bool {
-    let volume = std::path::Path::new(volume);
-    if volume == chardev {
-        return true;
-    }
-    match (volume.canonicalize(), chardev.canonicalize()) {
-        (Ok(a), Ok(b)) => a == b,
-        (Ok(_) | Err(_), _) => false,
-    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 //!
 //! Called by `sets::create`. Invariants: the record is durable before anything is touched; from the sending of `freeze`
 //! until the answer to `thaw` nothing is written to disk or to a terminal here; whatever fails or is cancelled before
-//! `keep`, nothing is kept; the outcome `kept` is durable before the writers are told.
+//! `keep`, nothing is kept; the outcome `kept` is durable before the writers are told, and a set that one of them then
+//! objects to is kept under a lower name or deleted.
 
 mod daemons;
 mod ending;
@@ -196,8 +197,7 @@ impl Run<'_> {
         self.keep().await?;
         self.leave_out().await;
         self.now_at = Step::Finished;
-        self.finish().await;
-        Ok(())
+        self.finish().await
     }
 
     /// Connects to the stores and to QEMU, and makes the plan.

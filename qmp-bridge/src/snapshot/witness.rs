@@ -12,7 +12,7 @@ use crate::guest::StockGuest;
 use guest_agent_wire::host::{
     FilesystemReport, FilesystemResult, Frozen, Identified, Prepared, Thawed, WriterReport,
 };
-use guest_agent_wire::types::{DiskExtent, Hold};
+use guest_agent_wire::types::{DiskExtent, Hold, WriterState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -88,6 +88,30 @@ impl Witnesses {
             host: Testimony::not_heard(why),
         }
     }
+
+    /// Post-snapshot comes after the verdict: writers that fail there take back that they take part in the copy, whatever they held
+    /// (VSS: FAILED_AT_POST_SNAPSHOT).
+    pub fn hear_post_snapshot(&mut self, failed: &[WriterReport]) {
+        let mut evidence: Vec<String> = failed
+            .iter()
+            .map(|report| {
+                let failure = report.failure.as_ref();
+                let why = failure.map_or("it does not say why", |f| f.message.as_str());
+                format!("{}: post-snapshot failed: {why}", report.name)
+            })
+            .collect();
+        evidence.append(&mut self.writers.evidence);
+        self.writers = Testimony {
+            value: Word::Disagrees,
+            evidence,
+        };
+    }
+}
+
+/// The writer says that it failed when it heard that the set is kept.
+#[must_use]
+pub fn failed_at_post_snapshot(report: &WriterReport) -> bool {
+    report.failure.is_some() || report.state == WriterState::FailedAtPostSnapshot
 }
 
 /// Times by the host's monotonic clock, and the limits.

@@ -8,7 +8,9 @@ use guest_agent_wire::host::{
     WriterComponents, WriterInfo, WriterOutcomes, WriterReport, WritersSaid,
 };
 use guest_agent_wire::metadata::Metadata;
-use guest_agent_wire::types::{BackupType, DiskExtent, Hold, Level, WriterState};
+use guest_agent_wire::types::{
+    BackupType, DiskExtent, Failure, Hold, Level, WriterFailure, WriterState,
+};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -50,6 +52,10 @@ pub(crate) struct Guest {
     pub(crate) outcomes: Vec<WriterOutcomes>,
     /// What was said before and after the last restore.
     pub(crate) restores: Vec<Restore>,
+    /// The step at which every writer in scope fails, named by the state it then has, and how.
+    pub(crate) fails: Option<(WriterState, WriterFailure)>,
+    /// State in which `identify` finds the writers.
+    pub(crate) found: (WriterState, Option<WriterFailure>),
     /// Which run of the agent it says that it is.
     pub(crate) run: Option<String>,
     set: Option<String>,
@@ -90,6 +96,8 @@ impl FakeAgent {
                 incomplete: Vec::new(),
                 outcomes: Vec::new(),
                 restores: Vec::new(),
+                fails: None,
+                found: (WriterState::Stable, None),
                 run: None,
                 set: None,
                 frozen: false,
@@ -209,6 +217,7 @@ impl FakeAgent {
                     .filter(|name| !prepare.exclude_writers.contains(name))
                     .cloned()
                     .collect();
+                guest.veto(WriterState::FailedAtPrepareSnapshot)?;
                 to_value(&Prepared {
                     writers: guest.reports(WriterState::WaitingForFreeze, None, 0),
                     left_out: Vec::new(),
@@ -219,6 +228,7 @@ impl FakeAgent {
                 if guest.set.as_ref() != Some(&freeze.set) {
                     return Err(error(ErrorCode::SetNotFound, "no such set"));
                 }
+                guest.veto(WriterState::FailedAtFreeze)?;
                 guest.frozen = true;
                 guest.left_out = freeze.exclude_filesystems;
                 let filesystems = guest.filesystems(FilesystemResult::Frozen);
@@ -246,10 +256,13 @@ impl FakeAgent {
                     } else {
                         "see below".to_owned()
                     },
-                    writers: guest.reports(
-                        WriterState::WaitingForPostSnapshot,
-                        Some(true),
-                        guest.evidence_at_thaw,
+                    writers: guest.or_failed(
+                        WriterState::FailedAtThaw,
+                        guest.reports(
+                            WriterState::WaitingForPostSnapshot,
+                            Some(true),
+                            guest.evidence_at_thaw,
+                        ),
                     ),
                     filesystems,
                     hold_ms: guest.hold_ms,
@@ -267,7 +280,10 @@ impl FakeAgent {
                     guest.incomplete.push(post.set);
                 }
                 to_value(&WritersSaid {
-                    writers: guest.reports(WriterState::WaitingForBackupComplete, None, 0),
+                    writers: guest.or_failed(
+                        WriterState::FailedAtPostSnapshot,
+                        guest.reports(WriterState::WaitingForBackupComplete, None, 0),
+                    ),
                 })
             }
             Command::BackupComplete(outcome) => {
@@ -283,7 +299,10 @@ impl FakeAgent {
                 self.peer.note(told);
                 guest.outcomes = outcome.components;
                 to_value(&WritersSaid {
-                    writers: guest.reports(WriterState::Stable, None, 0),
+                    writers: guest.or_failed(
+                        WriterState::FailedAtBackupComplete,
+                        guest.reports(WriterState::Stable, None, 0),
+                    ),
                 })
             }
             Command::PreRestore(restore) => {
@@ -325,8 +344,8 @@ impl Guest {
                     level: Level::BackEnd,
                     freeze_timeout_ms: 20_000,
                     hold: Hold::App,
-                    state: WriterState::Stable,
-                    last_failure: None,
+                    state: self.found.0,
+                    last_failure: self.found.1.map(failure),
                     metadata: self.metadata.clone(),
                 })
                 .collect(),
@@ -374,6 +393,39 @@ impl Guest {
             .collect()
     }
 
+    /// The reports of a step, or those of writers that fail at it.
+    fn or_failed(&self, at: WriterState, mut reports: Vec<WriterReport>) -> Vec<WriterReport> {
+        if let Some((state, code)) = self.fails
+            && state == at
+        {
+            for report in &mut reports {
+                report.state = at;
+                report.failure = Some(failure(code));
+            }
+        }
+        reports
+    }
+
+    /// Refuses if the writers fail at this step of those that a failure refuses: the real agent has undone everything by then.
+    fn veto(&mut self, at: WriterState) -> Result<(), AgentError> {
+        let writers = self.or_failed(at, self.reports(WriterState::Stable, None, 0));
+        let Some(refused) = writers.iter().find_map(|report| report.failure.clone()) else {
+            return Ok(());
+        };
+        self.set = None;
+        let late = [WriterFailure::Timeout, WriterFailure::NotResponding];
+        let code = if late.contains(&refused.code) {
+            ErrorCode::WriterNotResponding
+        } else {
+            ErrorCode::WriterVeto
+        };
+        Err(AgentError {
+            writers,
+            retryable: refused.code.is_retryable(),
+            ..error(code, &refused.message)
+        })
+    }
+
     /// Every component that was picked got a stamp.
     fn components_of(&self, name: &String) -> Vec<ComponentReply> {
         let picked = self.picked.iter().filter(|picked| picked.writer == *name);
@@ -415,6 +467,13 @@ impl Guest {
                 }
             })
             .collect()
+    }
+}
+
+fn failure(code: WriterFailure) -> Failure {
+    Failure {
+        code,
+        message: "db could not".to_owned(),
     }
 }
 

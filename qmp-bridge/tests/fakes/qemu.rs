@@ -18,6 +18,8 @@ pub(crate) struct FakeQemu {
     /// Further entries of `query-block`.
     pub(crate) block: Arc<Mutex<Vec<Value>>>,
     sockets: Arc<Vec<PathBuf>>,
+    /// The socket behind the agent's virtio-serial port.
+    agent: Arc<PathBuf>,
     events: broadcast::Sender<Value>,
 }
 
@@ -29,6 +31,7 @@ impl FakeQemu {
             migration: Arc::default(),
             block: Arc::default(),
             sockets: Arc::new(sockets),
+            agent: Arc::new(path.with_file_name("agent")),
             events: broadcast::channel(64).0,
         };
         let listener = UnixListener::bind(path).unwrap();
@@ -50,7 +53,16 @@ impl FakeQemu {
     }
 
     pub(crate) fn emit(&self, event: &str) {
-        let event = json!({"event": event, "data": {"guest": true},
+        self.emit_with(event, &json!({"guest": true}));
+    }
+
+    /// A program in the guest opens or lets go of a virtio-serial port; the agent's is `agent0`.
+    pub(crate) fn emit_port(&self, id: &str, open: bool) {
+        self.emit_with("VSERPORT_CHANGE", &json!({"id": id, "open": open}));
+    }
+
+    fn emit_with(&self, event: &str, data: &Value) {
+        let event = json!({"event": event, "data": data,
             "timestamp": {"seconds": 1, "microseconds": 2}});
         self.events.send(event).ok();
     }
@@ -119,12 +131,21 @@ impl FakeQemu {
                 let disks = (0..self.sockets.len()).map(
                     |n| json!({"name": format!("disk{n}"), "type": "child<vhost-user-blk-pci>"}),
                 );
-                let mut all = vec![json!({"name": "type", "type": "string"})];
+                let mut all = vec![
+                    json!({"name": "type", "type": "string"}),
+                    json!({"name": "console0", "type": "child<virtserialport>"}),
+                    json!({"name": "agent0", "type": "child<virtserialport>"}),
+                ];
                 all.extend(disks);
                 json!(all)
             }
             "qom-list" => json!([{"name": "type", "type": "string"},
                 {"name": "device[0]", "type": "child<virtio-serial-pci>"}]),
+            "qom-get" if path.ends_with("/console0") => json!(""),
+            "qom-get" if path.ends_with("/agent0") => json!("charagent"),
+            "qom-get" if path.ends_with("/charagent") => {
+                json!({"path": *self.agent, "type": "unix"})
+            }
             "qom-get" if arguments["property"] == "chardev" => {
                 let number = path.rsplit("disk").next().unwrap();
                 json!(format!("chr{number}"))

@@ -1,6 +1,7 @@
 //! The verdict and what follows: keep, tell the writers.
 //!
-//! Called by `run`. Invariant: the outcome `kept` is durable before any writer is told.
+//! Called by `run`. Invariants: the outcome `kept` is durable before any writer is told; a writer that fails when it is told leaves no
+//! set behind that is called `application`.
 
 use super::super::document::{Copy, GuestTimes, Outcome, ReasonCode, SetDocument, WriterRecord};
 use super::super::level::Level;
@@ -11,7 +12,7 @@ use super::daemons::{all, copies};
 use super::failure::{Failure, chain, internal};
 use super::watch::cancelled;
 use super::{Run, milliseconds};
-use crate::guest::{Guest, StockSystem};
+use crate::guest::{Guest, GuestClient, StockSystem};
 use guest_agent_wire::host::{BackupComplete, PostSnapshot, WriterReport, WritersSaid};
 use guest_agent_wire::types::BackupType;
 use guest_agent_wire::writer::SnapshotOfDisk;
@@ -62,17 +63,11 @@ impl Run<'_> {
                 .filter(|_| window.stock_frozen),
             left_out: &self.doc.request.exclude_filesystems,
         });
-        // VSS's writers are those that its list shows.
-        let of_vss = self.doc.qemu_guest_agent.as_ref();
-        let of_vss = of_vss.filter(|_| window.stock_frozen);
-        let of_vss = of_vss.and_then(|said| said.vss_writers.as_ref());
-        let writers =
-            window.prepared.as_ref().map_or(0, |p| p.writers.len()) + of_vss.map_or(0, Vec::len);
-        let every_disk = self.plan.as_ref().is_some_and(Plan::every_disk);
-        let reached = witness::level_reached(&witnesses, writers, every_disk);
         self.doc.witnesses = witnesses;
+        let reached = self.level_reached();
         self.doc.level_reached = Some(reached);
-        self.note_scope(reached);
+        self.note_level(reached);
+        self.note_scope();
         if self.watch.cancelled() {
             return Err(cancelled());
         }
@@ -80,6 +75,18 @@ impl Run<'_> {
             return Ok(());
         }
         Err(self.below(reached))
+    }
+
+    /// What the witnesses support, as they stand.
+    fn level_reached(&self) -> Level {
+        // VSS's writers are those that its list shows.
+        let of_vss = self.doc.qemu_guest_agent.as_ref();
+        let of_vss = of_vss.filter(|_| self.window.stock_frozen);
+        let of_vss = of_vss.and_then(|said| said.vss_writers.as_ref());
+        let of_ours = self.window.prepared.as_ref().map_or(0, |p| p.writers.len());
+        let writers = of_ours + of_vss.map_or(0, Vec::len);
+        let every_disk = self.plan.as_ref().is_some_and(Plan::every_disk);
+        witness::level_reached(&self.doc.witnesses, writers, every_disk)
     }
 
     pub(super) fn host_clock(&self) -> Option<HostClock> {
@@ -144,8 +151,8 @@ impl Run<'_> {
         if broken { failure.retryable() } else { failure }
     }
 
-    /// What the reader of a copy has to know about its scope.
-    pub(super) fn note_scope(&mut self, reached: Level) {
+    /// What its level means for the reader of a copy.
+    fn note_level(&mut self, reached: Level) {
         let notes = &mut self.doc.notes;
         match reached {
             Level::Application => notes.push(
@@ -158,6 +165,11 @@ impl Run<'_> {
             Level::Crash => notes
                 .push("everything is only as consistent as after a power cut".to_owned()),
         }
+    }
+
+    /// What the reader of a copy has to know about its scope.
+    fn note_scope(&mut self) {
+        let notes = &mut self.doc.notes;
         if !self.doc.request.components.is_empty() {
             notes.push(
                 "only the components that were picked are in it; their writers alone were asked to hold"
@@ -228,51 +240,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Tells the writers. The set is kept whatever they answer.
-    pub(super) async fn finish(&mut self) {
+    /// Tells the writers and completes the record.
+    pub(super) async fn finish(&mut self) -> Result<(), Failure> {
         if self.window.frozen.is_some()
             && let Some(guest) = self.guest.clone()
             && let Guest::Native(guest) = guest.as_ref()
         {
-            // Only an application-consistent copy may let a writer believe that it was backed up (and truncate logs).
-            let kept = self.doc.level_reached == Some(Level::Application);
-            // With any other type a writer may truncate its logs once the backup is complete. That is for the requester to
-            // say, who has not read a byte yet.
-            let waits = kept && self.doc.request.backup_type != BackupType::Copy;
-            let post = PostSnapshot {
-                set: self.doc.set.to_string(),
-                kept,
-                snapshots: self.doc.copies.iter().map(snapshot_of_disk).collect(),
-                mount: None,
-                detached: waits,
-            };
-            let told = guest.post_snapshot(post, self.limits.post).await;
-            let is_told = told.is_ok();
-            match told {
-                Ok(said) => {
-                    record(self.doc, said, |record, said| record.post = Some(said));
-                    self.doc.awaits_backup = waits;
-                }
-                Err(error) => self.doc.notes.push(format!(
-                    "writers were not told that the set is kept: {error}"
-                )),
-            }
-            if is_told && kept && !waits {
-                let outcome = BackupComplete {
-                    set: self.doc.set.to_string(),
-                    succeeded: true,
-                    ..BackupComplete::default()
-                };
-                match guest.backup_complete(outcome, self.limits.post).await {
-                    Ok(said) => {
-                        record(self.doc, said, |record, said| record.complete = Some(said));
-                        self.doc.backup_succeeded = Some(true);
-                    }
-                    Err(error) => self.doc.notes.push(format!(
-                        "writers were not told that the backup is complete: {error}"
-                    )),
-                }
-            }
+            self.tell_writers(guest).await?;
         }
         self.doc.finished = true;
         self.passed(Step::Finished);
@@ -281,6 +255,102 @@ impl Run<'_> {
             let text = format!("the record lacks post-snapshot: {}", chain(&error));
             self.doc.notes.push(text);
         }
+        Ok(())
+    }
+
+    /// The set is kept if they cannot be told; one that answers that it failed lowers the level.
+    async fn tell_writers(&mut self, guest: &GuestClient) -> Result<(), Failure> {
+        // Only an application-consistent copy may let a writer believe that it was backed up (and truncate logs).
+        let kept = self.doc.level_reached == Some(Level::Application);
+        // With any other type a writer may truncate its logs once the backup is complete. That is for the requester to
+        // say, who has not read a byte yet.
+        let waits = kept && self.doc.request.backup_type != BackupType::Copy;
+        let post = PostSnapshot {
+            set: self.doc.set.to_string(),
+            kept,
+            snapshots: self.doc.copies.iter().map(snapshot_of_disk).collect(),
+            mount: None,
+            detached: waits,
+        };
+        let said = match guest.post_snapshot(post, self.limits.post).await {
+            Ok(said) => said,
+            Err(error) => {
+                let text = format!("writers were not told that the set is kept: {error}");
+                self.doc.notes.push(text);
+                return Ok(());
+            }
+        };
+        let failed: Vec<WriterReport> = said
+            .writers
+            .iter()
+            .filter(|report| witness::failed_at_post_snapshot(report) && self.is_in_scope(report))
+            .cloned()
+            .collect();
+        record(self.doc, said, |record, said| record.post = Some(said));
+        if !kept {
+            // They heard `abort`: nothing is called consistent for their sake.
+            return Ok(());
+        }
+        if !failed.is_empty() {
+            return self.lower(guest, &failed).await;
+        }
+        if waits {
+            self.doc.awaits_backup = true;
+            return Ok(());
+        }
+        let outcome = BackupComplete {
+            set: self.doc.set.to_string(),
+            succeeded: true,
+            ..BackupComplete::default()
+        };
+        match guest.backup_complete(outcome, self.limits.post).await {
+            Ok(said) => {
+                record(self.doc, said, |record, said| record.complete = Some(said));
+                self.doc.backup_succeeded = Some(true);
+            }
+            Err(error) => self.doc.notes.push(format!(
+                "writers were not told that the backup is complete: {error}"
+            )),
+        }
+        Ok(())
+    }
+
+    fn is_in_scope(&self, report: &WriterReport) -> bool {
+        let mut writers = self.doc.writers.iter();
+        writers.any(|record| record.in_scope && record.instance_id == report.instance_id)
+    }
+
+    /// Writers failed after the set was kept. It goes on under the name that is left, or ends; either way no writer is told any more
+    /// that it was backed up.
+    async fn lower(&mut self, guest: &GuestClient, failed: &[WriterReport]) -> Result<(), Failure> {
+        self.doc.witnesses.hear_post_snapshot(failed);
+        let reached = self.level_reached();
+        self.doc.level_reached = Some(reached);
+        self.note_level(reached);
+        let failure = self.below(reached);
+        if self.doc.request.best_effort {
+            let set = self.doc.set.to_string();
+            let aborted = guest.abort(set, failure.message, self.limits.abort).await;
+            if let Err(error) = aborted {
+                let text = format!("writers were not told that the level was lowered: {error}");
+                self.doc.notes.push(text);
+            }
+            return Ok(());
+        }
+        let mut failures = failed.iter().filter_map(|report| report.failure.as_ref());
+        let failure = Failure {
+            code: ReasonCode::WriterVeto,
+            retryable: failures.all(|failure| failure.code.is_retryable()),
+            ..failure
+        };
+        // Before anything is deleted: the record of a bridge that dies in between must not say `kept`.
+        self.doc.outcome = Outcome::Open;
+        self.doc.reason = Some(self.reason(&failure));
+        if let Err(error) = self.state.store(self.doc) {
+            let text = format!("the record still says kept: {}", chain(&error));
+            self.doc.notes.push(text);
+        }
+        Err(failure)
     }
 }
 

@@ -4,9 +4,11 @@
 
 use super::super::document::ReasonCode;
 use super::failure::Failure;
-use crate::vm::disturbance;
+use crate::guest::Guest;
+use crate::vm::{disturbance, port_closed};
 use serde_json::Value;
 use std::future::Future;
+use std::sync::Arc;
 use tokio::sync::{broadcast, watch};
 
 /// What happens meanwhile: the requester's will and the VM's events.
@@ -81,6 +83,30 @@ impl Watch {
             }
         }
     }
+}
+
+/// Ends the conversation with an agent that lets go of its virtio-serial port: it would not answer any more. Another run of it may open
+/// the port again at once, but knows nothing of this set, and the hold is over. QEMU itself keeps the connection as it is.
+pub(super) fn end_with_port(
+    mut events: broadcast::Receiver<Value>,
+    port: String,
+    guest: &Arc<Guest>,
+) {
+    let guest = Arc::downgrade(guest);
+    tokio::spawn(async move {
+        loop {
+            match events.recv().await {
+                Ok(event) if port_closed(&event, &port) => break,
+                // One that was lost costs time: then the limit of the call ends it.
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                // The monitor is let go when the set is over.
+                Err(broadcast::error::RecvError::Closed) => return,
+            }
+        }
+        if let Some(Guest::Native(guest)) = guest.upgrade().as_deref() {
+            guest.close("the agent let go of its port");
+        }
+    });
 }
 
 pub(super) fn heard(event: Result<Value, broadcast::error::RecvError>) -> Option<String> {

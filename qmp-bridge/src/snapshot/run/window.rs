@@ -12,7 +12,8 @@ use super::Run;
 use super::daemons::{all, exempt_of};
 use super::failure::{Failure, guest_failure, internal, vm_failure};
 use super::left_out::without_places;
-use crate::guest::Guest;
+use super::watch::end_with_port;
+use crate::guest::{AgentAddress, Guest};
 use guest_agent_wire::host::{
     Freeze, Frozen, Identified, Prepare, Prepared, Thawed, WRITER_MS_MAX, WriterComponents,
 };
@@ -67,12 +68,26 @@ impl Run<'_> {
         };
         let limits = self.limits;
         if self.guest.is_none() {
+            let port = match &agent {
+                AgentAddress::Serial(socket) => self
+                    .watch
+                    .race(vm.port_behind(socket))
+                    .await?
+                    .map_err(|e| vm_failure(&e))?,
+                AgentAddress::Vsock { .. }
+                | AgentAddress::HybridVsock { .. }
+                | AgentAddress::Qga(_) => None,
+            };
             let guest = self
                 .watch
                 .race(Guest::connect(&agent, limits.hello))
                 .await?
                 .map_err(|e| guest_failure(&e))?;
-            self.guest = Some(Arc::new(guest));
+            let guest = Arc::new(guest);
+            if let Some(port) = port {
+                end_with_port(vm.subscribe(), port, &guest);
+            }
+            self.guest = Some(guest);
         }
         let guest = match self.guest.clone() {
             Some(guest) => guest,
