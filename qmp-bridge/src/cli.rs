@@ -169,7 +169,13 @@ async fn run(arguments: &Arguments) -> Result<ExitCode, Error> {
             let components = failed_components.clone();
             let document = backend.complete(id, !failed, components).await?;
             print(json, &document, show::set)?;
-            Ok(ExitCode::SUCCESS)
+            let mut said = document.writers.iter().filter_map(|w| w.complete.as_ref());
+            let is_whole = said.all(|report| report.failure.is_none());
+            Ok(if is_whole {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::from(EXIT_FAILED)
+            })
         }
         Command::Restore {
             id,

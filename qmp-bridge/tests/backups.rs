@@ -9,7 +9,7 @@ use guest_agent_wire::host::WriterOutcomes;
 use guest_agent_wire::metadata::{
     Component, Dependency, Metadata, RestoreMethod, Restoring, WriterRestoreEvents,
 };
-use guest_agent_wire::types::BackupType;
+use guest_agent_wire::types::{BackupType, WriterFailure, WriterState};
 use qmp_bridge::error::Error;
 use qmp_bridge::protocol::SetPreRestore;
 use qmp_bridge::sets::backup::{build_on, parse_component};
@@ -524,4 +524,20 @@ fn a_component_is_given_as_text() {
     for text in ["db", "=orders", "db=", "db=main/"] {
         assert!(parse_component(text).is_err(), "{text}");
     }
+}
+
+#[tokio::test]
+async fn complete_exits_1_if_a_writer_fails_at_it() {
+    let world = World::new();
+    let document = world.create(full()).await;
+    let fails = (WriterState::FailedAtBackupComplete, WriterFailure::Timeout);
+    world.agent.change(|guest| guest.fails = Some(fails));
+    let id = document.set.to_string();
+    let output = world.vmshadow(&["complete", &id]).output().await.unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let after = stored(&world, &document);
+    let said = after.writers[0].complete.as_ref().unwrap();
+    assert_eq!(said.state, WriterState::FailedAtBackupComplete);
+    assert_eq!(said.failure.as_ref().unwrap().code, WriterFailure::Timeout);
+    assert!(!after.awaits_backup);
 }
