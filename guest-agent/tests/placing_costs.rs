@@ -12,7 +12,7 @@
 mod rig;
 
 use guest_agent::filesystem::mounts::{DeviceNumber, Mount};
-use guest_agent::filesystem::not_to_snapshot::{Wish, find, place};
+use guest_agent::filesystem::not_to_snapshot::{Swap, Wish, find, place};
 use guest_agent_wire::metadata::FileSet;
 use rig::{Rig, can_run, on_a_partition, run};
 use rustix::fs::FallocateFlags;
@@ -88,7 +88,7 @@ fn round(fstype: &str, image: &Path, mountpoint: &Path) -> Figures {
     run("fsfreeze", &["-f", place_text]);
     let measure = || {
         let (start, before) = (Instant::now(), reads(device));
-        let (placed, open) = place(&found, &[], &devices, &[], &[device], later());
+        let (placed, open) = place(&found, &Swap::default(), &devices, &[], &[device], later());
         let took = start.elapsed();
         let figures = (took, reads(device) - before, placed.files);
         (figures, open)

@@ -5,7 +5,7 @@
 mod rig;
 
 use guest_agent::filesystem::mounts::{DeviceNumber, Mount};
-use guest_agent::filesystem::not_to_snapshot::{Wish, find, place};
+use guest_agent::filesystem::not_to_snapshot::{Swap, Wish, find, place};
 use guest_agent_wire::host::NotToSnapshot;
 use guest_agent_wire::metadata::FileSet;
 use rig::{Rig, can_run, on_a_partition, run};
@@ -111,7 +111,7 @@ fn copied_without(fstype: &str, mountpoint: &Path, image: &Path, copy: &Path) ->
     let later = || Instant::now() + Duration::from_secs(600);
     let found = find(&[wish], &[], &mounts, &devices, &[], later());
     run("fsfreeze", &["-f", place_text]);
-    let (placed, open) = place(&found, &[], &devices, &[], &[device], later());
+    let (placed, open) = place(&found, &Swap::default(), &devices, &[], &[device], later());
     let copying = [
         "--sparse=always",
         image.to_str().unwrap(),

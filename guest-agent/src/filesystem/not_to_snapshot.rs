@@ -66,6 +66,7 @@ struct Candidate {
     /// As it was found, to choose the largest.
     bytes: u64,
     owner: Option<u32>,
+    /// It was swap when it was found; whether a pattern names it too is not known.
     is_swap: bool,
     disk: DiskExtent,
     /// In how many pieces it lay when it was found.
@@ -394,12 +395,12 @@ impl Drop for KeptOpen {
     }
 }
 
-/// Where these files and swap lie at this moment. Called while `frozen` are frozen, so that what it says is true until the thaw. Ends
-/// at `until`, with what it has by then. The files are to be kept open until the thaw.
+/// Where these files and swap lie at this moment. Called while `frozen` are frozen, with the swap that is in use then, so that what it
+/// says is true until the thaw. Ends at `until`, with what it has by then. The files are to be kept open until the thaw.
 #[must_use]
 pub fn place(
     candidates: &Candidates,
-    swap_devices: &[DeviceNumber],
+    swap: &Swap,
     devices: &BlockDevices,
     disks: &[String],
     frozen: &[DeviceNumber],
@@ -414,7 +415,7 @@ pub fn place(
     let mut open = KeptOpen::default();
     let mut on = Vec::new();
     let mut areas = Vec::new();
-    for device in swap_devices {
+    for device in &swap.devices {
         let Some(mut area) = devices.exact(*device) else {
             unresolved(
                 &mut found,
@@ -434,12 +435,17 @@ pub fn place(
         }
     }
     for file in &candidates.files {
+        let is_swap = swap.files.contains(&file.path);
         let placed = if Instant::now() >= until {
             Err("no time left to place it".to_owned())
         } else if areas.len() >= PIECES_MAX {
             Err(format!("there are {PIECES_MAX} pieces already"))
+        } else if file.is_swap && !is_swap {
+            // Whatever it is now, nobody has said that it need not be in the copy.
+            Err("is no longer swap".to_owned())
         } else if frozen.contains(&number(file.device)) {
-            file.place(number_in(&mut on, &file.disk), &mut open)
+            let header = if is_swap { SWAP_HEADER_BYTES } else { 0 };
+            file.place(header, number_in(&mut on, &file.disk), &mut open)
         } else {
             Err("its file system is not frozen".to_owned())
         };
@@ -513,17 +519,23 @@ impl Candidate {
 
     fn count_pieces(&self) -> Result<usize, String> {
         let file = open(&self.path, OFlags::NONBLOCK).map_err(not_opened)?;
-        Ok(self.look_at(&file, 0)?.len())
+        Ok(self.look_at(&file, 0, 0)?.len())
     }
 
-    fn place(&self, disk: usize, kept: &mut KeptOpen) -> Result<Vec<Area>, String> {
+    fn place(
+        &self,
+        header_bytes: u64,
+        disk: usize,
+        kept: &mut KeptOpen,
+    ) -> Result<Vec<Area>, String> {
         let file = open(&self.path, OFlags::NONBLOCK).map_err(not_opened)?;
-        let looked_at = self.look_at(&file, disk);
+        let looked_at = self.look_at(&file, header_bytes, disk);
         kept.0.push(file);
         looked_at
     }
 
-    fn look_at(&self, file: &OwnedFd, disk: usize) -> Result<Vec<Area>, String> {
+    /// Its pieces, but for this much of its beginning.
+    fn look_at(&self, file: &OwnedFd, header_bytes: u64, disk: usize) -> Result<Vec<Area>, String> {
         let stat = fstat(file).map_err(|e| e.to_string())?;
         if (stat.st_dev, stat.st_ino) != (self.device, self.inode) {
             return Err("is another file by now".to_owned());
@@ -536,8 +548,7 @@ impl Candidate {
                 // No addresses on this partition, whatever they are.
                 return Err("lies beyond its partition".to_owned());
             }
-            let header = if self.is_swap { SWAP_HEADER_BYTES } else { 0 };
-            let kept = header
+            let kept = header_bytes
                 .saturating_sub(piece.logical_bytes)
                 .min(piece.length_bytes);
             if kept < piece.length_bytes {

@@ -80,7 +80,7 @@ impl Actor {
         let limit = PLACE_MAX.min(left.unwrap_or_default() / PLACE_PART);
         let known = Arc::clone(&candidates);
         let work = Work::start("not-to-snapshot", limit, move |until| {
-            place(&known, &swap.devices, &devices, &disks, &frozen, until)
+            place(&known, &swap, &devices, &disks, &frozen, until)
         });
         let placed = work.and_then(|work| work.within(limit));
         let (found, open) = placed.unwrap_or_else(|| {

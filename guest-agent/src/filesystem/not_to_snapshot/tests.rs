@@ -96,7 +96,21 @@ impl Guest {
     }
 
     fn place(&self, found: &Candidates, frozen: &[DeviceNumber]) -> NotToSnapshot {
-        place(found, &[], &self.devices(), &[], frozen, later()).0
+        self.place_beside(found, &[], frozen)
+    }
+
+    /// The same while these files are swap.
+    fn place_beside(
+        &self,
+        found: &Candidates,
+        swap_files: &[PathBuf],
+        frozen: &[DeviceNumber],
+    ) -> NotToSnapshot {
+        let swap = Swap {
+            devices: Vec::new(),
+            files: swap_files.to_vec(),
+        };
+        place(found, &swap, &self.devices(), &[], frozen, later()).0
     }
 
     /// Where the file system under the tests says that this file lies; `None`, with the reason, if it cannot.
@@ -243,7 +257,10 @@ fn swap_keeps_its_header() {
     let found = guest.find(&[], std::slice::from_ref(&path), &[]);
     assert_eq!(names(&found), ["swapfile"]);
     let none = Candidates::default();
-    let swap = [guest.number];
+    let swap = Swap {
+        devices: vec![guest.number],
+        files: Vec::new(),
+    };
     let (placed, _open) = place(&none, &swap, &guest.devices(), &[], &[], later());
     let [area] = placed.extents.as_slice() else {
         panic!("{placed:?}");
@@ -254,7 +271,30 @@ fn swap_keeps_its_header() {
         u64::from(u32::MAX) * 512 - SWAP_HEADER_BYTES
     );
     if guest.can_tell(&path) {
-        let placed = guest.place(&found, &[guest.number]);
+        let placed = guest.place_beside(&found, &[path], &[guest.number]);
+        assert_eq!(placed.bytes, (1 << 20) - SWAP_HEADER_BYTES, "{placed:?}");
+    }
+}
+
+#[test]
+fn what_is_no_longer_swap_stays_in_the_copy() {
+    let guest = Guest::new();
+    let path = guest.write("swapfile", 1 << 20);
+    let found = guest.find(&[], &[path], &[]);
+    assert_eq!(names(&found), ["swapfile"]);
+    let placed = guest.place(&found, &[guest.number]);
+    assert_eq!((placed.files, placed.bytes, placed.unresolved), (0, 0, 1));
+    assert!(placed.reasons[0].ends_with("is no longer swap"));
+}
+
+#[test]
+fn what_became_swap_since_a_pattern_named_it_keeps_its_header() {
+    let guest = Guest::new();
+    let path = guest.write("swapfile", 1 << 20);
+    let found = guest.find(&[guest.wish("swap*", None)], &[], &[]);
+    assert_eq!(names(&found), ["swapfile"]);
+    if guest.can_tell(&path) {
+        let placed = guest.place_beside(&found, &[path], &[guest.number]);
         assert_eq!(placed.bytes, (1 << 20) - SWAP_HEADER_BYTES, "{placed:?}");
     }
 }
@@ -266,7 +306,14 @@ fn no_time_left_places_nothing() {
     let found = guest.find(&[guest.wish("*", None)], &[], &[]);
     let now = Instant::now();
     let frozen = [guest.number];
-    let (placed, _open) = place(&found, &[], &guest.devices(), &[], &frozen, now);
+    let (placed, _open) = place(
+        &found,
+        &Swap::default(),
+        &guest.devices(),
+        &[],
+        &frozen,
+        now,
+    );
     assert_eq!((placed.bytes, placed.unresolved), (0, 1));
 }
 
