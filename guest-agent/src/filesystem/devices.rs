@@ -162,6 +162,23 @@ impl BlockDevices {
         read_device(&self.sys.join("class/block").join(kernel_name(path)?))
     }
 
+    /// True if nothing of this device is on a disk: a RAM disk, or zram that writes nothing back to one.
+    #[must_use]
+    pub fn is_memory(&self, path: &str) -> bool {
+        let Some(name) = kernel_name(path) else {
+            return false;
+        };
+        match name.trim_end_matches(|c: char| c.is_ascii_digit()) {
+            "ram" => true,
+            "zram" => {
+                let backing = self.sys.join("class/block").join(name).join("backing_dev");
+                // Not there in a kernel that cannot write back.
+                fs::read_to_string(backing).map_or(true, |backing| backing.trim() == "none")
+            }
+            _ => false,
+        }
+    }
+
     fn node(&self, device: DeviceNumber) -> PathBuf {
         self.sys.join("dev/block").join(device.to_string())
     }

@@ -6,7 +6,7 @@
 //! device, hidden beneath another mount, mounted in another name space only) is named all the same, for a copy in which it
 //! was not held must not pass for one in which all was.
 
-use super::devices::{BlockDevices, parse_swaps};
+use super::devices::{self, BlockDevices, parse_swaps};
 use super::mounts::{DeviceNumber, Mount, Tree, mount_of, parse};
 use super::not_to_snapshot::Swap;
 use guest_agent_wire::host::FilesystemInfo;
@@ -221,13 +221,20 @@ impl Sources {
         Ok(extents)
     }
 
-    /// Swap that is in use.
+    /// Swap that is in use and may have something on a disk.
+    fn swaps(&self, devices: &BlockDevices) -> Vec<devices::Swap> {
+        let text = std::fs::read_to_string(self.proc.join("swaps")).unwrap_or_default();
+        let mut swaps = parse_swaps(&text);
+        swaps.retain(|swap| swap.is_file || !devices.is_memory(&swap.path));
+        swaps
+    }
+
+    /// The same as devices and files.
     #[must_use]
     pub fn swap(&self) -> Swap {
-        let swaps = std::fs::read_to_string(self.proc.join("swaps")).unwrap_or_default();
         let devices = BlockDevices::new(&self.sys);
         let mut swap = Swap::default();
-        for area in parse_swaps(&swaps) {
+        for area in self.swaps(&devices) {
             if area.is_file {
                 swap.files.push(area.path.into());
             } else {
@@ -241,10 +248,9 @@ impl Sources {
     /// is not exempt: swapping to it in the window makes the host's witness refuse the set, which errs on the safe side.
     #[must_use]
     pub fn exempt(&self) -> Vec<DiskExtent> {
-        let swaps = std::fs::read_to_string(self.proc.join("swaps")).unwrap_or_default();
         let mounts = self.mounts().unwrap_or_default();
         let devices = BlockDevices::new(&self.sys);
-        parse_swaps(&swaps)
+        self.swaps(&devices)
             .iter()
             .filter(|swap| !swap.is_file)
             .filter_map(|swap| devices.by_name(&swap.path))

@@ -247,3 +247,46 @@ fn a_file_system_belongs_to_a_set_by_its_disks() {
     assert!(!fs.info().freezable);
     assert!(fs.info().why_not.unwrap().contains("vfat"));
 }
+
+#[test]
+fn swap_that_is_in_memory_alone_is_told_nowhere() {
+    let (proc, sys) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let device = |name: &str, number: &str, backing: Option<&str>| {
+        let node = sys.path().join("class/block").join(name);
+        fs::create_dir_all(&node).unwrap();
+        fs::write(node.join("dev"), format!("{number}\n")).unwrap();
+        fs::write(node.join("size"), "8\n").unwrap();
+        if let Some(backing) = backing {
+            fs::write(node.join("backing_dev"), format!("{backing}\n")).unwrap();
+        }
+        let by_number = sys.path().join("dev/block");
+        fs::create_dir_all(&by_number).unwrap();
+        symlink(&node, by_number.join(number)).unwrap();
+    };
+    device("ram3", "1:3", None);
+    device("zram0", "252:0", None);
+    device("zram1", "252:1", Some("none"));
+    device("zram2", "252:2", Some("/dev/vdb"));
+    device("vdz9", "254:9", None);
+    let text = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority
+/dev/ram3                               partition\t1024\t0\t-2
+/dev/zram0                              partition\t1024\t0\t100
+/dev/zram1                              partition\t1024\t0\t100
+/dev/zram2                              partition\t1024\t0\t100
+/dev/vdz9                               partition\t1024\t0\t-3
+/zram0                                  file\t1024\t0\t-4
+";
+    fs::write(proc.path().join("swaps"), text).unwrap();
+    let sources = Sources {
+        proc: proc.path().to_owned(),
+        sys: sys.path().to_owned(),
+        only_under: None,
+    };
+    let swap = sources.swap();
+    // What one writes back lies somewhere on a disk.
+    let on_disks = ["252:2", "254:9"].map(|number| DeviceNumber::parse(number).unwrap());
+    assert_eq!(swap.devices, on_disks);
+    assert_eq!(swap.files, [PathBuf::from("/zram0")]);
+    let exempt: Vec<_> = sources.exempt().into_iter().map(|part| part.disk).collect();
+    assert_eq!(exempt, ["zram2", "vdz9"]);
+}
