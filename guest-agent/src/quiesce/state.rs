@@ -189,7 +189,8 @@ pub struct Machine {
     owner: Owner,
     set: String,
     generation: u64,
-    broken: Option<Broken>,
+    /// At most one of each owner.
+    broken: Vec<Broken>,
     /// Where it was when the unwinding began.
     unwound_from: Phase,
 }
@@ -203,27 +204,29 @@ impl Machine {
             owner: Owner::Native,
             set: String::new(),
             generation,
-            broken: None,
+            broken: Vec::new(),
             unwound_from: Phase::Idle,
         }
     }
 
-    /// A hold of an earlier run of the agent did not last, and its owner does not know.
+    /// A hold did not last, perhaps one of an earlier run of the agent, and its owner does not know.
     pub fn begin_broken(&mut self, owner: Owner, set: &str, why: &str) {
-        self.broken = Some(Broken {
+        self.forget_broken(owner);
+        self.broken.push(Broken {
             owner,
             set: set.to_owned(),
             why: why.to_owned(),
         });
     }
 
+    fn forget_broken(&mut self, owner: Owner) {
+        self.broken.retain(|broken| broken.owner != owner);
+    }
+
     /// A client of the QEMU guest agent protocol froze, or is about to, and has not been told how its hold ended.
     #[must_use]
     pub fn owes_qga_a_word(&self) -> bool {
-        let is_broken = self
-            .broken
-            .as_ref()
-            .is_some_and(|broken| broken.owner == Owner::Qga);
+        let is_broken = self.broken.iter().any(|broken| broken.owner == Owner::Qga);
         is_broken || (self.owner == Owner::Qga && self.is_frozen())
     }
 
@@ -320,11 +323,8 @@ impl Machine {
             Event::Unwound(why) => {
                 // Whoever asked for the freeze or the thaw that failed has been told already.
                 if (self.phase, self.unwound_from) == (Phase::Unwinding, Phase::Frozen) {
-                    self.broken = Some(Broken {
-                        owner: self.owner,
-                        set: std::mem::take(&mut self.set),
-                        why: why.clone(),
-                    });
+                    let set = std::mem::take(&mut self.set);
+                    self.begin_broken(self.owner, &set, why);
                 }
                 self.phase = Phase::Idle;
                 Ok(Effect::Nothing)
@@ -348,7 +348,9 @@ impl Machine {
         if effect == Effect::Run {
             self.owner = owner;
             set.clone_into(&mut self.set);
-            self.broken = None;
+            self.forget_broken(Owner::Native);
+            // The bridge must not take from a client of QEMU's protocol the error that it still is to hear.
+            self.forget_broken(owner);
         }
         Ok(effect)
     }
@@ -372,11 +374,10 @@ impl Machine {
     }
 
     fn not_found(&self, owner: Owner, set: &str) -> Refusal {
-        match &self.broken {
-            Some(broken) if broken.owner == owner && broken.set == set => {
-                Refusal::HoldBroken(broken.why.clone())
-            }
-            _ => Refusal::NotFound,
+        let own = |broken: &&Broken| broken.owner == owner && broken.set == set;
+        match self.broken.iter().find(own) {
+            Some(broken) => Refusal::HoldBroken(broken.why.clone()),
+            None => Refusal::NotFound,
         }
     }
 
@@ -389,7 +390,7 @@ impl Machine {
             (Owner::Qga, Err(Refusal::WrongStep(_))) => Ok(self.end()),
             (Owner::Qga, Err(Refusal::HoldBroken(why))) => {
                 // Told once; after that nothing is frozen, as with any QEMU guest agent.
-                self.broken = None;
+                self.forget_broken(owner);
                 Err(Refusal::HoldBroken(why))
             }
             (_, Err(refusal)) => Err(refusal),

@@ -235,6 +235,31 @@ fn a_client_of_qemus_protocol_hears_once_of_a_broken_hold_the_bridge_until_its_n
 }
 
 #[test]
+fn the_bridges_sets_and_restores_take_no_word_from_a_client_of_qemus_protocol() {
+    for begin in [
+        Event::Begin(Owner::Native, "n".into()),
+        Event::Restore("n".into()),
+    ] {
+        let mut machine = machine(Phase::Frozen, Owner::Qga);
+        machine.step(&Event::Unwinding).unwrap();
+        machine.step(&Event::Unwound("late".into())).unwrap();
+        assert_eq!(machine.step(&begin), Ok(Effect::Run));
+        assert!(machine.owes_qga_a_word());
+        machine.step(&Event::Done).unwrap();
+        // Also a hold of the bridge that breaks.
+        machine.phase = Phase::Frozen;
+        machine.step(&Event::Unwinding).unwrap();
+        machine.step(&Event::Unwound("its own".into())).unwrap();
+        let of_bridge = machine.step(&Event::Thaw(Owner::Native, "n".into(), 100));
+        assert_eq!(of_bridge, Err(Refusal::HoldBroken("its own".into())));
+        let thaw = Event::Thaw(Owner::Qga, "s".into(), 0);
+        assert_eq!(machine.step(&thaw), Err(Refusal::HoldBroken("late".into())));
+        assert!(!machine.owes_qga_a_word());
+        assert_eq!(machine.step(&thaw), Err(Refusal::NotFound));
+    }
+}
+
+#[test]
 fn a_set_goes_its_way_and_each_hold_has_a_generation_of_its_own() {
     let mut machine = Machine::new(100);
     let set = || "s".to_owned();
