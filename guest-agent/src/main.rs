@@ -13,7 +13,7 @@ fn main() -> ExitCode {
             group,
             program,
             words,
-        }) => writer::script::process::become_script(group.as_deref(), &program, &words),
+        }) => writer::script::process::become_script_of_agent(group.as_deref(), &program, &words),
         Some(Role::ExecChild {
             name,
             program,

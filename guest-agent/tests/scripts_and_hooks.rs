@@ -387,6 +387,35 @@ fn vmwares_scripts_freeze_in_order_and_hear_freeze_fail_or_thaw_in_reverse() {
     assert!(message(&hooks.refused_prepare()).contains("not executable"));
 }
 
+#[test]
+fn scripts_and_hooks_have_not_the_agents_score_for_the_killer() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::new();
+    rig.mount("a", "ext4");
+    // The agent lowers its own, if it may; one that may not keeps what it was started with. Neither is 0.
+    let raised = [
+        "/bin/sh",
+        "-c",
+        "echo 500 >/proc/self/oom_score_adj; exec \"$0\" \"$@\"",
+    ];
+    rig.start_by(&raised, &rig.path("run/log"));
+    let hooks = Hooks {
+        order: rig.path("run/order"),
+        rig,
+    };
+    let score = format!("cat /proc/self/oom_score_adj >> {}", hooks.order.display());
+    hooks.rig.script("db", "freeze", &score);
+    hooks.hook("etc/qemu/fsfreeze-hook.d/10-app", &score);
+    let agent = format!("/proc/{}/oom_score_adj", hooks.rig.agent_pid());
+    let own = fs::read_to_string(agent).unwrap();
+    assert!(["-900\n", "500\n"].contains(&&*own), "{own}");
+    hooks.whole_set();
+    let done = hooks.done();
+    assert_eq!(done, ["0", "10-app freeze", "0", "10-app thaw", "0"]);
+}
+
 /// Azure's settings with these scripts.
 fn azure(hooks: &Hooks, pre: &str, post: &str, continues: bool) {
     let path = |name: &str| {

@@ -285,6 +285,16 @@ fn drain(stream: &mut Option<impl Read>, into: &mut Vec<u8>) {
     }
 }
 
+/// As [`become_script`], without the agent's protection from the out-of-memory killer.
+pub fn become_script_of_agent(
+    group: Option<&Path>,
+    program: &Path,
+    arguments: &[OsString],
+) -> io::Result<()> {
+    fs::write("/proc/self/oom_score_adj", "0").unwrap_or(());
+    become_script(group, program, arguments)
+}
+
 /// Moves this process into a control group and replaces it by the command, which dies with the thread that waits for it.
 /// Returns only if that fails.
 pub fn become_script(
