@@ -6,7 +6,7 @@ use crate::clock::Alarm;
 use crate::config::Agent;
 use crate::filesystem::plan::Sources;
 use crate::hold::client::Holder;
-use crate::hold::ledger;
+use crate::hold::ledger::{self, Unrecovered};
 use crate::journal;
 use crate::native;
 use crate::qga::{self, policy::Policy};
@@ -56,8 +56,13 @@ fn lock(state_dir: &Path) -> io::Result<OwnedFd> {
 
 /// Undoes what a killed agent left: frozen file systems, frozen script writers.
 fn undo_leftovers(config: &Agent) -> io::Result<()> {
-    let thawed = ledger::recover(&config.state_dir, &sources(config), RECOVERY)?;
+    let thawed = ledger::recover(&config.state_dir, &sources(config), RECOVERY);
+    if let Err(error @ Unrecovered::StillFrozen(_)) = thawed {
+        // No script is started while a file system is frozen.
+        return Err(io::Error::other(error));
+    }
     let aborted = left_over::recover(&config.state_dir)?;
+    let thawed = thawed.map_err(io::Error::other)?;
     if thawed + aborted > 0 {
         journal::note(format_args!(
             "a killed agent left {thawed} file systems frozen and {aborted} script writers waiting; undone"

@@ -105,6 +105,41 @@ fn what_a_killed_agent_had_frozen_is_undone_in_the_reverse_order_of_the_freezes(
     );
 }
 
+#[test]
+fn a_mark_that_cannot_be_removed_is_told_and_keeps_no_application_standing_still() {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    let told = rig.path("run/told");
+    for name in ["a", "b"] {
+        rig.script(name, "freeze", "");
+        let text = format!("echo {name} >> {}", told.display());
+        rig.script(name, "thaw", &text);
+    }
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    bridge.freeze();
+    rig.kill_agent();
+    let wrong = ["hold.0", "script.0"].map(|name| rig.path(&format!("run/{name}")));
+    for mark in &wrong {
+        fs::create_dir(mark).unwrap();
+    }
+    let mut command = rig.command();
+    let ended = command.arg("--thaw-leftovers").output().unwrap();
+    assert_eq!(fs::read_to_string(&told).unwrap(), "b\na\n");
+    assert!(!ended.status.success());
+    let said = String::from_utf8(ended.stderr).unwrap();
+    for mark in &wrong {
+        assert!(said.contains(mark.to_str().unwrap()), "{said}");
+        fs::remove_dir(mark).unwrap();
+    }
+    // Nothing is undone twice.
+    let ended = rig.command().arg("--thaw-leftovers").output().unwrap();
+    assert!(ended.status.success());
+    assert_eq!(fs::read_to_string(&told).unwrap(), "b\na\n");
+}
+
 /// A control group (v2) of its own below that of this test, if one can be made.
 fn another_control_group() -> Option<PathBuf> {
     let top = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]

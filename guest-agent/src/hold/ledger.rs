@@ -116,6 +116,17 @@ fn parse(text: &str) -> Option<Record> {
     })
 }
 
+/// Why not all is put right. What can be has been, and each failure has been told.
+#[derive(Debug, thiserror::Error)]
+pub enum Unrecovered {
+    /// A file system is frozen, or will be: scripts must wait, and it must be tried again.
+    #[error("{0}")]
+    StillFrozen(io::Error),
+    /// Nothing is frozen, but a ledger cannot be removed.
+    #[error("it cannot be removed: {0}")]
+    LedgerStays(io::Error),
+}
+
 /// The kernel's boot id.
 pub fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
@@ -127,42 +138,66 @@ pub fn boot_id() -> io::Result<String> {
 /// FIFREEZE of it may be under way, which no signal ends) is waited for, up to `patience`; after that its ledger stays and
 /// the error asks to be called again, since the file system will be frozen once that FIFREEZE returns.
 /// What cannot be reached by any mount point keeps its ledger, for another try.
-pub fn recover(state_dir: &Path, sources: &Sources, patience: Duration) -> io::Result<usize> {
-    let boot_id = boot_id()?;
+pub fn recover(
+    state_dir: &Path,
+    sources: &Sources,
+    patience: Duration,
+) -> Result<usize, Unrecovered> {
+    let boot_id = boot_id().map_err(Unrecovered::StillFrozen)?;
     let mut thawed = 0;
-    for entry in fs::read_dir(state_dir)?.flatten() {
+    let mut worst = None;
+    let entries = fs::read_dir(state_dir).map_err(Unrecovered::StillFrozen)?;
+    for entry in entries.flatten() {
         if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
             continue;
         }
-        let record = fs::read_to_string(entry.path())
-            .ok()
-            .and_then(|text| parse(&text));
-        if let Some(record) = record.filter(|record| record.boot_id == boot_id) {
-            let mut left = thaw_all(&record.frozen, sources)?;
-            thawed += left.thawed;
-            match end_of(record.helper, patience) {
-                End::Long => {}
-                End::Now => {
-                    left = thaw_all(&record.frozen, sources)?;
-                    thawed += left.thawed;
-                }
-                End::NotYet => {
-                    let text = format!("helper {} is still freezing", record.helper);
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        let path = entry.path();
+        match recover_one(&path, &boot_id, sources, patience) {
+            Ok(count) => thawed += count,
+            Err(why) => {
+                journal::note(format_args!("{}: {why}", path.display()));
+                if !matches!(worst, Some(Unrecovered::StillFrozen(_))) {
+                    worst = Some(why);
                 }
             }
-            if left.unreached > 0 {
-                continue;
-            }
-        }
-        match fs::remove_file(entry.path()) {
-            Ok(()) => {}
-            // By its helper, which has thawed what it held meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
         }
     }
-    Ok(thawed)
+    worst.map_or(Ok(thawed), Err)
+}
+
+fn recover_one(
+    path: &Path,
+    boot_id: &str,
+    sources: &Sources,
+    patience: Duration,
+) -> Result<usize, Unrecovered> {
+    let record = fs::read_to_string(path).ok().and_then(|text| parse(&text));
+    let mut thawed = 0;
+    if let Some(record) = record.filter(|record| record.boot_id == boot_id) {
+        let thaw = || thaw_all(&record.frozen, sources).map_err(Unrecovered::StillFrozen);
+        let mut left = thaw()?;
+        thawed += left.thawed;
+        match end_of(record.helper, patience) {
+            End::Long => {}
+            End::Now => {
+                left = thaw()?;
+                thawed += left.thawed;
+            }
+            End::NotYet => {
+                let text = format!("helper {} is still freezing", record.helper);
+                return Err(Unrecovered::StillFrozen(io::Error::other(text)));
+            }
+        }
+        if left.unreached > 0 {
+            return Ok(thawed);
+        }
+    }
+    match fs::remove_file(path) {
+        Ok(()) => Ok(thawed),
+        // By its helper, which has thawed what it held meanwhile.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(thawed),
+        Err(error) => Err(Unrecovered::LedgerStays(error)),
+    }
 }
 
 /// What came of an attempt.
@@ -323,6 +358,24 @@ mod tests {
         fs::write(dir.path().join("hold.3"), text).unwrap();
         assert_eq!(recover(dir.path(), &sources(), Duration::ZERO).unwrap(), 0);
         assert!(dir.path().join("hold.3").exists());
+    }
+
+    #[test]
+    fn a_ledger_that_cannot_be_removed_keeps_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        // In whatever order they are found.
+        for number in 0..20 {
+            let path = dir.path().join(format!("hold.{number}"));
+            if number % 2 == 0 {
+                fs::create_dir(path).unwrap();
+            } else {
+                fs::write(path, "vmshad").unwrap();
+            }
+        }
+        let recovered = recover(dir.path(), &sources(), Duration::ZERO);
+        assert!(matches!(recovered, Err(Unrecovered::LedgerStays(_))));
+        let left = fs::read_dir(dir.path()).unwrap().flatten();
+        assert!(left.map(|entry| entry.path()).all(|path| path.is_dir()));
     }
 
     #[test]

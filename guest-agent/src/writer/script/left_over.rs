@@ -62,10 +62,11 @@ pub(super) fn mark(marker: &Path, event: &str, step: &Step) -> Result<(), Failur
 }
 
 /// Ends the scripts that a killed agent of this boot left behind, then undoes what they froze, the last first; returns how
-/// many writers there were.
+/// many writers there were. A mark that cannot be removed is told and keeps no other.
 pub fn recover(state_dir: &Path) -> io::Result<usize> {
     let boot = boot_id()?;
     let mut marks = Vec::new();
+    let mut removed = Ok(());
     for entry in fs::read_dir(state_dir)?.flatten() {
         if !entry.file_name().to_string_lossy().starts_with(MARKER) {
             continue;
@@ -77,7 +78,7 @@ pub fn recover(state_dir: &Path) -> io::Result<usize> {
             .and_then(|mark| serde_json::from_str::<Mark>(mark).ok());
         match mark {
             Some(mark) => marks.push((mark, entry.path())),
-            None => fs::remove_file(entry.path())?,
+            None => removed = remove(&entry.path()).and(removed),
         }
     }
     kill_scripts_in(
@@ -89,9 +90,16 @@ pub fn recover(state_dir: &Path) -> io::Result<usize> {
     marks.sort_by_key(|(mark, _)| std::cmp::Reverse(mark.place));
     for (mark, path) in &marks {
         undo(mark);
-        fs::remove_file(path)?;
+        removed = remove(path).and(removed);
     }
-    Ok(marks.len())
+    removed.map(|()| marks.len())
+}
+
+fn remove(mark: &Path) -> io::Result<()> {
+    fs::remove_file(mark).inspect_err(|error| {
+        let mark = mark.display();
+        journal::note(format_args!("{mark}: it cannot be removed: {error}"));
+    })
 }
 
 fn undo(mark: &Mark) {
