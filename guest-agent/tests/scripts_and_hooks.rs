@@ -418,6 +418,24 @@ fn scripts_and_hooks_have_not_the_agents_score_for_the_killer() {
 
 /// Azure's settings with these scripts.
 fn azure(hooks: &Hooks, pre: &str, post: &str, continues: bool) {
+    let settings = azures_settings(pre, post, continues);
+    hooks.file(AZURES_FILE, &settings.to_string(), 0o600);
+}
+
+/// The same with this limit or, if null, none; a failure is a veto and is not tried again.
+fn azure_within(hooks: &Hooks, seconds: Value) {
+    let mut settings = azures_settings("pre.sh", "post.sh", false);
+    settings["preScriptNoOfRetries"] = json!(0);
+    settings["timeoutInSeconds"] = seconds;
+    if settings["timeoutInSeconds"].is_null() {
+        settings.as_object_mut().unwrap().remove("timeoutInSeconds");
+    }
+    hooks.file(AZURES_FILE, &settings.to_string(), 0o600);
+}
+
+const AZURES_FILE: &str = "etc/azure/VMSnapshotScriptPluginConfig.json";
+
+fn azures_settings(pre: &str, post: &str, continues: bool) -> Value {
     let path = |name: &str| {
         if name.is_empty() {
             String::new()
@@ -426,7 +444,7 @@ fn azure(hooks: &Hooks, pre: &str, post: &str, continues: bool) {
         }
     };
     // As Azure hands them out, with the scripts filled in.
-    let settings = json!({
+    json!({
         "pluginName": "ScriptRunner",
         "preScriptLocation": path(pre),
         "postScriptLocation": path(post),
@@ -438,9 +456,7 @@ fn azure(hooks: &Hooks, pre: &str, post: &str, continues: bool) {
         "continueBackupOnFailure": continues,
         // File systems are frozen whatever it says.
         "fsFreezeEnabled": false,
-    });
-    let file = "etc/azure/VMSnapshotScriptPluginConfig.json";
-    hooks.file(file, &settings.to_string(), 0o600);
+    })
 }
 
 #[test]
@@ -496,6 +512,41 @@ fn azures_failed_pre_script_refuses_the_set_or_takes_its_word_from_it() {
 }
 
 #[test]
+fn azures_timeout_ends_a_pre_script_and_is_a_second_at_least_and_a_minute_at_most() {
+    if !can_run(&[]) {
+        return;
+    }
+    let hooks = Hooks::new();
+    let told = hooks.rig.path("run/limit");
+    hooks.hook("opt/post.sh", "");
+    // Longer than everybody's patience, were it not killed.
+    let limit = format!("echo $VSS_DEADLINE_MS > {}", told.display());
+    hooks.hook("opt/pre.sh", &format!("{limit}; exec sleep 600"));
+    azure_within(&hooks, json!(2));
+    let error = hooks.refused_freeze();
+    assert_eq!(error["code"], "WRITER_NOT_RESPONDING", "{error:#}");
+    let pre = "pre.sh one two words 3 true";
+    assert_eq!(hooks.done(), [pre, "post.sh"]);
+    assert_eq!(fs::read_to_string(&told).unwrap(), "2000\n");
+
+    hooks.hook("opt/pre.sh", &limit);
+    // A minute is the window of a writer, of which a little is over when its turn comes.
+    for (seconds, expected) in [
+        (json!(0), 1_000..=1_000),
+        (json!(null), 10_000..=10_000),
+        (json!(3_600), 30_000..=60_000),
+    ] {
+        azure_within(&hooks, seconds.clone());
+        assert_eq!(hooks.whole_set()["held"], true);
+        let limit_ms = fs::read_to_string(&told).unwrap();
+        let limit_ms: u64 = limit_ms.trim().parse().unwrap();
+        assert!(expected.contains(&limit_ms), "{seconds}: {limit_ms}");
+    }
+    azure_within(&hooks, json!(-1));
+    assert!(message(&hooks.refused_prepare()).contains("-1"));
+}
+
+#[test]
 fn azures_rules_of_trust_are_kept() {
     if !can_run(&[]) {
         return;
@@ -508,8 +559,7 @@ fn azures_rules_of_trust_are_kept() {
     fs::set_permissions(&pre, fs::Permissions::from_mode(0o750)).unwrap();
     assert!(message(&hooks.refused_prepare()).contains("for its owner alone"));
     fs::set_permissions(&pre, fs::Permissions::from_mode(0o700)).unwrap();
-    let settings = "root/etc/azure/VMSnapshotScriptPluginConfig.json";
-    hooks.rig.file(settings, "{}");
+    hooks.rig.file(&format!("root/{AZURES_FILE}"), "{}");
     assert!(message(&hooks.refused_prepare()).contains("for its owner alone"));
     assert!(hooks.done().is_empty());
 }

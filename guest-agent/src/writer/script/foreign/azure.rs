@@ -1,7 +1,8 @@
 //! The pre-script and post-script of Azure's VM backup, as its plug-in's settings name them.
 //!
 //! Both are read by `sh`, must belong to root and be for root alone, and exit status 2 is a warning. `fsFreezeEnabled` has no
-//! effect: the freeze of file systems is what a set is held by. `timeoutInSeconds` counts up to the window of a writer.
+//! effect: the freeze of file systems is what a set is held by. `timeoutInSeconds` counts as a second at
+//! least, and up to the window of a writer.
 
 use super::{Directory, Found, Recipe, Step, below};
 use crate::writer::script::recipe::OnFailure;
