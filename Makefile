@@ -13,13 +13,15 @@ PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
 debian-image test test-quick test-machines kernel-cuts kills selinux nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients mmdebstrap lintian
 # The servers that the databases' writers are tested beside, outside of any machine.
 test test-quick nightly: PACKAGES += postgresql-15 mariadb-server-core mariadb-client-core redis-server redis-tools etcd-server etcd-client openssl
+# MySQL is fetched by it, from another release of Debian.
+mysql database-images database-proofs writer-figures: PACKAGES += mmdebstrap
 bench nightly: PACKAGES += fio qemu-system-common linux-perf
 TRIPLE := x86_64-unknown-linux-gnu
 PROGRAMS := target/$(TRIPLE)/release
 # Machines are emulated on as many processors as the host has; two at once is what two carry.
 MACHINES := 2
 
-.PHONY: help deps images database-images debian-image demo test test-quick test-machines tools bench bench-figures window-figures database-proofs writer-figures shutdowns crash-images kernel-cuts kills selinux fuzz nightly fmt lint doc
+.PHONY: help deps images mysql database-images debian-image demo test test-quick test-machines tools bench bench-figures window-figures database-proofs writer-figures shutdowns crash-images kernel-cuts kills selinux fuzz nightly fmt lint doc
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -44,7 +46,10 @@ images: deps ## build the programs and the small guest's image
 	@echo "images: building the programs and the guest"
 	images/build.sh
 
-database-images: images ## and the guest with PostgreSQL, MariaDB, Redis, etcd, SQLite and the stock guest agent
+mysql: deps ## MySQL from Debian's unstable, in target/mysql, for the tests of its writer
+	@images/build.sh mysql
+
+database-images: images ## and the guest with PostgreSQL, MariaDB, MySQL, Redis, etcd, SQLite and the stock guest agent
 	@echo "images: the databases' guest"
 	images/build.sh databases
 
@@ -62,7 +67,7 @@ demo: images ## the main job on a real machine, narrated; writes target/demo/rep
 
 test: test-quick test-machines ## every test, quick ones first
 
-test-quick: deps ## the tests that start no machine
+test-quick: deps mysql ## the tests that start no machine
 	@echo "test: rooms and rules"
 	cargo test --locked --workspace --exclude vmshadow-tests
 	cargo test --locked -p vmshadow-tests --lib --bins --test tidy
@@ -91,7 +96,7 @@ bench-figures: ## keep the drawings of the last `make bench` where the documents
 
 database-proofs: database-images ## 100 sets of each database under load, each copy started and checked in a second machine
 	VMSHADOW_DATABASE_SETS=$${VMSHADOW_DATABASE_SETS:-100} cargo test --locked -p vmshadow-tests --test databases_postgresql \
-	    --test databases_mariadb --test databases_redis --test databases_etcd --test databases_sqlite -- --test-threads=$(MACHINES) --nocapture
+	    --test databases_mariadb --test databases_mysql --test databases_redis --test databases_etcd --test databases_sqlite -- --test-threads=$(MACHINES) --nocapture
 
 writer-figures: database-images ## what a database's clients see of a set: with our writer, with none, with qemu-ga, without a set
 	@$(PROGRAMS)/writer-figures

@@ -9,6 +9,7 @@
 #   images/build.sh debian      and a Debian with its own systemd: the small one's kernel and initramfs, and a file `root` (needs root)
 #   images/build.sh selinux     that Debian with SELinux, the distribution's policy and labels on every file
 #   images/build.sh programs    only the programs
+#   images/build.sh mysql       only MySQL, which the databases' guest has too: from Debian's unstable, for Debian 12 has none
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 top=$(dirname "$here")
@@ -17,11 +18,12 @@ databases=$here/databases
 debian=$here/debian
 target=${CARGO_TARGET_DIR:-$top/target}
 cache=$target/images
+mysql=$target/mysql
 triple=x86_64-unknown-linux-gnu
 programs=$target/$triple/release
 guest_programs=(guest-agent vmshadow-writer sqlite-writer guest-shell guest-load guest-writers)
 # What the databases' guest has besides.
-database_programs=(postgresql-writer mariadb-writer redis-writer etcd-writer unit-writer guest-database-load)
+database_programs=(postgresql-writer mariadb-writer mysql-writer redis-writer etcd-writer unit-writer guest-database-load)
 
 say() { echo "images: $*" >&2; }
 
@@ -32,7 +34,7 @@ build_programs() {
     # A build inside `cargo test` must not inherit what cargo told that run.
     env -u CARGO_ENCODED_RUSTFLAGS RUSTFLAGS="-C target-feature=+crt-static" \
         cargo build --quiet --locked --release --target "$triple" --bins \
-        -p vhost-blk -p vhost-blk-store -p guest-agent -p sqlite-writer -p postgresql-writer -p mariadb-writer -p redis-writer -p etcd-writer -p unit-writer -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
+        -p vhost-blk -p vhost-blk-store -p guest-agent -p sqlite-writer -p postgresql-writer -p mariadb-writer -p mysql-writer -p redis-writer -p etcd-writer -p unit-writer -p qmp-bridge -p vmshadow-tests --features vmshadow-tests/guest >&2
 }
 
 # The words of a list without its comments.
@@ -124,6 +126,46 @@ build_base() { # build_base OUTPUT MANIFEST
     rm -rf "$1" && mv "$work/out" "$1" && rm -rf "$work"
 }
 
+# Where this machine has its packages from, with another release of them.
+sources_of() { # sources_of RELEASE DIRECTORY: writes files there, prints their names
+    local ours
+    ours=$(. /etc/os-release && echo "$VERSION_CODENAME")
+    if [ -s /etc/apt/sources.list.d/debian.sources ]; then
+        sed -E "/^Suites:(.* )?$ours( .*)?\$/s/:.*/: $1/" /etc/apt/sources.list.d/debian.sources |
+            awk -v RS= -v ORS='\n\n' -v wanted="Suites: $1" 'index($0, wanted)' >"$2/debian.sources"
+        echo "$2/debian.sources"
+    fi
+    if [ -s /etc/apt/sources.list ]; then
+        sed -nE "s/^(deb .*) $ours /\1 $1 /p" /etc/apt/sources.list >"$2/sources.list"
+        echo "$2/sources.list"
+    fi
+}
+
+# MySQL's server and clients with every library they load, and the loader that goes with them: its programs run anywhere below
+# $mysql by that. Which version is the release's own affair, so it is fetched once and stays until it is removed.
+fetch_mysql() {
+    [ ! -e "$mysql/packages" ] || return 0
+    local work=$mysql.work sources
+    rm -rf "$mysql" "$work" && mkdir -p "$work/root" "$work/out"
+    mapfile -t sources < <(sources_of unstable "$work")
+    say "fetching MySQL from Debian's unstable: half a minute"
+    # A mirror that stands still has an index of yesterday; nothing here is trusted with more than a test's data.
+    mmdebstrap --quiet --variant=extract --include=mysql-server-core,mysql-client-core \
+        --aptopt='Acquire::Check-Valid-Until "false"' unstable "$work/root.tar" "${sources[@]}" >&2 </dev/null || return 1
+    tar -C "$work/root" --exclude='./dev/*' -xf "$work/root.tar"
+    mkdir -p "$work/out"/{bin,share}
+    mv "$work"/root/usr/sbin/mysqld "$work"/root/usr/bin/{mysql,mysqladmin,mysqlcheck} "$work/out/bin/"
+    mv "$work"/root/usr/lib/x86_64-linux-gnu "$work/out/lib"
+    mv "$work"/root/usr/lib/mysql/plugin "$work/out/plugin"
+    mv "$work"/root/usr/share/mysql "$work/out/share/"
+    (cd "$work/out/lib" && rm -rf perl* gconv ldscripts)
+    {
+        "$work/out/lib/ld-linux-x86-64.so.2" --library-path "$work/out/lib" "$work/out/bin/mysqld" --version | sed 's,^[^ ]*/,,'
+        (cd "$work/out" && sha256sum bin/*)
+    } >"$work/out/packages" || return 1
+    rm -rf "$mysql" && mv "$work/out" "$mysql" && rm -rf "$work"
+}
+
 # Our own files come as a second archive behind the base: the kernel unpacks both.
 build_image() { # build_image OUTPUT BASE
     local work=$1.work program
@@ -160,6 +202,7 @@ build_usr() { # build_usr OUTPUT MANIFEST
     for deb in "$work"/debs/*.deb; do
         dpkg-deb --fsys-tarfile "$deb" | tar -C "$root" --no-same-owner --keep-directory-symlink -x
     done
+    [ ! -e "$mysql/packages" ] || cp -a "$mysql" "$root/usr/mysql"
     (cd "$root/usr" && rm -rf share/{doc,man,locale,lintian,bug} lib/postgresql/*/lib/{bitcode,llvmjit*})
     say "making the disk"
     # Without a journal: it is never mounted but for reading.
@@ -194,6 +237,7 @@ build_databases() { # build_databases OUTPUT SMALL USR
     ln "$3/usr" "$work/out/usr"
     {
         cat "$2/manifest" "$3/packages"
+        [ ! -e "$mysql/packages" ] || cat "$mysql/packages"
         (cd "$work/out" && sha256sum initramfs usr)
     } >"$work/out/manifest"
     rm -rf "$1" && mv "$work/out" "$1" && rm -rf "$work"
@@ -249,6 +293,13 @@ build_debian() { # build_debian OUTPUT SMALL ROOT
     rm -rf "$1" && mv "$work" "$1"
 }
 
+if [ "${1:-}" = mysql ]; then
+    mkdir -p "$target"
+    exec 9>"$target/.mysql.lock"
+    flock 9
+    fetch_mysql || say "MySQL: SKIPPED, for Debian's unstable could not be had"
+    exit 0
+fi
 build_programs
 [ "${1:-}" != programs ] || exit 0
 
@@ -292,7 +343,8 @@ if [ "${1:-}" != databases ]; then
 fi
 
 resolve_packages "$databases/packages" >"$cache/usr.new"
-usr=$cache/usr-$(cat "$cache/usr.new" "$databases/packages" "$here/build.sh" | sha256sum | head -c 16)
+"$here/build.sh" mysql
+usr=$cache/usr-$(cat "$cache/usr.new" "$databases/packages" "$here/build.sh" $([ ! -e "$mysql/packages" ] || echo "$mysql/packages") | sha256sum | head -c 16)
 if [ ! -d "$usr" ]; then
     build_usr "$usr" "$cache/usr.new"
 fi

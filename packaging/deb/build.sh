@@ -117,5 +117,6 @@ writer() { # writer SERVER USER TITLE
 }
 writer postgresql postgres PostgreSQL
 writer mariadb mysql MariaDB
+writer mysql mysql MySQL
 writer redis redis Redis
 writer etcd etcd etcd

@@ -17,6 +17,7 @@ const NAME: &str = "vmshadow-guest-agent";
 const SERVERS: &[(&str, &str)] = &[
     ("postgresql", "postgres"),
     ("mariadb", "mysql"),
+    ("mysql", "mysql"),
     ("redis", "redis"),
     ("etcd", "etcd"),
 ];
@@ -28,6 +29,7 @@ const MANUALS: &[(&str, &str)] = &[
     ("unit-writer", "unit-writer.8"),
     ("postgresql-writer", "postgresql-writer.8"),
     ("mariadb-writer", "mariadb-writer.8"),
+    ("mysql-writer", "mysql-writer.8"),
     ("redis-writer", "redis-writer.8"),
     ("etcd-writer", "etcd-writer.8"),
 ];
@@ -396,7 +398,7 @@ fn writers_are_off_until_they_are_enabled(debian: &Debian, packages: &[String]) 
         ensure!(!verified.contains("vmshadow"), "{verified}");
         debian.run(&format!("systemctl enable {unit}"))?;
     }
-    debian.run("rm /etc/default/vmshadow-sqlite-writer-root; apt-get -y purge vmshadow-writer-postgresql vmshadow-writer-mariadb vmshadow-writer-redis vmshadow-writer-etcd")?;
+    debian.run("rm /etc/default/vmshadow-sqlite-writer-root; apt-get -y purge vmshadow-writer-postgresql vmshadow-writer-mariadb vmshadow-writer-mysql vmshadow-writer-redis vmshadow-writer-etcd")?;
     for (server, _) in SERVERS {
         let state = debian.state(&format!("vmshadow-writer-{server}"))?;
         ensure!(state.is_empty(), "{server}: {state}");

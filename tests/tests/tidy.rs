@@ -61,6 +61,8 @@ const CRATES: &[&str] = &[
     "guest-agent/writers/database",
     "guest-agent/writers/etcd",
     "guest-agent/writers/mariadb",
+    "guest-agent/writers/mysql",
+    "guest-agent/writers/mysql-family",
     "guest-agent/writers/postgresql",
     "guest-agent/writers/redis",
     "guest-agent/writers/sqlite",

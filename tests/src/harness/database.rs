@@ -28,6 +28,8 @@ pub enum Kind {
     Postgresql,
     /// MariaDB, with a binary log.
     Mariadb,
+    /// MySQL as Debian's unstable has it, with a binary log.
+    Mysql,
     /// Redis with an append-only file.
     Redis,
     /// Redis with dumps alone.
@@ -43,6 +45,7 @@ impl Kind {
         match self {
             Self::Postgresql => "postgresql",
             Self::Mariadb => "mariadb",
+            Self::Mysql => "mysql",
             Self::Redis => "redis",
             Self::RedisDump => "redis-dump",
             Self::Etcd => "etcd",
@@ -55,6 +58,7 @@ impl Kind {
         match self {
             Self::Postgresql => "PostgreSQL",
             Self::Mariadb => "MariaDB",
+            Self::Mysql => "MySQL",
             Self::Redis | Self::RedisDump => "Redis",
             Self::Etcd => "etcd",
         }
@@ -101,7 +105,7 @@ impl Kind {
 
     fn found_of(self, vm: &Vm, client: usize) -> Result<Found> {
         let numbers = match self {
-            Self::Postgresql | Self::Mariadb => {
+            Self::Postgresql | Self::Mariadb | Self::Mysql => {
                 let table = format!(
                     "SELECT (SELECT id FROM latest WHERE client = {client}), count(*), coalesce(max(id), 0) \
                      FROM tx WHERE client = {client}"
@@ -181,6 +185,16 @@ impl Kind {
                 let recorded = text("gtid_binlog_pos")?;
                 ensure!(end == recorded, "recovered to {end}, recorded {recorded}");
             }
+            Self::Mysql => {
+                let recorded = text("gtid_executed")?;
+                let has_all =
+                    format!("SELECT GTID_SUBSET('{recorded}', @@gtid_executed), @@gtid_executed");
+                let answer = self.ask(vm, &has_all.replace('\'', "\\\""))?;
+                ensure!(
+                    answer.starts_with("1\t"),
+                    "recovered to {answer}, recorded {recorded}"
+                );
+            }
             Self::Redis => {
                 let recorded: u64 = text("aof_current_size")?.parse()?;
                 let bytes = |part: &str| -> Result<u64> {
@@ -231,7 +245,7 @@ impl Kind {
         clients: usize,
     ) -> Result<Vec<Found>> {
         match self {
-            Self::Postgresql | Self::Mariadb => {
+            Self::Postgresql | Self::Mariadb | Self::Mysql => {
                 self.run(vm, "start", directory)?;
                 self.reaches(origin, vm, directory, evidence)?;
                 let found = self.found(vm, clients)?;

@@ -92,6 +92,12 @@ pub fn databases_image() -> Result<&'static GuestImage> {
     once(&IMAGE, Some("databases"))
 }
 
+/// Whether that guest has MySQL, too, which comes from another release of Debian.
+pub fn has_mysql() -> Result<bool> {
+    databases_image()?;
+    Ok(target().join("mysql/packages").exists())
+}
+
 /// The same for the guest that is a Debian with its own systemd. Building it needs root.
 pub fn debian_image() -> Result<&'static GuestImage> {
     static IMAGE: OnceLock<Result<GuestImage, String>> = OnceLock::new();

@@ -1,7 +1,7 @@
 //! What the writers of database servers share: who they are and where their agent is (command line), where a server's files
 //! lie, and calls of an asynchronous client from the writer library's blocking methods, none without a limit.
 //!
-//! Called by the writers for PostgreSQL, MariaDB and Redis. It knows no database.
+//! Called by the writers for PostgreSQL, MariaDB, MySQL, Redis and etcd. It knows no database.
 
 use clap::Args;
 use guest_agent::filesystem::plan::Sources;

@@ -7,179 +7,87 @@
 //!
 //! InnoDB recovers a copy of one instant by itself; the stages also keep Aria, MyISAM and the definitions of tables whole.
 
-mod session;
-
-use database_writer::{Calls, Disks, Identity};
-use guest_agent_wire::components::ComponentReply;
-use guest_agent_wire::metadata::{Component, FileSet, Metadata, Source};
-use guest_agent_wire::sdk::{Call, Held, Veto, Writer};
+use database_writer::Calls;
+use guest_agent_wire::sdk::{Call, Veto};
 use guest_agent_wire::types::Hold;
-use guest_agent_wire::writer::{
-    BackupShutdown, Freeze, PrepareBackup, PrepareSnapshot, Registration, Thaw,
-};
-use mysql_async::Opts;
-use serde_json::Value;
-use session::{Layout, Session};
-use std::time::Duration;
-
-/// Class of this writer; allow files name it.
-pub const CLASS_ID: &str = "mariadb";
+use mysql_family::{Kind, Layout, Session, SessionWriter, Statements};
+use serde_json::{Value, json};
 
 /// The writer.
+pub type MariadbWriter = SessionWriter<Mariadb>;
+
+/// Where files lie: what belongs to the server, then tables with a directory of their own.
+const LAYOUT: &str = "SELECT @@version, @@datadir, @@innodb_data_home_dir, @@innodb_log_group_home_dir, @@innodb_undo_directory, \
+     @@log_bin_basename";
+const TABLES_ELSEWHERE: &str =
+    "SELECT filename FROM information_schema.innodb_sys_tablespaces WHERE filename LIKE '/%'";
+
+/// What is said to MariaDB.
 #[derive(Debug)]
-pub struct MariadbWriter {
-    identity: Identity,
-    options: Opts,
-    disks: Disks,
-    calls: Calls,
-    /// From prepare to the end of the set.
-    session: Option<Session>,
-    /// Looks after the other from the freeze on; from prepare until then.
-    watcher: Option<Session>,
-}
+pub struct Mariadb;
 
-impl MariadbWriter {
-    /// For the server that `options` reach; it connects at each set anew.
-    ///
-    /// # Errors
-    /// No thread could be started.
-    pub fn new(identity: Identity, options: Opts, disks: Disks) -> std::io::Result<Self> {
-        Ok(Self {
-            identity,
-            options,
-            disks,
-            calls: Calls::new()?,
-            session: None,
-            watcher: None,
-        })
-    }
+impl Statements for Mariadb {
+    const KIND: Kind = Kind {
+        class_id: "mariadb",
+        name: "MariaDB",
+        service: "mariadb",
+        hold: Hold::App,
+        processlist: "information_schema.processlist",
+        temporary: Some("#sql*"),
+    };
 
-    fn connect(&self, call: &Call<'_>) -> Result<Session, Veto> {
-        Session::connect(self.options.clone(), &self.calls, call)
-    }
-
-    fn layout(&self, call: &Call<'_>) -> Result<Layout, Veto> {
-        let mut session = self.connect(call)?;
-        let layout = session.layout(&self.calls, call);
-        session.close(&self.calls);
-        layout
-    }
-
-    /// Lets go: a session that ends releases its locks.
-    fn let_go(&mut self) {
-        self.watcher = None;
-        if let Some(session) = self.session.take() {
-            session.close(&self.calls);
-        }
-    }
-}
-
-impl Writer for MariadbWriter {
-    fn registration(&self) -> Registration {
-        let address = self.options.socket().map_or_else(
-            || {
-                format!(
-                    "{}:{}",
-                    self.options.ip_or_hostname(),
-                    self.options.tcp_port()
-                )
-            },
-            str::to_owned,
+    fn layout(session: &mut Session, calls: &Calls, call: &Call<'_>) -> Result<Layout, Veto> {
+        type Settings = (
+            String,
+            String,
+            Option<String>,
+            Option<String>,
+            Option<String>,
+            Option<String>,
         );
-        self.identity
-            .registration(CLASS_ID, "MariaDB", &address, Hold::App)
-    }
-
-    fn identify(&mut self, call: &Call<'_>) -> Result<Metadata, Veto> {
-        let layout = self.layout(call)?;
-        let mut server = Component::database("", "server");
-        server.selectable_for_restore = true;
-        server.database_files = layout
-            .paths()
-            .iter()
-            .map(|path| FileSet::tree(path.to_string_lossy()))
-            .collect();
-        let temporary = FileSet {
-            spec: "#sql*".to_owned(),
-            ..FileSet::tree(layout.data.to_string_lossy())
+        let settings: Vec<Settings> = session.rows(calls, call, LAYOUT)?;
+        let tables: Vec<String> = session.rows(calls, call, TABLES_ELSEWHERE)?;
+        let Some((version, data, system, log, undo, binlog)) = settings.into_iter().next() else {
+            return Err(Veto::nonretryable(
+                "the server does not tell its directories",
+            ));
         };
-        Ok(Metadata {
-            version: layout.version,
-            source: Source::TransactedDb,
-            restore_method: Some(self.identity.restoring("mariadb")),
-            excludes: vec![temporary],
-            components: vec![server],
-            ..Metadata::default()
-        })
+        let directories = [system, log, undo].into_iter().flatten();
+        // The binary log is a name, and so are tables.
+        let files = binlog.into_iter().chain(tables);
+        Ok(Layout::new(version, data, directories, files))
     }
 
-    fn prepare_backup(
-        &mut self,
-        call: &Call<'_>,
-        backup: &PrepareBackup,
-    ) -> Result<Vec<ComponentReply>, Veto> {
-        let layout = self.layout(call)?;
-        match self.disks.not_held(&backup.disks, &layout.paths()) {
-            Some(why) => Err(Veto::inconsistent(why)),
-            None => Ok(Vec::new()),
-        }
+    /// Keeps others from beginning a backup, and lets the server do what takes long.
+    fn start(session: &mut Session, calls: &Calls, call: &Call<'_>) -> Result<(), Veto> {
+        session.run(calls, call, "BACKUP STAGE START")
     }
 
-    fn prepare_snapshot(&mut self, call: &Call<'_>, _: &PrepareSnapshot) -> Result<(), Veto> {
-        self.let_go();
-        let mut watcher = self.connect(call)?;
-        watcher.may_idle(&self.calls, call)?;
-        let mut session = self.connect(call)?;
-        session.start(&self.calls, call)?;
-        self.session = Some(session);
-        self.watcher = Some(watcher);
-        Ok(())
+    /// Holds all commits. The stages that were skipped run by themselves.
+    fn freeze(session: &mut Session, calls: &Calls, call: &Call<'_>) -> Result<(), Veto> {
+        session.run(calls, call, "BACKUP STAGE BLOCK_COMMIT")
     }
 
-    fn freeze(&mut self, call: &Call<'_>, hold: &Freeze) -> Result<Value, Veto> {
-        let (Some(session), Some(watcher)) = (&mut self.session, self.watcher.take()) else {
-            return Err(Veto::retryable("it was not prepared"));
-        };
-        let hold = Duration::from_millis(hold.hold_ms);
-        let frozen = session
-            .block(&self.calls, hold, call)
-            .and_then(|()| session.position(&self.calls, call));
-        session.watch_from(watcher, &self.calls);
-        if frozen.is_err() {
-            self.let_go();
-        }
-        frozen
+    /// Lets commits go on.
+    fn end(session: &mut Session, calls: &Calls, call: &Call<'_>) -> Result<(), Veto> {
+        session.run(calls, call, "BACKUP STAGE END")
     }
 
-    fn still_holds(&mut self) -> Result<(), String> {
-        match &self.session {
-            Some(session) => session.still_holds(),
-            None => Err("there is no session with the server".to_owned()),
-        }
-    }
-
-    fn thaw(&mut self, call: &Call<'_>, _: &Thaw) -> Result<Held, Veto> {
-        let Some(session) = &mut self.session else {
-            return Err(Veto::retryable("it was not frozen"));
-        };
-        // Asked for before commits go on.
-        let evidence = session.position(&self.calls, call);
-        let ended = session.end(&self.calls, call);
-        self.let_go();
-        ended?;
-        Ok(Held {
-            held: true,
-            evidence: evidence?,
-        })
-    }
-
-    fn backup_shutdown(&mut self, _: &BackupShutdown) -> Result<(), Veto> {
-        self.let_go();
-        Ok(())
-    }
-
-    fn abort(&mut self, _: &str, _: &str) {
-        self.let_go();
+    /// What every commit moves, if there is a binary log; and the session, which the lock belongs to.
+    fn position(session: &mut Session, calls: &Calls, call: &Call<'_>) -> Result<Value, Veto> {
+        let ids: Vec<(u64, Option<String>)> =
+            session.rows(calls, call, "SELECT CONNECTION_ID(), @@gtid_binlog_pos")?;
+        let logs: Vec<(String, u64, String, String)> =
+            session.rows(calls, call, "SHOW MASTER STATUS")?;
+        let (session, gtid) = ids.into_iter().next().unwrap_or_default();
+        let log = logs.into_iter().next();
+        let (file, position) = log.map(|(file, position, ..)| (file, position)).unzip();
+        Ok(json!({
+            "session": session,
+            "gtid_binlog_pos": gtid,
+            "binlog_file": file,
+            "binlog_position": position,
+        }))
     }
 }
 

@@ -5,12 +5,15 @@ mod server;
 
 use super::*;
 use agent::Agent;
-use guest_agent_wire::sdk;
+use database_writer::{Disks, Identity};
+use guest_agent_wire::sdk::{self, Writer as _};
 use guest_agent_wire::types::WriterFailure;
-use guest_agent_wire::writer::{EventKind, Release, Reply};
+use guest_agent_wire::writer::{
+    EventKind, Freeze, PrepareBackup, PrepareSnapshot, Release, Reply, Thaw,
+};
 use server::Server;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -92,10 +95,16 @@ fn a_commit_moves_the_evidence() {
     server.ask("CREATE DATABASE d; CREATE TABLE d.t (x INT) ENGINE=InnoDB");
     let writer = writer(&server);
     let mut session = writer.connect(&call()).unwrap();
-    let before = session.position(&writer.calls, &call()).unwrap();
-    assert_eq!(session.position(&writer.calls, &call()).unwrap(), before);
+    let before = Mariadb::position(&mut session, writer.calls(), &call()).unwrap();
+    assert_eq!(
+        Mariadb::position(&mut session, writer.calls(), &call()).unwrap(),
+        before
+    );
     server.ask("INSERT INTO d.t VALUES (1)");
-    assert_ne!(session.position(&writer.calls, &call()).unwrap(), before);
+    assert_ne!(
+        Mariadb::position(&mut session, writer.calls(), &call()).unwrap(),
+        before
+    );
 }
 
 #[test]
@@ -231,7 +240,7 @@ fn every_directory_of_the_server_is_named_also_that_of_a_table_elsewhere() {
     ));
     let writer = writer(&server);
     let mut session = writer.connect(&call()).unwrap();
-    let layout = session.layout(&writer.calls, &call()).unwrap();
+    let layout = Mariadb::layout(&mut session, writer.calls(), &call()).unwrap();
     assert_eq!(layout.data, server.data());
     let has_table = layout
         .elsewhere

@@ -40,7 +40,7 @@ fn statements(client: usize, id: u64, began_us: u64) -> [String; 4] {
 /// A client's connection.
 enum Connection {
     Postgresql(tokio_postgres::Client),
-    Mariadb(mysql_async::Conn),
+    Mysql(mysql_async::Conn),
     Redis(redis::aio::MultiplexedConnection),
     Etcd(etcd::Client),
 }
@@ -54,11 +54,11 @@ impl Connection {
                 tokio::spawn(half);
                 Self::Postgresql(client)
             }
-            "mariadb" => Self::Mariadb(
+            "mariadb" | "mysql" => Self::Mysql(
                 mysql_async::Conn::new(
                     mysql_async::OptsBuilder::default()
                         .socket(Some(address))
-                        .user(Some("mysql"))
+                        .user(Some(if kind == "mysql" { "client" } else { "mysql" }))
                         .db_name(Some("test")),
                 )
                 .await?,
@@ -77,7 +77,7 @@ impl Connection {
     async fn run(&mut self, statement: &str) -> Result<()> {
         match self {
             Self::Postgresql(connection) => connection.batch_execute(statement).await?,
-            Self::Mariadb(connection) => connection.query_drop(statement).await?,
+            Self::Mysql(connection) => connection.query_drop(statement).await?,
             Self::Redis(_) | Self::Etcd(_) => bail!("it has no statements"),
         }
         Ok(())
@@ -109,7 +109,7 @@ impl Connection {
                 let id: i64 = connection.query_one(&query, &[]).await?.try_get(0)?;
                 u64::try_from(id)?
             }
-            Self::Mariadb(connection) => connection.query_first(query).await?.unwrap_or(0),
+            Self::Mysql(connection) => connection.query_first(query).await?.unwrap_or(0),
             Self::Redis(_) | Self::Etcd(_) => 0,
         })
     }
@@ -119,7 +119,7 @@ impl Connection {
         match self {
             // All in one message, as a pooled application would.
             Self::Postgresql(connection) => connection.batch_execute(&statements.join(";")).await?,
-            Self::Mariadb(connection) => {
+            Self::Mysql(connection) => {
                 for statement in statements {
                     connection.query_drop(statement).await?;
                 }
