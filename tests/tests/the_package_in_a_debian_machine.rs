@@ -3,6 +3,8 @@
 
 #[path = "the_package_in_a_debian_machine/accounts.rs"]
 mod accounts;
+#[path = "the_package_in_a_debian_machine/file_systems.rs"]
+mod file_systems;
 #[path = "the_package_in_a_debian_machine/network_file_systems.rs"]
 mod network_file_systems;
 #[path = "the_package_in_a_debian_machine/power.rs"]
@@ -164,6 +166,20 @@ fn it_goes_through_stops_upgrades_a_dead_nfs_server_and_reboots() -> Result<()> 
     power::is_off_as_qemus_own_agent_puts_it(&site)?;
     tell("power");
     Ok(())
+}
+
+#[test]
+fn the_root_freezes_last_and_what_cannot_freeze_lowers_the_level() -> Result<()> {
+    if !may_run() {
+        return Ok(());
+    }
+    let site = start("freezes")?;
+    site.vm
+        .shell("dpkg -r qemu-guest-agent >&2 && dpkg -i /root/older.deb >&2")?;
+    site.willing_writer()?;
+    site.wait_for_writer("willing")?;
+    file_systems::freeze_in_order(&site)?;
+    file_systems::without_a_freeze_are_told(&site)
 }
 
 /// QEMU's own agent, on a port of its own.
