@@ -1,6 +1,6 @@
 //! What is done to a running machine from outside while its guest is frozen: the agent's port or a disk is pulled out, a migration begins.
-//! The set is refused, nothing stays frozen, and the next one is good. What a frozen guest still answers, and what a set without writers
-//! is called, is seen in the same machine.
+//! The set is refused, nothing stays frozen, and the next one is good; a disk that is plugged in does it no
+//! harm. What a frozen guest still answers, and what a set without writers is called, is seen in the same machine.
 
 use std::time::Duration;
 
@@ -19,6 +19,10 @@ const ENDS_WITHIN: Duration = Duration::from_secs(150);
 const TOO_LATE: [&str; 2] = ["HOLD_BROKEN", "HOLD_WRITES_TIMEOUT"];
 /// Bytes a second: the machine's memory never gets over.
 const SLOW: u64 = 4096;
+
+/// Waits until the guest has disk `b`.
+const SEES_B: &str = "until disk=$(grep -lx b /sys/block/vd*/serial); do usleep 100000; done";
+const MOUNT_B: &str = "mount -t ext4 /dev/$(echo $disk | cut -d/ -f4) /mnt/b";
 
 /// A set during which, after the freeze, something is done; the guest is thawed when it is over.
 fn set_with(site: &Site, act: impl FnOnce() -> Result<()>) -> Result<Answer> {
@@ -43,10 +47,15 @@ fn takes_writes(site: &Site, disk: &str) -> Result<()> {
     Ok(())
 }
 
-/// The set that is kept in the end. An emulated machine may be too slow for the window once; not three times.
+/// A set with this in the window that is kept in the end.
 fn good(site: &Site, act: impl Fn() -> Result<()>) -> Result<Answer> {
+    in_time(site, || set_with(site, &act))
+}
+
+/// An emulated machine may be too slow for the window once; not three times.
+fn in_time(site: &Site, take: impl Fn() -> Result<Answer>) -> Result<Answer> {
     for _ in 0..3 {
-        let answer = set_with(site, &act)?;
+        let answer = take()?;
         if answer.code == 0 {
             ensure!(answer.at("/level-reached")? == "application", "{answer:#?}");
             delete(site, &answer)?;
@@ -77,6 +86,7 @@ fn ports_disks_and_migrations_in_the_window_refuse_the_set_and_leave_the_guest_t
     probes_are_answered(&site)?;
     the_port_is_pulled_out(&site)?;
     a_migration_begins(&site)?;
+    a_disk_is_plugged_in(&site)?;
     a_disk_is_pulled_out(&site)
 }
 
@@ -167,6 +177,30 @@ fn a_migration_begins(site: &Site) -> Result<()> {
     good(site, || Ok(())).map(drop)
 }
 
+/// The volumes that a set has copies of.
+fn copied(set: &Answer) -> Result<Vec<&str>> {
+    let copies = set.at("/copies")?.as_array().context("copies")?;
+    let volumes = copies.iter().map(|copy| copy["volume"].as_str());
+    volumes.collect::<Option<_>>().context("no volume")
+}
+
+/// It is in no set that has begun, and in the next one.
+fn a_disk_is_plugged_in(site: &Site) -> Result<()> {
+    site.vm.shell("umount /mnt/b")?;
+    let set = in_time(site, || {
+        site.pull(1)?;
+        let answer = set_with(site, || site.put_back(1))?;
+        // Its own time: it looks at a slot for seconds.
+        site.vm.shell(SEES_B)?;
+        Ok(answer)
+    })?;
+    ensure!(copied(&set)? == ["a"], "{set:#?}");
+    site.vm.shell(&format!("{SEES_B}; {MOUNT_B}"))?;
+    let set = good(site, || Ok(()))?;
+    ensure!(copied(&set)? == ["a", "b"], "{set:#?}");
+    Ok(())
+}
+
 /// One that nothing is mounted from, and then one that is frozen.
 fn a_disk_is_pulled_out(site: &Site) -> Result<()> {
     for mounted in [false, true] {
@@ -195,10 +229,7 @@ fn a_disk_is_pulled_out(site: &Site) -> Result<()> {
                 Ok(removed.ok().map(drop))
             })?;
             site.put_back(1)?;
-            site.vm.shell(
-                "until disk=$(grep -lx b /sys/block/vd*/serial); do usleep 100000; done
-                 mount -t ext4 /dev/$(echo $disk | cut -d/ -f4) /mnt/b",
-            )?;
+            site.vm.shell(&format!("{SEES_B}; {MOUNT_B}"))?;
             good(site, || Ok(()))?;
         }
     }
