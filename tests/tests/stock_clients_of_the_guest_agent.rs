@@ -82,7 +82,7 @@ echo 'ann:*:19000:0:99999:7:::' >>/etc/shadow
 printf '#!/bin/sh\nread -r line; user=${line%%%%:*}; grep -q "^$user:" /etc/passwd || exit 1\nsed -i "s|^$user:[^:]*:|$user:${line#*:}$1:|" /etc/shadow\n' >/sbin/chpasswd
 chmod 755 /sbin/chpasswd
 ln -sf /bin/busybox /sbin/hwclock
-printf '#!/bin/sh\necho "$@" >/dev/console\npoweroff -f\n' >/sbin/shutdown
+printf '#!/bin/sh\necho "shutdown: $@" >/dev/console\npoweroff -f\n' >/sbin/shutdown
 chmod 755 /sbin/shutdown
 "#;
 
@@ -237,14 +237,7 @@ fn every_word_of_virsh_that_asks_an_agent_is_answered_by_ours() -> Result<()> {
         ensure!(!say(&["get-user-sshkeys", "ann"], &[])?.contains("ssh-rsa"));
         let run = r#"{"execute":"guest-exec","arguments":{"path":"/bin/echo"}}"#;
         say(&["qemu-agent-command", run], &["pid"])?;
-
-        snapshots_of_libvirts_own(libvirt, &shell)?;
-
-        say(&["shutdown", "--mode", "agent"], &[])?;
-        wait::until("the domain to end", wait::STEP, || {
-            let running = libvirt.virsh(&["list", "--name"])?;
-            Ok((!running.contains(name)).then_some(()))
-        })
+        libvirt.destroy()
     };
     check().with_context(|| libvirt.log())
 }
@@ -302,6 +295,40 @@ fn virsh_says_of_ours_what_it_says_of_qemus_own_agent() -> Result<()> {
         libvirt.destroy()
     };
     check().with_context(|| libvirt.log())
+}
+
+/// Lets libvirt take snapshots and shut the machine down by the agent that the small script starts; what the machine was told to do.
+fn snapshots_and_a_shutdown(start_agent: &str) -> Result<String> {
+    let domain = Domain::start("either", image::databases_image()?)?;
+    let libvirt = &domain.libvirt;
+    let name = libvirt.domain();
+    let check = || -> Result<String> {
+        let shell = libvirt.shell()?;
+        shell.shell(ACCOUNTS_AND_PROGRAMS)?;
+        shell.shell(start_agent)?;
+        snapshots_of_libvirts_own(libvirt, &shell)?;
+        libvirt.virsh(&["shutdown", name, "--mode", "agent"])?;
+        wait::until("the domain to end", wait::STEP, || {
+            let running = libvirt.virsh(&["list", "--name"])?;
+            Ok((!running.contains(name)).then_some(()))
+        })?;
+        let log = libvirt.log();
+        let told = log.lines().find(|line| line.contains("shutdown:"));
+        Ok(told.context("it was not told to end")?.trim().to_owned())
+    };
+    check().with_context(|| libvirt.log())
+}
+
+#[test]
+fn libvirts_quiesced_snapshots_and_shutdowns_are_the_same_by_qemus_own_agent_and_by_ours()
+-> Result<()> {
+    if !libvirt_runs() {
+        return Ok(());
+    }
+    let theirs = snapshots_and_a_shutdown(virsh_script::STOCK)?;
+    let ours = snapshots_and_a_shutdown("pidof guest-agent && ! pidof qemu-ga")?;
+    ensure!(theirs == ours, "theirs: {theirs}, ours: {ours}");
+    Ok(())
 }
 
 #[test]

@@ -24,9 +24,10 @@ const ROUNDS: usize = 10;
 const CLIENTS: usize = 3;
 /// Length of a turn; a set takes a part of it.
 const TURN: Duration = Duration::from_secs(4);
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 6] = [
     Kind::Postgresql,
     Kind::Mariadb,
+    Kind::Mysql,
     Kind::Redis,
     Kind::RedisDump,
     Kind::Etcd,
@@ -171,6 +172,10 @@ fn main() -> Result<()> {
     };
     let mut report = serde_json::Map::new();
     for kind in KINDS {
+        if kind == Kind::Mysql && !image::has_mysql()? {
+            eprintln!("SKIPPED: no MySQL in target/mysql (`images/build.sh mysql`)");
+            continue;
+        }
         report.insert(kind.name().to_owned(), measure(kind, rounds)?);
     }
     let directory = image::target().join("bench");
