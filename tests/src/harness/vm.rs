@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::disk::FileSystem;
@@ -459,11 +459,14 @@ impl Vm {
         })
     }
 
-    /// Pulls out a virtio-serial port. Its socket stays and nobody is behind it.
+    /// Pulls out a virtio-serial port, and waits until QEMU has said so to all its monitors. Its socket stays and nobody is behind it.
     pub fn pull_port(&self, name: &str) -> Result<()> {
-        self.monitor()?
-            .execute("device_del", json!({ "id": name }))?;
-        Ok(())
+        let mut monitor = self.monitor()?;
+        monitor.execute("device_del", json!({ "id": name }))?;
+        // QEMU says so when nothing of it is in use any more, which is later than the guest knows.
+        let is_it =
+            |event: &Value| event["event"] == "DEVICE_DELETED" && event["data"]["device"] == name;
+        monitor.event(is_it).map(drop)
     }
 
     /// Puts it back, under the number that it had.
