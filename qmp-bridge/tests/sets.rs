@@ -760,6 +760,45 @@ async fn a_disk_that_is_not_ours_refuses_application_unless_excluded() {
 }
 
 #[tokio::test]
+async fn a_disk_that_is_plugged_in_while_the_set_is_made_rules_out_application() {
+    // By the word of the agent it could have been mounted, and a writer's files on it, when `prepare` was answered.
+    let plug_in = |world: &World| {
+        let block = Arc::clone(&world.qemu.block);
+        let entry = json!({"device": "", "qdev": "/machine/peripheral/late/virtio-backend",
+            "inserted": {"ro": false, "file": "/l.qcow2", "node-name": "l"}, "type": "unknown"});
+        let hit = Fault::Meanwhile(Arc::new(move || block.lock().unwrap().push(entry.clone())));
+        world.agent.peer.on("prepare", hit);
+    };
+    let world = World::new();
+    plug_in(&world);
+    let document = world.create(application()).await;
+    assert_eq!(document.outcome, Outcome::Refused, "{document:#?}");
+    assert_eq!(code(&document), ReasonCode::VmDisturbed);
+    let reason = document.reason.as_ref().unwrap();
+    assert!(reason.retryable && reason.message.contains("late: plugged in"));
+    world.assert_nothing_left();
+
+    let world = World::new();
+    plug_in(&world);
+    let document = world.create(best_effort()).await;
+    assert_eq!(document.level_reached, Some(Level::Filesystem));
+    assert_eq!(document.uncovered_disks.len(), 1, "{document:#?}");
+
+    let world = World::new();
+    plug_in(&world);
+    let leaving_out = CreateRequest {
+        exclude_disks: vec!["late".to_owned()],
+        ..CreateRequest::default()
+    };
+    let document = world.create(leaving_out).await;
+    assert_eq!(
+        document.level_reached,
+        Some(Level::Application),
+        "{document:#?}"
+    );
+}
+
+#[tokio::test]
 async fn writers_that_cannot_be_told_do_not_undo_a_kept_set() {
     for fault in [Fault::Refuse("INTERNAL"), Fault::Hang, Fault::Close] {
         let world = World::new();

@@ -1,6 +1,7 @@
-//! What is done to a running machine from outside while its guest is frozen: the agent's port or a disk is pulled out, a migration begins.
-//! The set is refused, nothing stays frozen, and the next one is good; a disk that is plugged in does it no
-//! harm. What a frozen guest still answers, and what a set without writers is called, is seen in the same machine.
+//! What is done to a running machine from outside while its guest is frozen: the agent's port or a disk is pulled out, a disk is plugged in,
+//! a migration begins.
+//! The set is refused, nothing stays frozen, and the next one is good. What a frozen guest still answers, and what a set without writers
+//! is called, is seen in the same machine.
 
 use std::time::Duration;
 
@@ -26,7 +27,11 @@ const MOUNT_B: &str = "mount -t ext4 /dev/$(echo $disk | cut -d/ -f4) /mnt/b";
 
 /// A set during which, after the freeze, something is done; the guest is thawed when it is over.
 fn set_with(site: &Site, act: impl FnOnce() -> Result<()>) -> Result<Answer> {
-    let mut create = site.bridge.start(&["create"], Some("frozen"))?;
+    set_with_at(site, "frozen", act)
+}
+
+fn set_with_at(site: &Site, step: &str, act: impl FnOnce() -> Result<()>) -> Result<Answer> {
+    let mut create = site.bridge.start(&["create"], Some(step))?;
     create.wait_stopped()?;
     act()?;
     create.go_on()?;
@@ -47,15 +52,10 @@ fn takes_writes(site: &Site, disk: &str) -> Result<()> {
     Ok(())
 }
 
-/// A set with this in the window that is kept in the end.
+/// The set that is kept in the end. An emulated machine may be too slow for the window once; not three times.
 fn good(site: &Site, act: impl Fn() -> Result<()>) -> Result<Answer> {
-    in_time(site, || set_with(site, &act))
-}
-
-/// An emulated machine may be too slow for the window once; not three times.
-fn in_time(site: &Site, take: impl Fn() -> Result<Answer>) -> Result<Answer> {
     for _ in 0..3 {
-        let answer = take()?;
+        let answer = set_with(site, &act)?;
         if answer.code == 0 {
             ensure!(answer.at("/level-reached")? == "application", "{answer:#?}");
             delete(site, &answer)?;
@@ -184,20 +184,30 @@ fn copied(set: &Answer) -> Result<Vec<&str>> {
     volumes.collect::<Option<_>>().context("no volume")
 }
 
-/// It is in no set that has begun, and in the next one.
+/// Behind the choice of the disks and before the freeze there is time to mount it; in the window it is in no copy all the same. The next set
+/// has it.
 fn a_disk_is_plugged_in(site: &Site) -> Result<()> {
-    site.vm.shell("umount /mnt/b")?;
-    let set = in_time(site, || {
+    for step in ["storage-prepared", "frozen"] {
+        site.vm.shell("umount /mnt/b")?;
         site.pull(1)?;
-        let answer = set_with(site, || site.put_back(1))?;
-        // Its own time: it looks at a slot for seconds.
-        site.vm.shell(SEES_B)?;
-        Ok(answer)
-    })?;
-    ensure!(copied(&set)? == ["a"], "{set:#?}");
-    site.vm.shell(&format!("{SEES_B}; {MOUNT_B}"))?;
-    let set = good(site, || Ok(()))?;
-    ensure!(copied(&set)? == ["a", "b"], "{set:#?}");
+        let answer = set_with_at(site, step, || {
+            site.put_back(1)?;
+            if step != "frozen" {
+                site.vm.shell(&format!("{SEES_B}; {MOUNT_B}"))?;
+            }
+            Ok(())
+        })?;
+        site.was_refused(&answer, &["VM_DISTURBED"])?;
+        let why = answer.at("/reason/message")?.to_string();
+        ensure!(why.contains("disk1: plugged in"), "{why}");
+        // The guest looks at a slot for seconds.
+        site.vm.shell(&format!(
+            "{SEES_B}; grep -q ' /mnt/b ' /proc/mounts || {MOUNT_B}"
+        ))?;
+        takes_writes(site, "b")?;
+        let set = good(site, || Ok(()))?;
+        ensure!(copied(&set)? == ["a", "b"], "{set:#?}");
+    }
     Ok(())
 }
 

@@ -132,7 +132,7 @@ pub enum ReasonCode {
     VmNotRunning,
     /// The VM migrates.
     VmMigrating,
-    /// The VM was paused, reset, shut down, migrated or lost a disk while it was frozen.
+    /// The VM was paused, reset, shut down, migrated or lost a disk while it was frozen, or got one while the set was made.
     VmDisturbed,
     /// A disk of the VM is not served by vhost-blk.
     DiskNotCovered,

@@ -27,6 +27,8 @@ pub struct Plan {
     pub parts: Vec<DaemonVolumes>,
     /// Disks of the VM that are not in it.
     pub uncovered: Vec<UncoveredDisk>,
+    /// Devices of all disks that the VM had, in it or not.
+    pub devices: Vec<String>,
     /// Levels to attempt, highest first.
     pub attempts: Vec<Level>,
     /// Why levels above the first attempt are out of reach.
@@ -48,6 +50,20 @@ impl Plan {
     #[must_use]
     pub fn every_disk(&self) -> bool {
         self.uncovered.iter().all(|disk| disk.excluded)
+    }
+
+    /// Disks that the VM has by now and had not when the set was planned: what was mounted from them before the freeze was not held.
+    pub fn add_plugged(&mut self, request: &CreateRequest, disks: &[FoundDisk]) {
+        for disk in disks {
+            if self.devices.contains(&disk.device) || disk.backing.is_read_only() {
+                continue;
+            }
+            self.uncovered.push(UncoveredDisk {
+                device: disk.device.clone(),
+                why: "plugged in while the set was made".to_owned(),
+                excluded: !request.disks.is_empty() || request.exclude_disks.contains(&disk.device),
+            });
+        }
     }
 
     /// Writes have to be held on all daemons before any commits: there are several.
@@ -148,6 +164,7 @@ pub fn plan(
     Ok(Plan {
         parts,
         uncovered,
+        devices: disks.iter().map(|disk| disk.device.clone()).collect(),
         attempts,
         lowered_by,
     })

@@ -28,10 +28,16 @@ impl Run<'_> {
             // The answers stand behind every event that came before them.
             let state = async {
                 vm.running().await?;
-                vm.not_migrating().await
+                vm.not_migrating().await?;
+                vm.disks().await
             };
-            if let Err(error) = state.await {
-                self.watch.disturbances.push(error.to_string());
+            match (state.await, &mut self.plan) {
+                (Ok(disks), Some(plan)) => {
+                    plan.add_plugged(&self.doc.request, &disks);
+                    self.doc.uncovered_disks.clone_from(&plan.uncovered);
+                }
+                (Ok(_), None) => {}
+                (Err(error), _) => self.watch.disturbances.push(error.to_string()),
             }
             self.watch.drain();
         }
@@ -133,6 +139,11 @@ impl Run<'_> {
                 }
             }
         }
+        // One that was there before the set refuses it before anything is touched.
+        let plugged = self.doc.uncovered_disks.iter().find(|disk| !disk.excluded);
+        if let Some(disk) = plugged {
+            lines.push(format!("{}: {}", disk.device, disk.why));
+        }
         // By VSS's list a writer failed; that everything else agrees says that writes were held without it.
         let others = [&witnesses.filesystems, &witnesses.time, &witnesses.host];
         let vetoed = self.window.stock_frozen
@@ -142,13 +153,19 @@ impl Run<'_> {
             ReasonCode::WriterVeto
         } else if broken {
             ReasonCode::HoldBroken
+        } else if plugged.is_some() {
+            ReasonCode::VmDisturbed
         } else {
             ReasonCode::LevelNotReached
         };
         let asked = self.doc.level_asked;
         let text = format!("reached {reached}, asked {asked}: {}", lines.join("; "));
         let failure = Failure::new(code, text);
-        if broken { failure.retryable() } else { failure }
+        if broken || plugged.is_some() {
+            failure.retryable()
+        } else {
+            failure
+        }
     }
 
     /// What its level means for the reader of a copy.
