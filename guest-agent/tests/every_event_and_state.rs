@@ -270,6 +270,34 @@ fn a_failed_component_is_told_beside_those_that_did_not_fail() {
 }
 
 #[test]
+fn a_writer_that_calls_a_failed_component_no_failure_has_failed_all_the_same() {
+    if !can_run(&[]) {
+        return;
+    }
+    let failure = json!({"code": "OUTOFRESOURCES", "message": "too many"});
+    let partial = json!({"ok": true, "components": [{"name": "orders", "failure": failure}]});
+
+    let rig = Rig::with("ext4");
+    let mut writer = Played::registered(&rig, "db", "BACK_END", 5_000);
+    let mut bridge = rig.bridge();
+    bridge.send("prepare", json!({"set": "s", "limit_ms": 20_000}));
+    writer.answer("prepare_backup", partial.clone());
+    writer.agree("abort");
+    let refused = failed(&mut bridge);
+    assert!(
+        refused.to_string().contains("component orders: too many"),
+        "{refused:#}"
+    );
+
+    prepare(&mut bridge, std::slice::from_mut(&mut writer));
+    let (posted, _) = finish(&mut bridge, &mut writer, partial, json!({"ok": true}));
+    let report = &posted["writers"][0];
+    assert_eq!(report["state"], "FAILED_AT_POST_SNAPSHOT", "{posted:#}");
+    assert_eq!(report["failure"]["code"], "PARTIAL_FAILURE");
+    assert_eq!(report["components"][0]["failure"], failure);
+}
+
+#[test]
 fn levels_are_asked_one_after_the_other_and_thawed_in_reverse_and_inside_a_level_all_at_once() {
     if !can_run(&[]) {
         return;

@@ -283,6 +283,38 @@ async fn a_writer_that_says_nothing_refuses_alone() {
 }
 
 #[tokio::test]
+async fn a_writer_that_is_gone_before_it_is_asked_refuses_alone() {
+    let writers = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    for (excluded, outcome) in [(false, Outcome::Refused), (true, Outcome::Kept)] {
+        let world = World::new();
+        world
+            .agent
+            .change(|guest| guest.writers = writers(&["db", "queue"]));
+        let guest = Arc::clone(&world.agent.guest);
+        let ends = move || guest.lock().unwrap().writers = writers(&["db"]);
+        world
+            .agent
+            .peer
+            .on("prepare", Fault::Meanwhile(Arc::new(ends)));
+        let request = CreateRequest {
+            exclude_writers: if excluded {
+                writers(&["queue"])
+            } else {
+                Vec::new()
+            },
+            ..application()
+        };
+        let document = world.create(request).await;
+        assert_eq!(document.outcome, outcome, "{document:#?}");
+        if !excluded {
+            assert_eq!(document.witnesses.writers.value, Word::Disagrees);
+            assert!(document.witnesses.writers.evidence[0].contains("queue"));
+            world.assert_nothing_left();
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_writer_whose_position_moved_refuses_alone() {
     let world = World::new();
     world.agent.change(|guest| guest.evidence_at_thaw = 2);
@@ -800,7 +832,7 @@ async fn a_disk_that_is_plugged_in_while_the_set_is_made_rules_out_application()
 
 #[tokio::test]
 async fn writers_that_cannot_be_told_do_not_undo_a_kept_set() {
-    for fault in [Fault::Refuse("INTERNAL"), Fault::Hang, Fault::Close] {
+    for fault in [Fault::Hang, Fault::Close] {
         let world = World::new();
         world.agent.peer.on("post_snapshot", fault);
         let document = world.create(application()).await;
@@ -809,6 +841,24 @@ async fn writers_that_cannot_be_told_do_not_undo_a_kept_set() {
         assert!(document.notes.iter().any(|note| note.contains("not told")));
         assert_eq!(world.storages[0].snapshots().len(), 2);
     }
+}
+
+/// It has asked them, and nobody knows what they said.
+#[tokio::test]
+async fn an_agent_that_cannot_tell_what_writers_said_of_post_snapshot_ends_the_set() {
+    let world = World::new();
+    let fault = Fault::Refuse("INTERNAL");
+    world.agent.peer.on("post_snapshot", fault);
+    let document = world.create(application()).await;
+    assert_eq!(document.outcome, Outcome::Refused, "{document:#?}");
+    assert_eq!(code(&document), ReasonCode::WriterVeto);
+    world.assert_nothing_left();
+}
+
+#[test]
+fn post_snapshot_is_waited_for_longer_than_the_agent_waits_for_a_writer() {
+    let agents = Duration::from_millis(guest_agent_wire::host::POST_SNAPSHOT_MS);
+    assert!(Limits::default().post > agents);
 }
 
 fn fail(world: &World, at: WriterState, how: WriterFailure) {

@@ -190,7 +190,14 @@ impl Participant {
         let said_before = self.said_bytes.0;
         let answer = answer.and_then(|reply| words::fit(reply, said_before, room_bytes));
         let reply = match answer {
-            Ok(reply) if reply.ok => reply,
+            Ok(reply) if reply.ok => match failed_component(&reply.components) {
+                None => reply,
+                // Whatever it says of itself.
+                Some(failure) => {
+                    self.add(reply.components);
+                    return Some(self.fail(step, failure));
+                }
+            },
             Ok(reply) => {
                 self.add(reply.components);
                 let code = reply.code.unwrap_or(WriterFailure::Nonretryable);
@@ -379,4 +386,13 @@ impl Participant {
             metadata: self.metadata.clone(),
         }
     }
+}
+
+/// A component that failed though others did not: its writer has not done what it was asked.
+fn failed_component(components: &[ComponentReply]) -> Option<Failure> {
+    components.iter().find_map(|component| {
+        let why = component.failure.as_ref()?;
+        let text = format!("component {}: {}", component.name, why.message);
+        Some(failure(WriterFailure::PartialFailure, text))
+    })
 }

@@ -4,6 +4,7 @@
 //! Used by `writers` and `participant`.
 
 use super::participant::Participant;
+use guest_agent_wire::host::POST_SNAPSHOT_MS;
 use guest_agent_wire::types::WriterState;
 use guest_agent_wire::writer::{
     Abort, BackupComplete, BackupShutdown, EventKind, Freeze, PostSnapshot, PrepareBackup,
@@ -82,7 +83,7 @@ impl Step {
             Self::PrepareBackup(_) | Self::PrepareSnapshot => {
                 participant.writer.identity().prepare_timeout_ms
             }
-            Self::PostSnapshot(_) => 600_000,
+            Self::PostSnapshot(_) => POST_SNAPSHOT_MS,
             Self::Freeze { hold_ms, .. } => participant.window_ms(*hold_ms),
             Self::Thaw { .. } | Self::Abort { .. } => 10_000,
             Self::BackupComplete(_) | Self::BackupShutdown => 60_000,

@@ -45,7 +45,7 @@ pub struct ComponentReply {
     /// Where the requester shall restore it to (pre_restore).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<RestoreTarget>,
-    /// It failed, though others did not.
+    /// It failed, though others did not: a partial failure of its writer, whatever else the answer says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
 }

@@ -44,6 +44,10 @@ pub const HOLD_MS_MAX: u64 = 10_000;
 /// Longest time that a writer stays frozen, milliseconds (VSS: OnFreeze to OnThaw).
 pub const WRITER_MS_MAX: u64 = 60_000;
 
+/// How long the agent waits for the answer of a writer to post-snapshot, milliseconds. Its own comes after that: who asks it has to
+/// wait for longer.
+pub const POST_SNAPSHOT_MS: u64 = 600_000;
+
 /// A request of the bridge.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Request {

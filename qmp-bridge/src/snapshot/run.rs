@@ -25,7 +25,7 @@ use crate::vm::{Vm, VmError};
 use daemons::Daemon;
 pub(crate) use ending::record;
 use failure::{Failure, can_go_lower, failure_is_of_writers, unreachable_or, vm_failure};
-use guest_agent_wire::host::{HOLD_MS_MAX, WRITER_MS_MAX};
+use guest_agent_wire::host::{HOLD_MS_MAX, POST_SNAPSHOT_MS, WRITER_MS_MAX};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch as channel};
@@ -60,6 +60,9 @@ pub struct Limits {
     pub restore: Duration,
 }
 
+/// For an agent to answer when the last of its writers has, or is late.
+const ANSWER_MS: u64 = 30_000;
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
@@ -72,7 +75,7 @@ impl Default for Limits {
             writer_ms: WRITER_MS_MAX,
             keep: Duration::from_secs(60),
             abort: Duration::from_secs(10),
-            post: Duration::from_secs(600),
+            post: Duration::from_millis(POST_SNAPSHOT_MS + ANSWER_MS),
             restore: Duration::from_secs(1_860),
         }
     }

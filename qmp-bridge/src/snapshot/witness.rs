@@ -10,7 +10,8 @@ mod stock;
 use super::level::Level;
 use crate::guest::StockGuest;
 use guest_agent_wire::host::{
-    FilesystemReport, FilesystemResult, Frozen, Identified, Prepared, Thawed, WriterReport,
+    FilesystemReport, FilesystemResult, Frozen, Identified, Prepared, Thawed, WriterInfo,
+    WriterReport,
 };
 use guest_agent_wire::types::{DiskExtent, Hold, WriterState};
 use serde::{Deserialize, Serialize};
@@ -91,21 +92,22 @@ impl Witnesses {
 
     /// Post-snapshot comes after the verdict: writers that fail there take back that they take part in the copy, whatever they held
     /// (VSS: FAILED_AT_POST_SNAPSHOT).
-    pub fn hear_post_snapshot(&mut self, failed: &[WriterReport]) {
-        let mut evidence: Vec<String> = failed
-            .iter()
-            .map(|report| {
-                let failure = report.failure.as_ref();
-                let why = failure.map_or("it does not say why", |f| f.message.as_str());
-                format!("{}: post-snapshot failed: {why}", report.name)
-            })
-            .collect();
+    pub fn hear_post_snapshot(&mut self, objections: Vec<String>) {
+        let mut evidence = objections;
         evidence.append(&mut self.writers.evidence);
         self.writers = Testimony {
             value: Word::Disagrees,
             evidence,
         };
     }
+}
+
+/// Why a writer takes it back.
+#[must_use]
+pub fn objection_after_snapshot(report: &WriterReport) -> String {
+    let failure = report.failure.as_ref();
+    let why = failure.map_or("it does not say why", |f| f.message.as_str());
+    format!("{}: post-snapshot failed: {why}", report.name)
 }
 
 /// The writer says that it failed when it heard that the set is kept.
@@ -163,6 +165,8 @@ pub struct Observations<'a> {
     pub stock: Option<&'a StockGuest>,
     /// Mount points that the requester left out.
     pub left_out: &'a [String],
+    /// Writers that the requester left out: names, instances or classes.
+    pub excluded_writers: &'a [String],
 }
 
 /// Hears the witnesses.
@@ -315,7 +319,7 @@ fn hear_writers(said: &Observations<'_>, frozen: &Frozen) -> Testimony {
         let why = said.thaw_failure.unwrap_or("the agent did not say");
         return Testimony::from_objections(vec![format!("thaw: {why}")], Vec::new());
     };
-    let mut objections = Vec::new();
+    let mut objections = never_asked(said);
     let mut supports = Vec::new();
     let mut ids: BTreeSet<&str> = BTreeSet::new();
     ids.extend(in_scope.iter().map(|writer| writer.instance_id.as_str()));
@@ -330,6 +334,31 @@ fn hear_writers(said: &Observations<'_>, frozen: &Frozen) -> Testimony {
         }
     }
     Testimony::from_objections(objections, supports)
+}
+
+/// Writers that were there when they were asked who they are, and gone when the others were asked to prepare.
+fn never_asked(said: &Observations<'_>) -> Vec<String> {
+    let (Some(identified), Some(prepared)) = (said.identified, said.prepared) else {
+        return Vec::new();
+    };
+    let was_asked = |id: &str| {
+        let mut reports = prepared.writers.iter().chain(&prepared.left_out);
+        reports.any(|report| report.instance_id == id)
+    };
+    let is_excluded = |writer: &WriterInfo| {
+        let mut names = [&writer.instance_id, &writer.class_id, &writer.name].into_iter();
+        names.any(|name| said.excluded_writers.contains(name))
+    };
+    let writers = identified.writers.iter();
+    writers
+        .filter(|writer| !was_asked(&writer.instance_id) && !is_excluded(writer))
+        .map(|writer| {
+            format!(
+                "{}: it was gone before it was asked to prepare",
+                writer.name
+            )
+        })
+        .collect()
 }
 
 fn only<'a>(reports: &'a [WriterReport], id: &str) -> Option<&'a WriterReport> {

@@ -12,7 +12,7 @@ use super::daemons::{all, copies};
 use super::failure::{Failure, chain, internal};
 use super::watch::cancelled;
 use super::{Run, milliseconds};
-use crate::guest::{Guest, GuestClient, StockSystem};
+use crate::guest::{Guest, GuestClient, GuestError, StockSystem};
 use guest_agent_wire::host::{BackupComplete, PostSnapshot, WriterReport, WritersSaid};
 use guest_agent_wire::types::BackupType;
 use guest_agent_wire::writer::SnapshotOfDisk;
@@ -68,6 +68,7 @@ impl Run<'_> {
                 .as_ref()
                 .filter(|_| window.stock_frozen),
             left_out: &self.doc.request.exclude_filesystems,
+            excluded_writers: &self.doc.request.exclude_writers,
         });
         self.doc.witnesses = witnesses;
         let reached = self.level_reached();
@@ -291,6 +292,12 @@ impl Run<'_> {
         };
         let said = match guest.post_snapshot(post, self.limits.post).await {
             Ok(said) => said,
+            // Writers were asked, and nobody knows what they said.
+            Err(GuestError::Refused(error)) if kept => {
+                return self
+                    .lower(guest, vec![error.to_string()], error.retryable)
+                    .await;
+            }
             Err(error) => {
                 let text = format!("writers were not told that the set is kept: {error}");
                 self.doc.notes.push(text);
@@ -309,7 +316,10 @@ impl Run<'_> {
             return Ok(());
         }
         if !failed.is_empty() {
-            return self.lower(guest, &failed).await;
+            let mut failures = failed.iter().filter_map(|report| report.failure.as_ref());
+            let retryable = failures.all(|failure| failure.code.is_retryable());
+            let objections = failed.iter().map(witness::objection_after_snapshot);
+            return self.lower(guest, objections.collect(), retryable).await;
         }
         if waits {
             self.doc.awaits_backup = true;
@@ -337,15 +347,25 @@ impl Run<'_> {
         writers.any(|record| record.in_scope && record.instance_id == report.instance_id)
     }
 
-    /// Writers failed after the set was kept. It goes on under the name that is left, or ends; either way no writer is told any more
+    /// Writers failed after the set was kept, or may have. It goes on under the name that is left, or ends; either way no writer is told any more
     /// that it was backed up.
-    async fn lower(&mut self, guest: &GuestClient, failed: &[WriterReport]) -> Result<(), Failure> {
-        self.doc.witnesses.hear_post_snapshot(failed);
+    async fn lower(
+        &mut self,
+        guest: &GuestClient,
+        objections: Vec<String>,
+        retryable: bool,
+    ) -> Result<(), Failure> {
+        self.doc.witnesses.hear_post_snapshot(objections);
         let reached = self.level_reached();
         self.doc.level_reached = Some(reached);
         self.note_level(reached);
         let failure = self.below(reached);
         if self.doc.request.best_effort {
+            // Before the guest is waited for: a bridge that dies meanwhile must not leave the higher level behind.
+            if let Err(error) = self.state.store(self.doc) {
+                self.doc.outcome = Outcome::Open;
+                return Err(Failure::new(ReasonCode::StateDirectory, chain(&error)));
+            }
             let set = self.doc.set.to_string();
             let aborted = guest.abort(set, failure.message, self.limits.abort).await;
             if let Err(error) = aborted {
@@ -354,10 +374,9 @@ impl Run<'_> {
             }
             return Ok(());
         }
-        let mut failures = failed.iter().filter_map(|report| report.failure.as_ref());
         let failure = Failure {
             code: ReasonCode::WriterVeto,
-            retryable: failures.all(|failure| failure.code.is_retryable()),
+            retryable,
             ..failure
         };
         // Before anything is deleted: the record of a bridge that dies in between must not say `kept`.

@@ -150,6 +150,7 @@ fn judge(said: &Said) -> Witnesses {
         commits: &said.commits,
         stock: None,
         left_out: &[],
+        excluded_writers: &[],
     })
 }
 
