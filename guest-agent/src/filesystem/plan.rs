@@ -121,9 +121,9 @@ impl Sources {
         let mut filesystems = order(&self.mounts()?, &devices, only_under);
         let mut known: BTreeSet<_> = filesystems.iter().map(|fs| fs.device).collect();
         let mut room = OTHER_SPACES_BYTES_MAX;
-        for process in self.other_spaces()? {
-            // It may have ended just now; what it saw is seen by others of its name space or by nobody.
-            let Ok(text) = self.mountinfo(&process, room) else {
+        for processes in self.other_spaces()? {
+            // All may have ended just now: what they saw nobody sees any more.
+            let Some((process, text)) = self.seen_by_one_of(&processes, room) else {
                 continue;
             };
             let Some(left) = room.checked_sub(text.len()) else {
@@ -165,8 +165,10 @@ impl Sources {
         };
         add(&self.mounts()?, Path::new("/"));
         let mut room = OTHER_SPACES_BYTES_MAX;
-        for process in self.other_spaces()? {
-            let text = self.mountinfo(&process, room).unwrap_or_default();
+        for processes in self.other_spaces()? {
+            let Some((process, text)) = self.seen_by_one_of(&processes, room) else {
+                continue;
+            };
             room = room.saturating_sub(text.len());
             let root = self.proc.join(process).join("root");
             add(&parse(&text), &root);
@@ -174,22 +176,36 @@ impl Sources {
         Ok(ways)
     }
 
-    /// A process of each mount name space but the first.
-    fn other_spaces(&self) -> std::io::Result<Vec<String>> {
-        let mut spaces = BTreeSet::from([self.name_space("1")]);
-        let mut processes = Vec::new();
+    /// The processes of each mount name space but the first.
+    fn other_spaces(&self) -> std::io::Result<Vec<Vec<String>>> {
+        let mut spaces: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
         for entry in std::fs::read_dir(&self.proc)?.flatten() {
             let name = entry.file_name();
             let Some(process) = name.to_str().filter(|n| n.parse::<u32>().is_ok()) else {
                 continue;
             };
-            let space = self.name_space(process);
             // A process without one has ended, or is a zombie.
-            if space.is_some() && spaces.insert(space) {
-                processes.push(process.to_owned());
+            if let Some(space) = self.name_space(process) {
+                spaces.entry(space).or_default().push(process.to_owned());
             }
         }
-        Ok(processes)
+        if let Some(first) = self.name_space("1") {
+            spaces.remove(&first);
+        }
+        Ok(spaces.into_values().collect())
+    }
+
+    /// What a name space shows to the first of its processes that has not ended meanwhile.
+    fn seen_by_one_of<'a>(
+        &self,
+        processes: &'a [String],
+        room: usize,
+    ) -> Option<(&'a str, Vec<u8>)> {
+        let mut seen = processes.iter().map(|process| {
+            let text = self.mountinfo(process, room).ok()?;
+            Some((process.as_str(), text))
+        });
+        seen.find_map(|seen| seen)
     }
 
     /// What a process sees; one byte more than `room` if it is more than that.

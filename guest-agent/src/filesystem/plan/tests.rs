@@ -209,6 +209,12 @@ fn what_only_another_name_space_sees_is_named_as_not_freezable() {
         symlink(space, proc.path().join(process).join("ns/mnt")).unwrap();
         fs::write(proc.path().join(process).join("mountinfo"), mounts).unwrap();
     }
+    // They end between the look at their name space and the look at their mounts.
+    for process in ["2", "5", "9", "10"] {
+        let ended = proc.path().join(process).join("ns");
+        fs::create_dir_all(&ended).unwrap();
+        symlink("mnt:[2]", ended.join("mnt")).unwrap();
+    }
     let sources = Sources {
         proc: proc.path().to_owned(),
         sys: sys.path().to_owned(),
