@@ -3,7 +3,7 @@
 
 mod fakes;
 
-use fakes::World;
+use fakes::{Fault, World, until};
 use guest_agent_wire::components::{ComponentOutcome, FilesRestored};
 use guest_agent_wire::host::WriterOutcomes;
 use guest_agent_wire::metadata::{
@@ -15,6 +15,7 @@ use qmp_bridge::protocol::SetPreRestore;
 use qmp_bridge::sets::backup::{build_on, parse_component};
 use qmp_bridge::snapshot::document::{CreateRequest, Outcome, SetDocument, WriterRecord};
 use serde_json::Value;
+use std::time::Duration;
 
 fn full() -> CreateRequest {
     CreateRequest {
@@ -87,6 +88,28 @@ async fn a_deleted_set_lets_its_writers_go() {
         .await
         .unwrap();
     assert_eq!(waits(), 0);
+}
+
+/// The agent has told them, and nobody heard that it did.
+#[tokio::test]
+async fn writers_whose_answer_was_lost_can_be_let_go_or_told_of_the_backups_end() {
+    for deleted in [true, false] {
+        let world = World::new();
+        let late = Fault::Late(Duration::from_millis(1_500));
+        world.agent.peer.on("post_snapshot", late);
+        let document = world.create(full()).await;
+        assert_eq!(document.outcome, Outcome::Kept, "{document:#?}");
+        assert!(document.awaits_backup);
+        let waits = || world.agent.guest.lock().unwrap().incomplete.len();
+        until("writers to be told", || waits() == 1).await;
+        let id = document.set.to_string();
+        if deleted {
+            world.sets().delete(&id, false).await.unwrap();
+        } else {
+            world.sets().complete(&id, true, Vec::new()).await.unwrap();
+        }
+        assert_eq!(waits(), 0);
+    }
 }
 
 #[tokio::test]

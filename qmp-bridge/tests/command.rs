@@ -337,6 +337,31 @@ async fn death_right_after_the_step_kept_keeps_the_set() {
     world.assert_nothing_left();
 }
 
+/// It may have told the writers that their backup is made.
+#[tokio::test]
+async fn a_set_whose_bridge_died_before_it_heard_of_its_writers_is_one_whose_backup_can_be_ended() {
+    let world = World::new();
+    let mut child = world
+        .vmshadow_create(&["--type", "full"])
+        .env("VMSHADOW_STOP_AT", "kept")
+        .stderr(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = child.id().unwrap();
+    until("kept", || is_stopped(pid)).await;
+    child.start_kill().unwrap();
+    child.wait().await.unwrap();
+    let recovered = json(&run(world.vmshadow(&["recover", "--json"])).await);
+    assert_eq!(recovered[0]["awaits-backup"], true, "{recovered:#}");
+    let set = recovered[0]["set"].as_str().unwrap();
+    world
+        .agent
+        .change(|guest| guest.incomplete = vec![set.to_owned()]);
+    let complete = run(world.vmshadow(&["complete", set])).await;
+    assert_eq!(complete.status.code(), Some(0), "{}", stderr(&complete));
+}
+
 /// After the outcome is on disk the set is kept, whoever dies.
 #[tokio::test]
 async fn death_after_the_outcome_is_recorded_keeps_the_set() {

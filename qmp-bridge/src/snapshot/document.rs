@@ -426,6 +426,7 @@ pub struct Copy {
     /// The command that reads it.
     pub read_with: String,
     /// Bytes of files that need not be in a copy (VSS: FilesNotToSnapshot) and of swap that are not in it: they read as zeroes.
+    /// At most this many, where a note says that the stores have not answered.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub left_out_bytes: u64,
 }

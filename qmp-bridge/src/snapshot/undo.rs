@@ -5,6 +5,7 @@
 
 use super::document::{Outcome, Reason, ReasonCode, SetDocument};
 use super::intent::{StateDirectory, StateError};
+use super::level::Level;
 use super::run::Limits;
 use super::step::Step;
 use crate::guest::{AgentAddress, Guest, GuestError, StockClient};
@@ -12,6 +13,7 @@ use crate::link::LinkError;
 use crate::shown::plain;
 use crate::storage::{StorageClient, StorageError};
 use guest_agent_wire::host::ErrorCode;
+use guest_agent_wire::types::BackupType;
 use std::path::Path;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -146,6 +148,9 @@ pub async fn of_the_dead(
                 "the bridge died before it had told the writers of the set (no post-snapshot, no backup-complete)"
                     .to_owned(),
             );
+            // It may have told them, and then they wait for the end of the backup.
+            document.awaits_backup = document.level_reached == Some(Level::Application)
+                && document.request.backup_type != BackupType::Copy;
             document.finished = true;
             return state.store(document);
         }

@@ -171,17 +171,27 @@ impl Run<'_> {
 
     /// What its level means for the reader of a copy.
     fn note_level(&mut self, reached: Level) {
+        const MEANINGS: [(Level, &str); 3] = [
+            (
+                Level::Application,
+                "applications without a writer are only as consistent as a crash; so are writers that were left out",
+            ),
+            (
+                Level::Filesystem,
+                "file systems are consistent; all applications are only as consistent as a crash",
+            ),
+            (
+                Level::Crash,
+                "everything is only as consistent as after a power cut",
+            ),
+        ];
         let notes = &mut self.doc.notes;
-        match reached {
-            Level::Application => notes.push(
-                "applications without a writer are only as consistent as a crash; so are writers that were left out"
-                    .to_owned(),
-            ),
-            Level::Filesystem => notes.push(
-                "file systems are consistent; all applications are only as consistent as a crash".to_owned(),
-            ),
-            Level::Crash => notes
-                .push("everything is only as consistent as after a power cut".to_owned()),
+        for (level, means) in MEANINGS {
+            // Of a level that it was lowered from, too.
+            notes.retain(|note| note != means);
+            if level == reached {
+                notes.push(means.to_owned());
+            }
         }
     }
 
@@ -301,6 +311,8 @@ impl Run<'_> {
             Err(error) => {
                 let text = format!("writers were not told that the set is kept: {error}");
                 self.doc.notes.push(text);
+                // Or they were, and their answer is lost: then they wait for the end of the backup.
+                self.doc.awaits_backup = waits;
                 return Ok(());
             }
         };

@@ -7,6 +7,7 @@
 use super::super::level::Level;
 use super::Run;
 use super::daemons::{all, exempt_of};
+use super::failure::chain;
 use guest_agent_wire::host::NotToSnapshot;
 use guest_agent_wire::types::DiskExtent;
 use std::time::Duration;
@@ -40,9 +41,23 @@ impl Run<'_> {
             return;
         }
         let set = self.doc.set;
-        let extents = &found.extents;
+        let (extents, names) = (&found.extents.clone(), found.names.clone());
         if let Some((named, note)) = self.too_much(extents) {
             self.doc.leave_out_refused_bytes = named;
+            self.doc.notes.push(note);
+            return;
+        }
+        // A bridge that dies meanwhile, or never hears what came of it, must not leave a record by which nothing went.
+        for copy in &mut self.doc.copies {
+            copy.left_out_bytes = bytes_on(&copy.serial, copy.size_bytes, extents);
+        }
+        let most: u64 = self.doc.copies.iter().map(|copy| copy.left_out_bytes).sum();
+        let may_be =
+            format!("up to {most} bytes need not be in the copies, and may read as zeroes there");
+        self.doc.notes.push(may_be.clone());
+        if let Err(error) = self.state.store(self.doc) {
+            let note = format!("all is in the copies: {}", chain(&error));
+            self.nothing_went(&may_be);
             self.doc.notes.push(note);
             return;
         }
@@ -60,14 +75,12 @@ impl Run<'_> {
         let answers = match telling.await {
             Ok(answers) => answers,
             Err(failure) => {
-                let note = format!(
-                    "files that need not be in the copies are, or are not, in them: {}",
-                    failure.message
-                );
+                let note = format!("how much went is not known: {}", failure.message);
                 self.doc.notes.push(note);
                 return;
             }
         };
+        self.nothing_went(&may_be);
         let mut bytes = 0;
         for (daemon, answer) in self.daemons.iter().zip(answers) {
             for left in answer.volumes {
@@ -83,8 +96,19 @@ impl Run<'_> {
         if bytes > 0 {
             self.doc.notes.push(format!(
                 "{bytes} bytes need not be in the copies, and read as zeroes there: {}",
-                found.names.join(", ")
+                names.join(", ")
             ));
+        }
+        if let Err(error) = self.state.store(self.doc) {
+            // What is there says more than went, and `finish` tries again.
+            tracing::warn!("set {set}: {}", crate::shown::plain(&chain(&error)));
+        }
+    }
+
+    fn nothing_went(&mut self, may_be: &str) {
+        self.doc.notes.retain(|note| note != may_be);
+        for copy in &mut self.doc.copies {
+            copy.left_out_bytes = 0;
         }
     }
 
