@@ -6,7 +6,7 @@ use crate::clock::Alarm;
 use crate::config::Agent;
 use crate::filesystem::plan::Sources;
 use crate::hold::client::Holder;
-use crate::hold::ledger::{self, Unrecovered};
+use crate::hold::ledger::{self, Recovered, Unrecovered};
 use crate::journal;
 use crate::native;
 use crate::qga::{self, policy::Policy};
@@ -54,32 +54,38 @@ fn lock(state_dir: &Path) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// Undoes what a killed agent left: frozen file systems, frozen script writers.
-fn undo_leftovers(config: &Agent) -> io::Result<()> {
+/// Undoes what a killed agent left: frozen file systems, frozen script writers. Returns how many file systems it could not reach.
+fn undo_leftovers(config: &Agent) -> io::Result<usize> {
     let thawed = ledger::recover(&config.state_dir, &sources(config), RECOVERY);
     if let Err(error @ Unrecovered::StillFrozen(_)) = thawed {
         // No script is started while a file system is frozen.
         return Err(io::Error::other(error));
     }
     let aborted = left_over::recover(&config.state_dir)?;
-    let thawed = thawed.map_err(io::Error::other)?;
+    let Recovered { thawed, unreached } = thawed.map_err(io::Error::other)?;
     if thawed + aborted > 0 {
         journal::note(format_args!(
             "a killed agent left {thawed} file systems frozen and {aborted} script writers waiting; undone"
         ));
     }
-    Ok(())
+    Ok(unreached)
 }
 
 /// `--thaw-leftovers`.
 pub fn thaw_leftovers(config: &Agent) -> io::Result<()> {
     let _lock = lock(&config.state_dir)?;
-    undo_leftovers(config)
+    match undo_leftovers(config)? {
+        0 => Ok(()),
+        unreached => Err(io::Error::other(format!(
+            "{unreached} file systems that a killed agent froze cannot be reached, and may be frozen still"
+        ))),
+    }
 }
 
 /// Runs the agent for ever.
 pub fn run(config: Agent) -> io::Result<()> {
     let _lock = lock(&config.state_dir)?;
+    // What cannot be reached has been told, and is no reason to leave the rest of the guest without an agent.
     undo_leftovers(&config)?;
     ControlGroup::sweep();
     fs::write("/proc/self/oom_score_adj", "-900").unwrap_or(());

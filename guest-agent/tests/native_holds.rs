@@ -487,6 +487,28 @@ fn a_freeze_that_hangs_is_thawed_when_it_comes_back_though_agent_and_helper_were
 }
 
 #[test]
+fn a_file_system_that_was_left_frozen_and_cannot_be_reached_is_told_and_keeps_no_agent_from_starting()
+ {
+    if !can_run(&[]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    rig.kill_agent();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let ledger = format!("vmshadow-hold 1 {} 0\nF 999:9\n", boot.trim());
+    let path = rig.path("run/hold.7");
+    std::fs::write(&path, ledger).unwrap();
+    let ended = rig.command().arg("--thaw-leftovers").output().unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    let said = String::from_utf8(ended.stderr).unwrap();
+    assert!(said.contains("file system 999:9"), "{said}");
+    assert!(said.contains("cannot be reached"), "{said}");
+    rig.start();
+    assert_eq!(rig.bridge().status()["frozen"], false);
+    assert!(path.exists(), "for another try");
+}
+
+#[test]
 fn a_file_system_without_a_freeze_operation_is_reported_as_not_held() {
     if !can_run(&["mkfs.vfat"]) {
         return;

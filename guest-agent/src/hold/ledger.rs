@@ -127,6 +127,15 @@ pub enum Unrecovered {
     LedgerStays(io::Error),
 }
 
+/// What came of the ledgers, or of an attempt at one: file systems.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// Thawed just now.
+    pub thawed: usize,
+    /// Mounted where nobody sees them, or nowhere: they may be frozen still. Each has been told.
+    pub unreached: usize,
+}
+
 /// The kernel's boot id.
 pub fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?
@@ -134,7 +143,7 @@ pub fn boot_id() -> io::Result<String> {
         .to_owned())
 }
 
-/// Thaws what ledgers of this boot say was left frozen; returns how many file systems were. A helper that is still dying (a
+/// Thaws what ledgers of this boot say was left frozen. A helper that is still dying (a
 /// FIFREEZE of it may be under way, which no signal ends) is waited for, up to `patience`; after that its ledger stays and
 /// the error asks to be called again, since the file system will be frozen once that FIFREEZE returns.
 /// What cannot be reached by any mount point keeps its ledger, for another try.
@@ -142,9 +151,9 @@ pub fn recover(
     state_dir: &Path,
     sources: &Sources,
     patience: Duration,
-) -> Result<usize, Unrecovered> {
+) -> Result<Recovered, Unrecovered> {
     let boot_id = boot_id().map_err(Unrecovered::StillFrozen)?;
-    let mut thawed = 0;
+    let mut all = Recovered::default();
     let mut worst = None;
     let entries = fs::read_dir(state_dir).map_err(Unrecovered::StillFrozen)?;
     for entry in entries.flatten() {
@@ -153,7 +162,10 @@ pub fn recover(
         }
         let path = entry.path();
         match recover_one(&path, &boot_id, sources, patience) {
-            Ok(count) => thawed += count,
+            Ok(one) => {
+                all.thawed += one.thawed;
+                all.unreached += one.unreached;
+            }
             Err(why) => {
                 journal::note(format_args!("{}: {why}", path.display()));
                 if !matches!(worst, Some(Unrecovered::StillFrozen(_))) {
@@ -162,7 +174,7 @@ pub fn recover(
             }
         }
     }
-    worst.map_or(Ok(thawed), Err)
+    worst.map_or(Ok(all), Err)
 }
 
 fn recover_one(
@@ -170,18 +182,18 @@ fn recover_one(
     boot_id: &str,
     sources: &Sources,
     patience: Duration,
-) -> Result<usize, Unrecovered> {
+) -> Result<Recovered, Unrecovered> {
     let record = fs::read_to_string(path).ok().and_then(|text| parse(&text));
-    let mut thawed = 0;
+    let mut left = Recovered::default();
     if let Some(record) = record.filter(|record| record.boot_id == boot_id) {
         let thaw = || thaw_all(&record.frozen, sources).map_err(Unrecovered::StillFrozen);
-        let mut left = thaw()?;
-        thawed += left.thawed;
+        left = thaw()?;
         match end_of(record.helper, patience) {
             End::Long => {}
             End::Now => {
+                let before = left.thawed;
                 left = thaw()?;
-                thawed += left.thawed;
+                left.thawed += before;
             }
             End::NotYet => {
                 let text = format!("helper {} is still freezing", record.helper);
@@ -189,30 +201,21 @@ fn recover_one(
             }
         }
         if left.unreached > 0 {
-            return Ok(thawed);
+            return Ok(left);
         }
     }
     match fs::remove_file(path) {
-        Ok(()) => Ok(thawed),
+        Ok(()) => Ok(left),
         // By its helper, which has thawed what it held meanwhile.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(thawed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(left),
         Err(error) => Err(Unrecovered::LedgerStays(error)),
     }
 }
 
-/// What came of an attempt.
-struct Left {
-    thawed: usize,
-    unreached: usize,
-}
-
 /// By whichever mount of each that can be opened: the one by which it was frozen may be gone or covered by now.
-fn thaw_all(devices: &[DeviceNumber], sources: &Sources) -> io::Result<Left> {
+fn thaw_all(devices: &[DeviceNumber], sources: &Sources) -> io::Result<Recovered> {
     let ways = sources.ways_to(&devices.iter().copied().collect())?;
-    let mut left = Left {
-        thawed: 0,
-        unreached: 0,
-    };
+    let mut left = Recovered::default();
     for device in devices.iter().rev() {
         let paths = ways.get(device).map(Vec::as_slice).unwrap_or_default();
         let place = paths.first().map_or_else(
@@ -344,7 +347,7 @@ mod tests {
             .unwrap();
         let thawed = recover(dir.path(), &sources(), Duration::from_secs(60));
         assert!(helper.wait().unwrap().success());
-        assert_eq!(thawed.unwrap(), 0);
+        assert_eq!(thawed.unwrap(), Recovered::default());
     }
 
     #[test]
@@ -356,7 +359,8 @@ mod tests {
         };
         let text = format!("{TITLE} {} 0\nF {nowhere}\n", boot_id().unwrap());
         fs::write(dir.path().join("hold.3"), text).unwrap();
-        assert_eq!(recover(dir.path(), &sources(), Duration::ZERO).unwrap(), 0);
+        let left = recover(dir.path(), &sources(), Duration::ZERO).unwrap();
+        assert_eq!((left.thawed, left.unreached), (0, 1));
         assert!(dir.path().join("hold.3").exists());
     }
 
@@ -388,8 +392,9 @@ mod tests {
         .unwrap();
         fs::write(dir.path().join("hold.2"), "vmshad").unwrap();
         fs::write(dir.path().join("unrelated"), "x").unwrap();
-        assert_eq!(recover(dir.path(), &sources(), Duration::ZERO).unwrap(), 0);
-        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().collect();
-        assert_eq!(left.len(), 1);
+        let left = recover(dir.path(), &sources(), Duration::ZERO).unwrap();
+        assert_eq!(left, Recovered::default());
+        let stay: Vec<_> = fs::read_dir(dir.path()).unwrap().flatten().collect();
+        assert_eq!(stay.len(), 1);
     }
 }
