@@ -67,6 +67,7 @@ const CRATES: &[&str] = &[
     "guest-agent/writers/redis",
     "guest-agent/writers/sqlite",
     "guest-agent/writers/unit",
+    "guest-agent/writers/writer-tests",
     "qmp-bridge",
     "tests",
 ];

@@ -3,11 +3,10 @@
 mod server;
 
 use super::*;
-use guest_agent::filesystem::plan::Sources;
 use guest_agent_wire::types::WriterFailure;
 use server::{Server, Wanted};
-use std::path::Path;
 use std::time::{Duration, Instant};
+use writer_tests::{backup, guest, hold, identity, snapshot, thaw, why_lost};
 
 const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -15,43 +14,8 @@ fn call() -> Call<'static> {
     Call::alone(DEADLINE)
 }
 
-fn backup(disks: &[&str]) -> PrepareBackup {
-    PrepareBackup {
-        set: "s".to_owned(),
-        disks: disks.iter().map(|disk| (*disk).to_owned()).collect(),
-        ..PrepareBackup::default()
-    }
-}
-
-fn snapshot() -> PrepareSnapshot {
-    PrepareSnapshot {
-        set: "s".to_owned(),
-    }
-}
-
-fn hold() -> Freeze {
-    Freeze {
-        set: "s".to_owned(),
-        generation: 1,
-        hold_ms: 10_000,
-    }
-}
-
-fn thaw() -> Thaw {
-    Thaw {
-        set: "s".to_owned(),
-        generation: 1,
-    }
-}
-
 fn writer_of(reach: Reach, roots: Roots, disks: Disks) -> EtcdWriter {
-    let identity = Identity {
-        socket: "/none".into(),
-        instance: None,
-        freeze_timeout_ms: 10_000,
-        service: None,
-    };
-    EtcdWriter::new(identity, reach, roots, disks).unwrap()
+    EtcdWriter::new(identity(), reach, roots, disks).unwrap()
 }
 
 fn writer(server: &Server) -> EtcdWriter {
@@ -81,7 +45,7 @@ fn a_copy_of_the_window_recovers_to_the_revision_of_the_freeze_or_later() {
         server.ask(&["put", "before", &number.to_string()]);
     }
     let acknowledged = revision(&server);
-    let frozen = writer.freeze(&call(), &hold()).unwrap();
+    let frozen = writer.freeze(&call(), &hold(10_000)).unwrap();
     let recorded = frozen["revision"].as_i64().unwrap();
     assert_eq!(recorded, acknowledged, "{frozen}");
     assert_eq!(writer.still_holds(), Ok(()));
@@ -126,32 +90,6 @@ fn a_set_without_the_disk_of_the_log_is_inconsistent() {
     let log = &metadata.components[0].log_files[0];
     assert_eq!(log.path, apart.to_string_lossy());
     assert!(metadata.version.starts_with("3."), "{}", metadata.version);
-}
-
-/// A guest whose `/` lies on disk `data`, but `apart` on disk `fast`.
-fn guest(apart: &Path) -> (tempfile::TempDir, Disks) {
-    let guest = tempfile::tempdir().unwrap();
-    let write = |path: &str, text: &str| {
-        let path = guest.path().join(path);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, text).unwrap();
-    };
-    let apart = apart.canonicalize().unwrap();
-    let mounts = format!(
-        "1 1 254:0 / / rw - ext4 /dev/vda rw\n2 1 254:16 / {} rw - ext4 /dev/vdb rw\n",
-        apart.display()
-    );
-    write("proc/1/mountinfo", &mounts);
-    for (device, serial) in [("254:0", "data"), ("254:16", "fast")] {
-        write(&format!("sys/dev/block/{device}/size"), "8\n");
-        write(&format!("sys/dev/block/{device}/serial"), serial);
-    }
-    let disks = Disks::seen_by(Sources {
-        proc: guest.path().join("proc"),
-        sys: guest.path().join("sys"),
-        only_under: None,
-    });
-    (guest, disks)
 }
 
 #[test]
@@ -202,7 +140,7 @@ fn a_member_whose_quota_is_reached_is_refused() {
     }
     // Between prepare and freeze, and before.
     for veto in [
-        writer.freeze(&call(), &hold()).unwrap_err(),
+        writer.freeze(&call(), &hold(10_000)).unwrap_err(),
         writer.prepare_snapshot(&call(), &snapshot()).unwrap_err(),
     ] {
         assert_eq!(veto.code, WriterFailure::Outofresources, "{veto:?}");
@@ -221,7 +159,7 @@ fn a_member_without_a_quorum_is_refused_and_a_copy_from_before_begins_a_new_clus
     writer.prepare_snapshot(&call(), &snapshot()).unwrap();
     // Acknowledged by the other member, it is in this one's files all the same.
     other.ask(&["put", "before", "1"]);
-    let frozen = writer.freeze(&call(), &hold()).unwrap();
+    let frozen = writer.freeze(&call(), &hold(10_000)).unwrap();
     assert_ne!(frozen["leader"], Value::Null, "{frozen}");
     let copy = server.copy();
     writer.abort("s", "enough");
@@ -243,18 +181,6 @@ fn a_member_without_a_quorum_is_refused_and_a_copy_from_before_begins_a_new_clus
     assert!(revision(&alone) >= frozen["revision"].as_i64().unwrap());
 }
 
-/// Looks as the library does, until the hold is lost.
-fn is_lost(writer: &mut EtcdWriter) -> String {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        match writer.still_holds() {
-            Err(why) => return why,
-            Ok(()) => assert!(Instant::now() < until, "it still says that it holds"),
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn a_member_that_dies_in_the_window_is_told_before_the_thaw_and_does_not_say_held_when_it_is_back()
 {
@@ -263,16 +189,16 @@ fn a_member_that_dies_in_the_window_is_told_before_the_thaw_and_does_not_say_hel
     };
     let mut writer = writer(&server);
     writer.prepare_snapshot(&call(), &snapshot()).unwrap();
-    writer.freeze(&call(), &hold()).unwrap();
+    writer.freeze(&call(), &hold(10_000)).unwrap();
     assert_eq!(writer.still_holds(), Ok(()));
     let server = server.restart();
-    is_lost(&mut writer);
+    why_lost(&mut writer);
     let veto = writer.thaw(&call(), &thaw()).unwrap_err();
     assert_eq!(veto.code, WriterFailure::Retryable, "{veto:?}");
     // The next set finds it.
     writer.abort("s", "lost");
     writer.prepare_snapshot(&call(), &snapshot()).unwrap();
-    writer.freeze(&call(), &hold()).unwrap();
+    writer.freeze(&call(), &hold(10_000)).unwrap();
     assert!(writer.thaw(&call(), &thaw()).unwrap().held);
     drop(server);
 }
@@ -315,7 +241,7 @@ fn a_wrong_password_is_a_veto_for_good() {
     assert_eq!(veto.code, WriterFailure::Nonretryable, "{veto:?}");
     assert!(veto.message.contains("authentication failed"), "{veto:?}");
     try_it("right\n").unwrap();
-    writer.freeze(&call(), &hold()).unwrap();
+    writer.freeze(&call(), &hold(10_000)).unwrap();
     assert!(writer.thaw(&call(), &thaw()).unwrap().held);
 }
 
@@ -334,7 +260,7 @@ fn certificates_are_asked_for_both_ways() {
         prepared.map(|()| writer)
     };
     let mut writer = prepare(server.reach()).unwrap();
-    writer.freeze(&call(), &hold()).unwrap();
+    writer.freeze(&call(), &hold(10_000)).unwrap();
     assert_eq!(writer.still_holds(), Ok(()));
     assert!(writer.thaw(&call(), &thaw()).unwrap().held);
 

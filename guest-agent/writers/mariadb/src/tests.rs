@@ -1,63 +1,19 @@
 //! The writer beside a real server on this machine (Debian's `mariadb-server-core`; skipped aloud where it is not).
 
-mod agent;
 mod server;
 
 use super::*;
-use agent::Agent;
-use database_writer::{Disks, Identity};
+use database_writer::Disks;
 use guest_agent_wire::sdk::{self, Writer as _};
 use guest_agent_wire::types::WriterFailure;
-use guest_agent_wire::writer::{
-    EventKind, Freeze, PrepareBackup, PrepareSnapshot, Release, Reply, Thaw,
-};
+use guest_agent_wire::writer::{EventKind, Release, Reply};
 use server::Server;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
-
-const DEADLINE: Duration = Duration::from_secs(60);
-
-fn call() -> Call<'static> {
-    Call::alone(DEADLINE)
-}
-
-fn backup(disks: &[&str]) -> PrepareBackup {
-    PrepareBackup {
-        set: "it's a set".to_owned(),
-        disks: disks.iter().map(|disk| (*disk).to_owned()).collect(),
-        ..PrepareBackup::default()
-    }
-}
-
-fn snapshot() -> PrepareSnapshot {
-    PrepareSnapshot {
-        set: "it's a set".to_owned(),
-    }
-}
-
-fn hold(hold_ms: u64) -> Freeze {
-    Freeze {
-        set: "it's a set".to_owned(),
-        generation: 1,
-        hold_ms,
-    }
-}
-
-fn thaw() -> Thaw {
-    Thaw {
-        set: "it's a set".to_owned(),
-        generation: 1,
-    }
-}
+use std::time::Duration;
+use writer_tests::{Agent, DEADLINE, backup, call, hold, identity, snapshot, thaw, why_lost};
 
 fn writer(server: &Server) -> MariadbWriter {
-    let identity = Identity {
-        socket: "/none".into(),
-        instance: None,
-        freeze_timeout_ms: 10_000,
-        service: None,
-    };
-    MariadbWriter::new(identity, server.options(), Disks::default()).unwrap()
+    MariadbWriter::new(identity(), server.options(), Disks::default()).unwrap()
 }
 
 #[test]
@@ -120,18 +76,6 @@ fn a_session_that_was_lost_while_frozen_does_not_say_held() {
     server.ask("CREATE DATABASE d");
 }
 
-/// Looks as the library does, until the hold is lost.
-fn is_lost(writer: &mut MariadbWriter) -> String {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        match writer.still_holds() {
-            Err(why) => return why,
-            Ok(()) => assert!(Instant::now() < until, "it still says that it holds"),
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn a_session_or_a_server_that_is_killed_in_the_window_is_told_before_the_thaw() {
     let Some(server) = Server::start() else {
@@ -143,7 +87,7 @@ fn a_session_or_a_server_that_is_killed_in_the_window_is_told_before_the_thaw() 
     server.wait_for_looks();
     assert_eq!(writer.still_holds(), Ok(()));
     server.ask(&format!("KILL {}", evidence["session"]));
-    let why = is_lost(&mut writer);
+    let why = why_lost(&mut writer);
     assert!(why.contains("has ended session"), "{why}");
 
     writer.abort("s", "lost");
@@ -153,7 +97,7 @@ fn a_session_or_a_server_that_is_killed_in_the_window_is_told_before_the_thaw() 
     assert_eq!(writer.still_holds(), Ok(()));
     // It kills the server.
     drop(server);
-    let why = is_lost(&mut writer);
+    let why = why_lost(&mut writer);
     assert!(why.contains("looking for session"), "{why}");
 }
 

@@ -4,54 +4,22 @@
 mod server;
 
 use super::*;
-use database_writer::{Disks, Identity};
+use database_writer::Disks;
 use guest_agent_wire::sdk::Writer as _;
 use guest_agent_wire::types::WriterFailure;
-use guest_agent_wire::writer::{Freeze, PrepareBackup, PrepareSnapshot, Thaw};
+use guest_agent_wire::writer::PrepareBackup;
 use server::Server;
 use std::time::{Duration, Instant};
-
-const DEADLINE: Duration = Duration::from_secs(60);
+use writer_tests::{DEADLINE, call, hold, identity, snapshot, thaw};
 
 /// What the documents ask for, and nothing more.
 const ACCOUNT: &str = "CREATE USER w@localhost; GRANT BACKUP_ADMIN, RELOAD, PROCESS, SHOW VIEW ON *.* TO w@localhost; \
      GRANT SELECT ON performance_schema.* TO w@localhost";
 
-fn call() -> Call<'static> {
-    Call::alone(DEADLINE)
-}
-
-fn snapshot() -> PrepareSnapshot {
-    PrepareSnapshot {
-        set: "a set".to_owned(),
-    }
-}
-
-fn hold(hold_ms: u64) -> Freeze {
-    Freeze {
-        set: "a set".to_owned(),
-        generation: 1,
-        hold_ms,
-    }
-}
-
-fn thaw() -> Thaw {
-    Thaw {
-        set: "a set".to_owned(),
-        generation: 1,
-    }
-}
-
 /// As a user of the server with the privileges that the documents ask for.
 fn writer(server: &Server) -> MysqlWriter {
     server.ask(ACCOUNT);
-    let identity = Identity {
-        socket: "/none".into(),
-        instance: None,
-        freeze_timeout_ms: 10_000,
-        service: None,
-    };
-    MysqlWriter::new(identity, server.options("w"), Disks::default()).unwrap()
+    MysqlWriter::new(identity(), server.options("w"), Disks::default()).unwrap()
 }
 
 #[test]

@@ -3,54 +3,12 @@
 mod server;
 
 use super::*;
-use guest_agent::filesystem::plan::Sources;
 use guest_agent_wire::types::WriterFailure;
 use server::Server;
-use std::time::{Duration, Instant};
-
-const DEADLINE: Duration = Duration::from_secs(60);
-
-fn call() -> Call<'static> {
-    Call::alone(DEADLINE)
-}
-
-fn backup(disks: &[&str]) -> PrepareBackup {
-    PrepareBackup {
-        set: "it's a set".to_owned(),
-        disks: disks.iter().map(|disk| (*disk).to_owned()).collect(),
-        ..PrepareBackup::default()
-    }
-}
-
-fn snapshot() -> PrepareSnapshot {
-    PrepareSnapshot {
-        set: "it's a set".to_owned(),
-    }
-}
-
-fn hold(hold_ms: u64) -> Freeze {
-    Freeze {
-        set: "it's a set".to_owned(),
-        generation: 1,
-        hold_ms,
-    }
-}
-
-fn thaw() -> Thaw {
-    Thaw {
-        set: "it's a set".to_owned(),
-        generation: 1,
-    }
-}
+use writer_tests::{backup, call, guest, hold, identity, snapshot, thaw, why_lost};
 
 fn writer(server: &Server, online_backup: OnlineBackup, disks: Disks) -> PostgresqlWriter {
-    let identity = Identity {
-        socket: "/none".into(),
-        instance: None,
-        freeze_timeout_ms: 10_000,
-        service: None,
-    };
-    PostgresqlWriter::new(identity, server.config(), online_backup, disks).unwrap()
+    PostgresqlWriter::new(identity(), server.config(), online_backup, disks).unwrap()
 }
 
 /// As text: it is compared with what the server itself compares.
@@ -98,18 +56,6 @@ fn a_session_that_was_lost_while_frozen_does_not_say_held() {
     assert!(writer.thaw(&call(), &thaw()).is_err());
 }
 
-/// Looks as the library does, until the hold is lost.
-fn is_lost(writer: &mut PostgresqlWriter) -> String {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        match writer.still_holds() {
-            Err(why) => return why,
-            Ok(()) => assert!(Instant::now() < until, "it still says that it holds"),
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn a_session_or_a_server_that_ends_in_the_window_is_told_before_the_thaw() {
     let Some(server) = Server::start() else {
@@ -124,14 +70,14 @@ fn a_session_or_a_server_that_ends_in_the_window_is_told_before_the_thaw() {
         "SELECT pg_terminate_backend({})",
         frozen["session_pid"]
     ));
-    is_lost(&mut writer);
+    why_lost(&mut writer);
 
     writer.abort("s", "lost");
     writer.prepare_snapshot(&call(), &snapshot()).unwrap();
     writer.freeze(&call(), &hold(10_000)).unwrap();
     assert_eq!(writer.still_holds(), Ok(()));
     drop(server);
-    is_lost(&mut writer);
+    why_lost(&mut writer);
 }
 
 #[test]
@@ -170,31 +116,6 @@ fn a_server_that_is_not_there_is_a_veto_for_this_time() {
     drop(server);
     let veto = writer.prepare_backup(&call(), &backup(&[])).unwrap_err();
     assert_eq!(veto.code, WriterFailure::Retryable, "{}", veto.message);
-}
-
-/// A guest whose `/` lies on disk `data`, but `apart` on disk `fast`.
-fn guest(apart: &std::path::Path) -> (tempfile::TempDir, Disks) {
-    let guest = tempfile::tempdir().unwrap();
-    let write = |path: &str, text: &str| {
-        let path = guest.path().join(path);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, text).unwrap();
-    };
-    let mounts = format!(
-        "1 1 254:0 / / rw - ext4 /dev/vda rw\n2 1 254:16 / {} rw - ext4 /dev/vdb rw\n",
-        apart.display()
-    );
-    write("proc/1/mountinfo", &mounts);
-    for (device, serial) in [("254:0", "data"), ("254:16", "fast")] {
-        write(&format!("sys/dev/block/{device}/size"), "8\n");
-        write(&format!("sys/dev/block/{device}/serial"), serial);
-    }
-    let disks = Disks::seen_by(Sources {
-        proc: guest.path().join("proc"),
-        sys: guest.path().join("sys"),
-        only_under: None,
-    });
-    (guest, disks)
 }
 
 #[test]

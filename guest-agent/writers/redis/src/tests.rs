@@ -1,63 +1,20 @@
 //! The writer beside a real server on this machine (Debian's `redis-server`; skipped aloud where it is not).
 
-mod agent;
 mod server;
 
 use super::*;
-use agent::Agent;
 use guest_agent_wire::sdk;
 use guest_agent_wire::types::WriterFailure;
 use guest_agent_wire::writer::{EventKind, Release, Reply};
 use server::Server;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
-
-const DEADLINE: Duration = Duration::from_secs(60);
-
-fn call() -> Call<'static> {
-    Call::alone(DEADLINE)
-}
-
-fn backup(disks: &[&str]) -> PrepareBackup {
-    PrepareBackup {
-        set: "it's a set".to_owned(),
-        disks: disks.iter().map(|disk| (*disk).to_owned()).collect(),
-        ..PrepareBackup::default()
-    }
-}
-
-fn snapshot() -> PrepareSnapshot {
-    PrepareSnapshot {
-        set: "it's a set".to_owned(),
-    }
-}
-
-fn hold(hold_ms: u64) -> Freeze {
-    Freeze {
-        set: "it's a set".to_owned(),
-        generation: 1,
-        hold_ms,
-    }
-}
-
-fn thaw() -> Thaw {
-    Thaw {
-        set: "it's a set".to_owned(),
-        generation: 1,
-    }
-}
+use writer_tests::{Agent, DEADLINE, backup, call, hold, identity, snapshot, thaw, why_lost};
 
 /// The two ways in which a server keeps its data.
 const KINDS: [&[&str]; 2] = [&["--appendonly", "yes", "--appendfsync", "everysec"], &[]];
 
 fn writer(server: &Server) -> RedisWriter {
-    let identity = Identity {
-        socket: "/none".into(),
-        instance: None,
-        freeze_timeout_ms: 10_000,
-        service: None,
-    };
-    RedisWriter::new(identity, server.client_of(), Disks::default()).unwrap()
+    RedisWriter::new(identity(), server.client_of(), Disks::default()).unwrap()
 }
 
 #[test]
@@ -102,18 +59,6 @@ fn a_pause_that_somebody_ends_shows_in_the_evidence() {
     }
 }
 
-/// Looks as the library does, until the hold is lost.
-fn is_lost(writer: &mut RedisWriter) -> String {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        match writer.still_holds() {
-            Err(why) => return why,
-            Ok(()) => assert!(Instant::now() < until, "it still says that it holds"),
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 #[test]
 fn a_pause_that_ends_or_a_server_that_is_killed_in_the_window_is_told_before_the_thaw() {
     for kind in KINDS {
@@ -132,19 +77,19 @@ fn a_pause_that_ends_or_a_server_that_is_killed_in_the_window_is_told_before_the
         assert_eq!(writer.still_holds(), Ok(()));
         server.client(&["CLIENT", "UNPAUSE"]);
         assert!(application.wait().unwrap().success());
-        let why = is_lost(&mut writer);
+        let why = why_lost(&mut writer);
         assert!(why.contains("the pause is over"), "{why}");
         assert!(!writer.thaw(&call(), &thaw()).unwrap().held);
 
         freeze(&mut writer, 200);
-        let why = is_lost(&mut writer);
+        let why = why_lost(&mut writer);
         assert!(why.contains("the pause is over"), "{why}");
 
         freeze(&mut writer, 60_000);
         assert_eq!(writer.still_holds(), Ok(()));
         // It kills the server.
         drop(server);
-        let why = is_lost(&mut writer);
+        let why = why_lost(&mut writer);
         assert!(why.contains("waiting for the end of the pause"), "{why}");
     }
 }

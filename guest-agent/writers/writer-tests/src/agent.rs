@@ -6,14 +6,16 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-pub(super) struct Agent {
+/// The agent's end.
+#[derive(Debug)]
+pub struct Agent {
     reader: BufReader<UnixStream>,
     seq: u64,
 }
 
 impl Agent {
     /// On this end of a connection whose other end a writer serves.
-    pub(super) fn on(stream: UnixStream, deadline: Duration) -> Self {
+    pub fn on(stream: UnixStream, deadline: Duration) -> Self {
         stream.set_read_timeout(Some(deadline)).unwrap();
         let mut agent = Self {
             reader: BufReader::new(stream),
@@ -23,14 +25,15 @@ impl Agent {
         agent
     }
 
-    pub(super) fn read<T: DeserializeOwned>(&mut self) -> T {
+    /// The writer's next line.
+    pub fn read<T: DeserializeOwned>(&mut self) -> T {
         let mut line = String::new();
         self.reader.read_line(&mut line).unwrap();
         serde_json::from_str(&line).unwrap()
     }
 
     /// The next line after this event.
-    pub(super) fn ask<T: DeserializeOwned>(&mut self, kind: EventKind) -> T {
+    pub fn ask<T: DeserializeOwned>(&mut self, kind: EventKind) -> T {
         self.seq += 1;
         let event = Event {
             seq: self.seq,
