@@ -59,6 +59,7 @@ class Writer:
         self.held = False  # it has the gate
         self.until = None  # end of the hold, by its own clock
         self.generation = None
+        self.frozen_at = None  # the last line that is in the copy
         self.received = b""
 
     def serve(self):
@@ -180,7 +181,8 @@ class Writer:
         self.hold(event["deadline_ms"] / 1000 * 3 / 4)
         self.until = until
         self.generation = event["generation"]
-        return {"evidence": {"position": self.log.position}}
+        self.frozen_at = self.log.position
+        return {"evidence": {"position": self.frozen_at}}
 
     def on_thaw(self, event):
         in_time = self.held and self.until is not None and time.monotonic() < self.until
@@ -189,8 +191,9 @@ class Writer:
         return {"held": in_time and event["generation"] == self.generation, "evidence": evidence}
 
     def on_post_snapshot(self, event):
+        # Where the next incremental backup begins: the log has gone on since the thaw, and that is not in the copy.
         name = os.path.basename(self.log.path)
-        return {"components": [{"name": name, "stamp": str(self.log.position)}]}
+        return {"components": [{"name": name, "stamp": str(self.frozen_at)}]}
 
     def on_backup_complete(self, event):
         pass

@@ -96,8 +96,10 @@ fn the_copy_holds_every_line_that_was_written_and_no_other() {
     fs::copy(rig.path("a.img"), &image).unwrap();
     let thawed = bridge.thaw(&frozen);
     assert_eq!(thawed["held"], true, "{thawed:#}");
+    log.grows();
     let said = bridge.ok("post_snapshot", json!({"set": "s", "kept": true}));
-    assert!(said["writers"][0]["components"][0]["stamp"].is_string());
+    let stamp = &said["writers"][0]["components"][0]["stamp"];
+    assert_eq!(*stamp, at_freeze.to_string(), "{said:#}");
     bridge.ok("backup_complete", json!({"set": "s", "succeeded": true}));
     log.grows();
     let file = image.to_str().unwrap().to_owned();

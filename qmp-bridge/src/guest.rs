@@ -339,6 +339,7 @@ fn decode<T: DeserializeOwned>(
 /// of them than may be.
 #[cfg(any(test, feature = "fuzzing"))]
 pub fn hear_anything(chunks: &[&[u8]]) {
+    stock::hear_anything(chunks);
     for answer in lines::answers(chunks) {
         let name = "made up";
         drop(dialling::greeted(answer.clone()));

@@ -5,7 +5,7 @@ mod fakes;
 
 use fakes::World;
 use guest_agent_wire::types::DiskExtent;
-use qmp_bridge::guest::{AgentAddress, GuestClient, GuestError};
+use qmp_bridge::guest::{AgentAddress, GuestClient, GuestError, StockClient};
 use qmp_bridge::snapshot::document::{CreateRequest, Outcome};
 use serde_json::{Value, json};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -51,21 +51,28 @@ fn hello(stream: &UnixStream, reader: &mut impl std::io::BufRead) {
 
 #[tokio::test]
 async fn a_guest_that_floods_is_hung_up_on_after_what_it_was_asked_for() {
-    let (_directory, address, agent) = agent(|mut stream| {
+    let flood = |mut stream: UnixStream| {
         let line = [&[b'x'; 1023][..], b"\n"].concat();
         let mut written = 0_u64;
         while stream.write_all(&line).is_ok() {
             written += 1024;
         }
         written
-    });
+    };
+    let (_directory, address, ours) = agent(flood);
     let error = GuestClient::connect(&address, LIMIT).await.unwrap_err();
-    assert!(
-        error.to_string().contains("more than it was asked"),
-        "{error}"
-    );
-    // What the bridge took, and what the socket keeps.
-    assert!(end(agent).await < 4 << 20);
+    let (_directory, address, stock) = agent(flood);
+    let AgentAddress::Serial(path) = address else {
+        unreachable!()
+    };
+    let address = AgentAddress::Qga(path);
+    let stock_error = StockClient::connect(&address, LIMIT).await.unwrap_err();
+    for (error, agent) in [(error, ours), (stock_error, stock)] {
+        let said = error.to_string();
+        assert!(said.contains("more than it was asked"), "{said}");
+        // What the bridge took, and what the socket keeps.
+        assert!(end(agent).await < 4 << 20);
+    }
 }
 
 /// QEMU's socket does both while the last client's end is under way.

@@ -52,11 +52,12 @@ impl Jail {
         let named = std::env::var_os("VMSHADOW_QEMU_GA").map(PathBuf::from);
         let usual = ["/usr/sbin/qemu-ga", "/usr/bin/qemu-ga"].map(PathBuf::from);
         let Some(program) = named.into_iter().chain(usual).find(|path| path.exists()) else {
-            eprintln!("skipped: qemu-ga is not installed");
+            assert!(std::env::var("CI").is_err(), "no qemu-ga (run `make deps`)");
+            eprintln!("SKIPPED: qemu-ga is not installed");
             return None;
         };
         if !rustix::process::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
-            eprintln!("skipped: needs root and loop devices");
+            eprintln!("SKIPPED: needs root and loop devices");
             return None;
         }
         let directory = tempfile::tempdir().unwrap();

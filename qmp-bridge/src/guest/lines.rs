@@ -14,16 +14,16 @@ pub(super) const NEW_CONVERSATION: u8 = 0xff;
 /// Lines that may come unasked: answers to an earlier bridge.
 const STRAY_LINES: usize = 64;
 
-/// Lines of the agent. It gets as many as it was asked for, and some for what an earlier conversation has left in the pipe:
-/// a guest that goes on talking costs the bridge no more than that.
+/// Cuts what an agent says into lines. It gets as many as it was asked for, and some for what an earlier conversation has left in
+/// the pipe: a guest that goes on talking costs the bridge no more than that.
 #[derive(Debug)]
-pub(super) struct LineDecoder {
+pub(super) struct Cutter {
     pending: Vec<u8>,
     lines_left: usize,
     bytes_left: usize,
 }
 
-impl Default for LineDecoder {
+impl Default for Cutter {
     fn default() -> Self {
         Self {
             pending: Vec::new(),
@@ -33,14 +33,18 @@ impl Default for LineDecoder {
     }
 }
 
-impl Decode for LineDecoder {
-    fn asked(&mut self) {
+impl Cutter {
+    /// One more answer is due.
+    pub(super) fn asked(&mut self) {
         self.lines_left = self.lines_left.saturating_add(1);
         self.bytes_left = self.bytes_left.saturating_add(MESSAGE_BYTES_MAX);
     }
 
-    fn decode(&mut self, bytes: &[u8]) -> Result<Vec<Incoming>, String> {
-        let mut messages = Vec::new();
+    /// Gives each line that is whole, with its end.
+    ///
+    /// # Errors
+    /// A line is too long, or there are too many.
+    pub(super) fn cut(&mut self, bytes: &[u8], mut line: impl FnMut(&[u8])) -> Result<(), String> {
         let more = || "the guest says more than it was asked".to_owned();
         self.bytes_left = self.bytes_left.checked_sub(bytes.len()).ok_or_else(more)?;
         for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
@@ -50,14 +54,30 @@ impl Decode for LineDecoder {
             self.pending.extend_from_slice(piece);
             if piece.last() == Some(&b'\n') {
                 self.lines_left = self.lines_left.checked_sub(1).ok_or_else(more)?;
-                // What stands before the marker belongs to an earlier conversation.
-                let line = self.pending.rsplit(|byte| *byte == NEW_CONVERSATION).next();
-                if let Some(message) = parse(line.unwrap_or_default()) {
-                    messages.push(message);
-                }
+                line(&self.pending);
                 self.pending.clear();
             }
         }
+        Ok(())
+    }
+}
+
+/// Lines of our agent.
+#[derive(Debug, Default)]
+pub(super) struct LineDecoder(Cutter);
+
+impl Decode for LineDecoder {
+    fn asked(&mut self) {
+        self.0.asked();
+    }
+
+    fn decode(&mut self, bytes: &[u8]) -> Result<Vec<Incoming>, String> {
+        let mut messages = Vec::new();
+        self.0.cut(bytes, |line| {
+            // What stands before the marker belongs to an earlier conversation.
+            let line = line.rsplit(|byte| *byte == NEW_CONVERSATION).next();
+            messages.extend(parse(line.unwrap_or_default()));
+        })?;
         Ok(messages)
     }
 }
@@ -90,6 +110,6 @@ pub(super) fn answers(chunks: &[&[u8]]) -> Vec<Result<serde_json::Value, serde_j
             Incoming::Unasked(_) => None,
         }));
     }
-    assert!(decoder.pending.len() <= MESSAGE_BYTES_MAX);
+    assert!(decoder.0.pending.len() <= MESSAGE_BYTES_MAX);
     answers
 }

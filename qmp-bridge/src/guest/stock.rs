@@ -10,10 +10,10 @@ mod vssadmin;
 
 pub use vssadmin::VssWriter;
 
+use super::lines::Cutter;
 use super::{AgentAddress, GuestError, dialling};
 use crate::link::{Decode, Incoming, Link, Stream};
 use base64::Engine as _;
-use guest_agent_wire::MESSAGE_BYTES_MAX;
 use guest_agent_wire::host::AgentError;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -96,8 +96,14 @@ struct Waiting {
     command_follows: AtomicBool,
 }
 
+/// Lines of QEMU's agent.
 struct Lines {
-    pending: Vec<u8>,
+    cutter: Cutter,
+    meaning: Meaning,
+}
+
+/// What a line answers.
+struct Meaning {
     waiting: Arc<Waiting>,
     /// First sync of this connection: lower numbers are echoes for another host.
     first_sync: u64,
@@ -111,27 +117,23 @@ enum Line {
 }
 
 impl Decode for Lines {
+    fn asked(&mut self) {
+        self.cutter.asked();
+    }
+
     fn decode(&mut self, bytes: &[u8]) -> Result<Vec<Incoming>, String> {
         let mut messages = Vec::new();
-        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
-            if self.pending.len().saturating_add(piece.len()) > MESSAGE_BYTES_MAX {
-                return Err(format!("a line is longer than {MESSAGE_BYTES_MAX} bytes"));
-            }
-            self.pending.extend_from_slice(piece);
-            if piece.last() == Some(&b'\n') {
-                messages.extend(self.line());
-                self.pending.clear();
-            }
-        }
+        let Self { cutter, meaning } = self;
+        cutter.cut(bytes, |line| messages.extend(meaning.of(line)))?;
         Ok(messages)
     }
 }
 
-impl Lines {
-    /// The answer on the line that is complete, if it is one to a call of this conversation.
-    fn line(&self) -> Option<Incoming> {
-        let delimited = self.pending.contains(&DELIMITER);
-        let text = self.pending.rsplit(|byte| *byte == DELIMITER).next()?;
+impl Meaning {
+    /// The answer on this line, if it is one to a call of this conversation.
+    fn of(&self, line: &[u8]) -> Option<Incoming> {
+        let delimited = line.contains(&DELIMITER);
+        let text = line.rsplit(|byte| *byte == DELIMITER).next()?;
         let line: Line = serde_json::from_slice(text).ok()?;
         let sync = self.waiting.sync.load(Ordering::Acquire);
         let answer = |id, result| Some(Incoming::Answer { id, result });
@@ -184,9 +186,11 @@ impl StockClient {
         let waiting = Arc::new(Waiting::default());
         waiting.sync.store(first_sync, Ordering::Release);
         let lines = Lines {
-            pending: Vec::new(),
-            waiting: Arc::clone(&waiting),
-            first_sync,
+            cutter: Cutter::default(),
+            meaning: Meaning {
+                waiting: Arc::clone(&waiting),
+                first_sync,
+            },
         };
         let (link, _unasked) = Link::new(stream, lines, first_sync);
         Self { link, waiting }
@@ -422,6 +426,36 @@ fn decode<T: DeserializeOwned>(
         command,
         why: error.to_string(),
     })
+}
+
+/// What `hear_anything` does, for bytes of this agent.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn hear_anything(chunks: &[&[u8]]) {
+    let waiting = Arc::new(Waiting::default());
+    let mut lines = Lines {
+        cutter: Cutter::default(),
+        meaning: Meaning {
+            waiting,
+            first_sync: 1,
+        },
+    };
+    lines.asked();
+    for chunk in chunks {
+        let Ok(messages) = lines.decode(chunk) else {
+            break;
+        };
+        for message in messages {
+            let Incoming::Answer { result, .. } = message else {
+                continue;
+            };
+            for command in ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"] {
+                if let Err(error) = decode::<u64>(command, result.clone()) {
+                    drop(error.to_string());
+                }
+            }
+            drop(result.map(|output| vssadmin::writers(output.as_str().unwrap_or_default())));
+        }
+    }
 }
 
 /// What is wrong, as our own agent would say it.
