@@ -96,9 +96,9 @@ bench-figures: ## keep the drawings of the last `make bench` where the documents
 	@mkdir -p tests/figures
 	cp target/bench/*.svg tests/figures/
 
-database-proofs: database-images ## 100 sets of each database under load, each copy started and checked in a second machine
+database-proofs: database-images ## 100 sets of each database, and of units, under load, each copy started and checked in a second machine
 	VMSHADOW_DATABASE_SETS=$${VMSHADOW_DATABASE_SETS:-100} cargo test --locked -p vmshadow-tests --test databases_postgresql \
-	    --test databases_mariadb --test databases_mysql --test databases_redis --test databases_etcd --test databases_sqlite -- --test-threads=$(MACHINES) --nocapture
+	    --test databases_mariadb --test databases_mysql --test databases_redis --test databases_etcd --test databases_sqlite --test units_stand_still -- --test-threads=$(MACHINES) --nocapture
 
 writer-figures: database-images ## what a database's clients see of a set: with our writer, with none, with qemu-ga, without a set
 	@$(PROGRAMS)/writer-figures

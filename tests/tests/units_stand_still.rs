@@ -2,15 +2,14 @@
 //! started again.
 
 use anyhow::{Context, Result, ensure};
-use vmshadow_tests::guest_protocol::LOAD_PORT;
+use vmshadow_tests::guest_protocol::{Ack, LOAD_PORT};
 use vmshadow_tests::harness::disk::{self, FileSystem};
 use vmshadow_tests::harness::load::Load;
 use vmshadow_tests::harness::oracle;
-use vmshadow_tests::harness::site::Site;
+use vmshadow_tests::harness::proof;
+use vmshadow_tests::harness::site::{Site, Taken};
 use vmshadow_tests::harness::vm::VmBuilder;
 use vmshadow_tests::harness::{requires, wait};
-
-const SETS: usize = 2;
 
 /// A service that leaves a word behind when it is stopped in order, and takes it away when it starts.
 const ORDERLY: &str = r#"cd /mnt/b
@@ -74,6 +73,72 @@ fn lines(site: &Site) -> Result<u64> {
     Ok(site.vm.shell("wc -l </mnt/b/log")?.trim().parse()?)
 }
 
+/// Starts the service whose clients tell what was acknowledged to them.
+fn start_load(site: &Site) -> Result<Load> {
+    Load::start_command(
+        &site.vm,
+        "guest-load",
+        "start-systemd ask start frozen && while killall -0 guest-load; do usleep 100000; done",
+        1,
+    )
+}
+
+/// Sets under load, and how many lines the stopped service had written before each.
+fn take(site: &Site, load: &Load, count: usize) -> Result<Vec<(u64, Taken)>> {
+    let mut taken = Vec::new();
+    for _ in 0..count {
+        let before = lines(site)?;
+        let set = site.create(&[])?;
+        // The writer has waited for it: nobody else has to.
+        ensure!(is_active(site, "stopped")?, "it is not up again");
+        taken.push((before, set));
+        load.wait_for_more(40)?;
+        wait::until("the stopped service to go on", wait::STEP, || {
+            Ok((lines(site)? > before).then_some(()))
+        })?;
+    }
+    Ok(taken)
+}
+
+/// Starts a second machine on the copies of these sets.
+fn judge(site: &Site, taken: &[(u64, Taken)], acks: &[Ack]) -> Result<()> {
+    let mut second = VmBuilder::new("second");
+    let mut files = Vec::new();
+    for (number, (_, set)) in taken.iter().enumerate() {
+        files.push(site.read_back(&set.answer, &format!("set{number}"))?);
+    }
+    for (number, file) in files.iter().flatten().enumerate() {
+        disk::run("e2fsck", &["-fn"], file)?;
+        second = second
+            .file(&format!("copy{number}"), file)
+            .mounted(&format!("/mnt/{number}"), FileSystem::Ext4);
+    }
+    let second = second.boot()?;
+    for (number, (before, set)) in taken.iter().enumerate() {
+        let (a, b) = (2 * number, 2 * number + 1);
+        let found = oracle::open_database(&second, &format!("/mnt/{a}/load.db"))?;
+        oracle::compare(&found, 0, acks, &set.window)
+            .with_context(|| format!("set {number}: {found:?}, {:?}", set.window))?;
+        let said = second.shell(&format!("cat /mnt/{b}/order; wc -l </mnt/{b}/log"))?;
+        let words: Vec<u64> = said
+            .split_whitespace()
+            .map(str::parse)
+            .collect::<Result<_, _>>()?;
+        let [order, log] = words.as_slice() else {
+            anyhow::bail!("set {number}: {said}");
+        };
+        ensure!(
+            order == log && log >= before,
+            "set {number}: {said} of at least {before}"
+        );
+    }
+    second.power_cut()?;
+    for ((_, set), files) in taken.iter().zip(&files) {
+        proof::forget(site, set, files)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_frozen_unit_loses_nothing_and_a_stopped_one_has_ended_in_order() -> Result<()> {
     if !requires::machines() {
@@ -113,12 +178,7 @@ fn a_frozen_unit_loses_nothing_and_a_stopped_one_has_ended_in_order() -> Result<
     )?;
     systemctl(&site, "daemon-reload")?;
     systemctl(&site, "start stopped needy")?;
-    let load = Load::start_command(
-        &site.vm,
-        "guest-load",
-        "start-systemd ask start frozen && while killall -0 guest-load; do usleep 100000; done",
-        1,
-    )?;
+    let mut load = start_load(&site)?;
     writer(&site, "frozen", "--files /mnt/a")?;
     writer(&site, "stopped", "--stop --files /mnt/b")?;
     // All that follows works with no power of root's but the one that the unit leaves: CAP_DAC_OVERRIDE.
@@ -141,17 +201,12 @@ fn a_frozen_unit_loses_nothing_and_a_stopped_one_has_ended_in_order() -> Result<
     ensure!(is_active(&site, "stopped")? && is_active(&site, "needy")?);
     systemctl(&site, "stop needy")?;
 
-    let mut taken = Vec::new();
-    for _ in 0..SETS {
-        let before = lines(&site)?;
-        let set = site.create(&[])?;
-        // The writer has waited for it: nobody else has to.
-        ensure!(is_active(&site, "stopped")?, "it is not up again");
-        taken.push((before, set));
-        load.wait_for_more(40)?;
-        wait::until("the stopped service to go on", wait::STEP, || {
-            Ok((lines(&site)? > before).then_some(()))
-        })?;
+    let sets = proof::sets()?;
+    for done in (0..sets).step_by(proof::BATCH) {
+        let taken = take(&site, &load, proof::BATCH.min(sets - done))?;
+        judge(&site, &taken, &load.stop(&site.vm)?)?;
+        eprintln!("units: {} of {sets} sets hold", done + taken.len());
+        load = start_load(&site)?;
     }
 
     // A writer that is killed in the window takes the set with it, and leaves nothing stopped or frozen.
@@ -177,37 +232,6 @@ fn a_frozen_unit_loses_nothing_and_a_stopped_one_has_ended_in_order() -> Result<
         Ok(is_active(&site, "stopped")?.then_some(()))
     })?;
 
-    let acks = load.stop(&site.vm)?;
-    let mut second = VmBuilder::new("second");
-    let mut files = Vec::new();
-    for (number, (_, set)) in taken.iter().enumerate() {
-        files.push(site.read_back(&set.answer, &format!("set{number}"))?);
-    }
-    for (number, file) in files.iter().flatten().enumerate() {
-        disk::run("e2fsck", &["-fn"], file)?;
-        second = second
-            .file(&format!("copy{number}"), file)
-            .mounted(&format!("/mnt/{number}"), FileSystem::Ext4);
-    }
-    let second = second.boot()?;
-    for (number, (before, set)) in taken.iter().enumerate() {
-        let (a, b) = (2 * number, 2 * number + 1);
-        let found = oracle::open_database(&second, &format!("/mnt/{a}/load.db"))?;
-        oracle::compare(&found, 0, &acks, &set.window)
-            .with_context(|| format!("set {number}: {found:?}, {:?}", set.window))?;
-        let said = second.shell(&format!("cat /mnt/{b}/order; wc -l </mnt/{b}/log"))?;
-        let words: Vec<u64> = said
-            .split_whitespace()
-            .map(str::parse)
-            .collect::<Result<_, _>>()?;
-        let [order, log] = words.as_slice() else {
-            anyhow::bail!("set {number}: {said}");
-        };
-        ensure!(
-            order == log && log >= before,
-            "set {number}: {said} of at least {before}"
-        );
-    }
-    second.power_cut()?;
+    drop(load.stop(&site.vm)?);
     Ok(())
 }

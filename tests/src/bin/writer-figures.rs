@@ -3,7 +3,7 @@
 //!
 //! Started by make; writes `target/bench/writer-figures.json` and prints a table for each database. The four take turns of equal
 //! length in one machine under one load, so that what else the host does meets all of them. Times are the guest's.
-//! `VMSHADOW_FIGURE_ROUNDS` says how often, 10 by default.
+//! `VMSHADOW_FIGURE_ROUNDS` says how often, 10 by default; `writer-figures NAME...` measures these alone.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use vmshadow_tests::guest_protocol::{Ack, QGA_PORT};
 use vmshadow_tests::harness::database::Kind;
+use vmshadow_tests::harness::disk::FileSystem;
 use vmshadow_tests::harness::figures::Figures;
 use vmshadow_tests::harness::image;
 use vmshadow_tests::harness::load::Load;
@@ -21,6 +22,8 @@ use vmshadow_tests::harness::site::Site;
 use vmshadow_tests::harness::wait;
 
 const ROUNDS: usize = 10;
+/// Has no server.
+const SQLITE: &str = "sqlite";
 const CLIENTS: usize = 3;
 /// Length of a turn; a set takes a part of it.
 const TURN: Duration = Duration::from_secs(4);
@@ -129,22 +132,41 @@ fn turn(site: &Site, agent: &mut QgaClient, load: &Load, way: Way) -> Result<(f6
     Ok((f64::from(count) / took, longest_stall_ms(&acks, from)))
 }
 
-fn measure(kind: Kind, rounds: usize) -> Result<Value> {
+fn of_server(kind: Kind, rounds: usize) -> Result<Value> {
     let site = Site::start_database(kind)?;
     let mut agent = stock_agent(&site)?;
     site.database_writer(kind)?;
     let load = Load::start_clients(&site.vm, kind.name(), CLIENTS)?;
+    measure(kind.name(), &site, &mut agent, &load, rounds)
+}
+
+/// Two databases on two disks, with a client each.
+fn of_sqlite(rounds: usize) -> Result<Value> {
+    let disks = [("a", FileSystem::Ext4), ("b", FileSystem::Xfs)];
+    let site = Site::start_in_databases_guest("sqlite", &disks)?;
+    let mut agent = stock_agent(&site)?;
+    let load = site.load()?;
+    site.sqlite_writer()?;
+    measure(SQLITE, &site, &mut agent, &load, rounds)
+}
+
+fn measure(
+    name: &str,
+    site: &Site,
+    agent: &mut QgaClient,
+    load: &Load,
+    rounds: usize,
+) -> Result<Value> {
     let (mut rates, mut stalls) = (Figures::default(), Figures::default());
     for _ in 0..rounds {
         for way in Way::ALL {
-            let (rate, stall) = turn(&site, &mut agent, &load, way)?;
+            let (rate, stall) = turn(site, agent, load, way)?;
             rates.add(way.name(), rate);
             stalls.add(way.name(), stall);
         }
     }
     println!(
-        "\n{}: transactions per second in a turn of {} s",
-        kind.name(),
+        "\n{name}: transactions per second in a turn of {} s",
         TURN.as_secs()
     );
     let mut report = serde_json::Map::new();
@@ -171,12 +193,22 @@ fn main() -> Result<()> {
         Err(_) => ROUNDS,
     };
     let mut report = serde_json::Map::new();
-    for kind in KINDS {
+    let chosen: Vec<String> = std::env::args().skip(1).collect();
+    let names = KINDS.map(Kind::name).into_iter().chain([SQLITE]);
+    let names: Vec<&str> = names.collect();
+    if let Some(unknown) = chosen.iter().find(|name| !names.contains(&name.as_str())) {
+        bail!("{unknown} is none of {}", names.join(", "));
+    }
+    let is_chosen = |name: &str| chosen.is_empty() || chosen.iter().any(|chosen| chosen == name);
+    for kind in KINDS.into_iter().filter(|kind| is_chosen(kind.name())) {
         if kind == Kind::Mysql && !image::has_mysql()? {
             eprintln!("SKIPPED: no MySQL in target/mysql (`images/build.sh mysql`)");
             continue;
         }
-        report.insert(kind.name().to_owned(), measure(kind, rounds)?);
+        report.insert(kind.name().to_owned(), of_server(kind, rounds)?);
+    }
+    if is_chosen(SQLITE) {
+        report.insert(SQLITE.to_owned(), of_sqlite(rounds)?);
     }
     let directory = image::target().join("bench");
     fs::create_dir_all(&directory)?;

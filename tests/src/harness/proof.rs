@@ -24,7 +24,7 @@ const HOLD: Duration = Duration::from_secs(1);
 /// Clients of the load.
 const CLIENTS: usize = 3;
 /// Copies in one second machine.
-const BATCH: usize = 5;
+pub const BATCH: usize = 5;
 
 /// How many sets: `VMSHADOW_DATABASE_SETS`, by default 2.
 pub fn sets() -> Result<usize> {
@@ -156,7 +156,7 @@ fn method(number: usize) -> &'static str {
 }
 
 /// Gives the room of a set back: there may be a hundred.
-fn forget(site: &Site, set: &Taken, files: &[PathBuf]) -> Result<()> {
+pub fn forget(site: &Site, set: &Taken, files: &[PathBuf]) -> Result<()> {
     for file in files {
         std::fs::remove_file(file)?;
     }
