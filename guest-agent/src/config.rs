@@ -134,4 +134,10 @@ mod tests {
         assert_eq!(config.agent.port, [Endpoint::Listen("/run/n".into())]);
         assert!(Config::try_parse_from(["guest-agent", "--port", "vsock:x"]).is_err());
     }
+
+    #[test]
+    fn a_client_of_qemus_protocol_may_hold_for_longer_than_kubevirts_five_minutes() {
+        let config = Config::try_parse_from(["guest-agent"]).unwrap();
+        assert_eq!(config.agent.qga_hold_ms, 330_000);
+    }
 }

@@ -92,6 +92,23 @@ const WRITES: &str = r#"disk=$(grep -lx own /sys/block/vd*/serial) && mkdir -p /
     n=0
     while [ ! -e /tmp/enough ]; do n=$((n + 1)); echo $n >>/mnt/own/numbers; sync /mnt/own/numbers; echo $n >/tmp/written; done"#;
 
+/// A snapshot of the disk that libvirt itself serves: the machine writes to this file from now on.
+fn snapshot(libvirt: &Libvirt, overlay: &str, more: &[&str]) -> Result<String> {
+    let overlay = libvirt.file(overlay);
+    let own = format!(
+        "{},snapshot=external,file={}",
+        Libvirt::OWN_DISK,
+        overlay.display()
+    );
+    let mut words = vec!["snapshot-create-as", libvirt.domain(), "one"];
+    words.extend(["--disk-only", "--no-metadata"]);
+    for disk in ["vda,snapshot=no", "vdb,snapshot=no", own.as_str()] {
+        words.extend(["--diskspec", disk]);
+    }
+    words.extend(more);
+    libvirt.virsh(&words)
+}
+
 /// libvirt's own snapshots, with `--quiesce` and without, of a disk that is written to: what was copied tells whether the guest was frozen
 /// at that moment, for ext4 marks itself as one to be recovered while it is mounted, but not while it is frozen.
 fn snapshots_of_libvirts_own(libvirt: &Libvirt, shell: &Guest) -> Result<()> {
@@ -108,26 +125,9 @@ fn snapshots_of_libvirts_own(libvirt: &Libvirt, shell: &Guest) -> Result<()> {
     let mut copy = libvirt.file("own.qcow2");
     for quiesce in [false, true] {
         wait_for_more()?;
-        let overlay = libvirt.file(&format!("overlay-{quiesce}.qcow2"));
-        let own = format!(
-            "{},snapshot=external,file={}",
-            Libvirt::OWN_DISK,
-            overlay.display()
-        );
-        let mut words = vec![
-            "snapshot-create-as",
-            name,
-            "one",
-            "--disk-only",
-            "--no-metadata",
-        ];
-        for disk in ["vda,snapshot=no", "vdb,snapshot=no", own.as_str()] {
-            words.extend(["--diskspec", disk]);
-        }
-        if quiesce {
-            words.push("--quiesce");
-        }
-        let said = libvirt.virsh(&words)?;
+        let overlay = format!("overlay-{quiesce}.qcow2");
+        let more: &[&str] = if quiesce { &["--quiesce"] } else { &[] };
+        let said = snapshot(libvirt, &overlay, more)?;
         ensure!(said.contains("created"), "{said}");
         // Nothing is frozen afterwards.
         let status = r#"{"execute":"guest-fsfreeze-status"}"#;
@@ -147,7 +147,7 @@ fn snapshots_of_libvirts_own(libvirt: &Libvirt, shell: &Guest) -> Result<()> {
             // As it is, with nothing replayed.
             disk::run("e2fsck", &["-fn"], &plain)?;
         }
-        copy = overlay;
+        copy = libvirt.file(&overlay);
     }
     ensure!(writing.still_runs(), "nothing is written any more");
     shell.shell("touch /tmp/enough")?;
@@ -380,6 +380,76 @@ fn libvirt_freezes_and_thaws_a_domain_through_our_agent() -> Result<()> {
         ensure!(thawed.contains("1 filesystem"), "domfsthaw: {thawed}");
         let nothing = libvirt.virsh(&["domfsthaw", name])?;
         ensure!(nothing.contains("0 filesystem"), "thawed twice: {nothing}");
+        libvirt.destroy()
+    };
+    check().with_context(|| libvirt.log())
+}
+
+/// A script writer that says what it hears, and says no while `/tmp/no` is there.
+const WRITER: &str = r#"set -e
+w=/etc/vmshadow/writers/told
+mkdir -p $w
+printf '#!/bin/sh\necho freeze >>/tmp/told\n[ ! -e /tmp/no ] || { echo "not now" >&2; exit 1; }\n' >$w/freeze
+printf '#!/bin/sh\necho thaw >>/tmp/told\n' >$w/thaw
+chmod -R 700 $w"#;
+
+#[test]
+fn libvirts_freezes_run_the_writers_and_fail_where_one_says_no_or_the_hold_ran_out() -> Result<()> {
+    if !libvirt_runs() {
+        return Ok(());
+    }
+    let domain = Domain::start("writers", image::guest_image()?)?;
+    let libvirt = &domain.libvirt;
+    let name = libvirt.domain();
+    let check = || -> Result<()> {
+        let shell = libvirt.shell()?;
+        shell.shell(WRITER)?;
+        let told = || shell.shell("cat /tmp/told; rm /tmp/told");
+        let says = |failed: Result<String>, what: &str| -> Result<()> {
+            let said = format!("{:#}", failed.err().context("virsh was content")?);
+            ensure!(said.contains(what), "{said}");
+            Ok(())
+        };
+        libvirt.virsh(&["domfsfreeze", name])?;
+        let said = shell.shell("cat /tmp/told")?;
+        ensure!(said == "freeze\n", "{said}");
+        libvirt.virsh(&["domfsthaw", name])?;
+        let said = told()?;
+        ensure!(said == "freeze\nthaw\n", "{said}");
+        snapshot(libvirt, "good.qcow2", &["--quiesce"])?;
+        let said = told()?;
+        ensure!(said == "freeze\nthaw\n", "{said}");
+
+        shell.shell("touch /tmp/no")?;
+        says(snapshot(libvirt, "vetoed.qcow2", &["--quiesce"]), "not now")?;
+        // Nothing is frozen, and the disk is what it was.
+        shell.shell("rm /tmp/no && touch /mnt/a/free")?;
+        let disks = libvirt.virsh(&["domblklist", name])?;
+        ensure!(disks.contains("good.qcow2"), "{disks}");
+        let said = told()?;
+        ensure!(said == "freeze\nthaw\n", "{said}");
+
+        // The agent's own limit ends a hold: whoever thaws then hears that it was broken, once.
+        shell.shell("echo '--qga-hold-ms 700' >/etc/vmshadow/agent.args && killall guest-agent")?;
+        wait::until(
+            "libvirt to see the agent with its limit",
+            wait::STEP,
+            || {
+                let ping = r#"{"execute":"guest-ping"}"#;
+                let is_there = libvirt.virsh(&["qemu-agent-command", name, ping]).is_ok();
+                let lines =
+                    "for p in $(pidof guest-agent); do tr '\\0' ' ' </proc/$p/cmdline; done";
+                Ok((is_there && shell.shell(lines)?.contains("--qga-hold-ms 700 ")).then_some(()))
+            },
+        )?;
+        libvirt.virsh(&["domfsfreeze", name])?;
+        let held = shell.start("touch /mnt/a/held")?;
+        ensure!(held.wait(wait::STEP)?.status == 0);
+        says(libvirt.virsh(&["domfsthaw", name]), "couldn't hold writes")?;
+        let nothing = libvirt.virsh(&["domfsthaw", name])?;
+        ensure!(nothing.contains("0 filesystem"), "{nothing}");
+        let said = told()?;
+        ensure!(said == "freeze\nthaw\n", "{said}");
         libvirt.destroy()
     };
     check().with_context(|| libvirt.log())
