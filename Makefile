@@ -13,8 +13,8 @@ PACKAGES := gcc libc6-dev binutils cpio lz4 zstd xz-utils e2fsprogs xfsprogs \
 debian-image test test-quick test-machines kernel-cuts kills selinux nightly: PACKAGES += btrfs-progs libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients mmdebstrap lintian
 # The servers that the databases' writers are tested beside, outside of any machine.
 test test-quick nightly: PACKAGES += postgresql-15 mariadb-server-core mariadb-client-core redis-server redis-tools etcd-server etcd-client openssl
-# QEMU's own agent, which the bridge is tried with outside of any machine, too.
-test test-quick nightly: PACKAGES += qemu-guest-agent
+# QEMU's own agent and its hook, which bridge and agent are tried with outside of any machine, too; what shows the helper's system calls.
+test test-quick nightly: PACKAGES += qemu-guest-agent strace
 # MySQL is fetched by it, from another release of Debian.
 mysql database-images database-proofs writer-figures: PACKAGES += mmdebstrap
 bench nightly: PACKAGES += fio qemu-system-common linux-perf

@@ -6,6 +6,7 @@ mod rig;
 
 use rig::{Bridge, Probe, Rig, can_run, freeze_arguments, is_frozen, kill_9, run, wait_until};
 use serde_json::json;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -332,6 +333,9 @@ fn abort_and_a_new_hello_end_a_frozen_set() {
     bridge.freeze();
     bridge.ok("hello", json!({"versions": [1]}));
     assert!(!is_frozen(&rig.mountpoint("a")));
+    // The highest that both speak.
+    let both = bridge.ok("hello", json!({"versions": [9, 1, 7]}));
+    assert_eq!(both["version"], 1);
     let error = bridge.error("hello", json!({"versions": [7]}));
     assert_eq!(error["code"], "VERSION_MISMATCH");
 }
@@ -484,6 +488,75 @@ fn a_freeze_that_hangs_is_thawed_when_it_comes_back_though_agent_and_helper_were
         leftovers = Some(child);
     });
     assert!(leftovers.unwrap().wait().unwrap().success());
+}
+
+/// What it may do there: nothing of it waits for a file system or for memory.
+const CALLS_WHILE_FROZEN: [&str; 14] = [
+    "clock_gettime",
+    "futex",
+    "ioctl",
+    "poll",
+    "ppoll",
+    "pwrite64",
+    "read",
+    "recvfrom",
+    "restart_syscall",
+    "rt_sigprocmask",
+    "sendmsg",
+    "sendto",
+    "timerfd_settime",
+    "write",
+];
+
+#[test]
+fn the_helper_opens_and_allocates_nothing_while_anything_is_frozen() {
+    if !can_run(&["strace"]) {
+        return;
+    }
+    let mut rig = Rig::with("ext4");
+    rig.mount("b", "ext4");
+    let mut bridge = rig.bridge();
+    bridge.prepare();
+    let (helper, log) = (rig.helper_pid(), rig.path("calls"));
+    let mut strace = Command::new("strace")
+        .args(["-f", "-qq", "-e", "signal=none", "-o"])
+        .arg(&log)
+        .args(["-p", &helper.to_string()])
+        .spawn()
+        .unwrap();
+    let mut is_refused = false;
+    wait_until("strace to be there", || {
+        let tasks = std::fs::read_dir(format!("/proc/{helper}/task")).unwrap();
+        let is_traced = tasks.flatten().all(|task| {
+            let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            !status.contains("TracerPid:\t0\n")
+        });
+        is_refused = strace.try_wait().unwrap().is_some();
+        is_traced || is_refused
+    });
+    if is_refused {
+        eprintln!("SKIPPED: strace may not look at processes here");
+        return;
+    }
+    let frozen = bridge.freeze();
+    assert_eq!(bridge.thaw(&frozen)["held"], true);
+    run("kill", &["-INT", &strace.id().to_string()]);
+    strace.wait().unwrap();
+    let text = std::fs::read_to_string(&log).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let first = lines.iter().position(|line| line.contains("FIFREEZE"));
+    let last = lines.iter().rposition(|line| line.contains("FITHAW"));
+    let (first, last) = (first.expect(&text), last.expect(&text));
+    assert_eq!(text.matches("FIFREEZE").count(), 2, "{text}");
+    for line in &lines[first..=last] {
+        let call = line.split_whitespace().nth(1).unwrap_or_default();
+        // A call that is interrupted by another thread's line ends with `<... NAME resumed>`.
+        let name = call.split('(').next().unwrap_or_default();
+        assert!(
+            CALLS_WHILE_FROZEN.contains(&name) || name == "<...",
+            "{line}\n{text}"
+        );
+    }
 }
 
 #[test]

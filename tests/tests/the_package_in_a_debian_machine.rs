@@ -157,6 +157,8 @@ fn it_goes_through_stops_upgrades_a_dead_nfs_server_and_reboots() -> Result<()> 
     tell("upgraded");
     stopped::by_systemctl(&site)?;
     tell("stopped and started");
+    stopped::by_nobody_though_its_port_is_pulled_out(&site)?;
+    tell("without its port");
     network_file_systems::keep_nobody_waiting(&site)?;
     tell("NFS");
     start_stock(&site)?;

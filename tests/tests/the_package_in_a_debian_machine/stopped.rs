@@ -3,6 +3,7 @@
 //! Called by the scenario.
 
 use anyhow::{Context, Result, ensure};
+use vmshadow_tests::guest_protocol::AGENT_PORT;
 use vmshadow_tests::harness::site::Site;
 use vmshadow_tests::harness::wait;
 
@@ -38,6 +39,20 @@ fn a_set_is_good(site: &Site) -> Result<()> {
     nothing_is_frozen(site)
 }
 
+/// All goes on, and no writer takes it for a thaw.
+fn everybody_hears_of_the_end(site: &Site) -> Result<()> {
+    nothing_is_frozen(site)?;
+    for file in ["told", "connected"] {
+        wait::until("the writers to hear of the end", wait::STEP, || {
+            let heard = site.vm.shell(&format!("cat /run/{file}"))?;
+            ensure!(!heard.contains("thaw"), "{file}: {heard}");
+            Ok((heard == "freeze\nabort\n").then_some(()))
+        })
+        .with_context(|| file.to_owned())?;
+    }
+    Ok(())
+}
+
 /// What the administrator does while all is frozen: everything goes on, everybody hears of the end, and the set is no set.
 /// `after` comes when all that has been seen, while the host still waits.
 fn in_the_window(site: &Site, command: &str, after: &str) -> Result<String> {
@@ -49,15 +64,7 @@ fn in_the_window(site: &Site, command: &str, after: &str) -> Result<String> {
         "set -e; {now}; {command}; {now}; touch /mnt/a/probe /mnt/b/probe; {now}"
     ))?;
     eprintln!("{command}: begun, done, and writes are taken: {said}");
-    nothing_is_frozen(site)?;
-    for file in ["told", "connected"] {
-        wait::until("the writers to hear of the end", wait::STEP, || {
-            let heard = site.vm.shell(&format!("cat /run/{file}"))?;
-            ensure!(!heard.contains("thaw"), "{file}: {heard}");
-            Ok((heard == "freeze\nabort\n").then_some(()))
-        })
-        .with_context(|| file.to_owned())?;
-    }
+    everybody_hears_of_the_end(site)?;
     create.go_on()?;
     site.vm.shell(after)?;
     let answer = create.wait(3 * wait::STEP)?;
@@ -87,6 +94,25 @@ pub(crate) fn by_systemctl(site: &Site) -> Result<()> {
     let after = property(site, AGENT, "MainPID")?;
     ensure!(after != before && after != "0", "{before}, {after}");
     a_set_is_good(site)
+}
+
+/// The unit is bound to no device: the agent that loses its port thaws, waits for it and goes on.
+pub(crate) fn by_nobody_though_its_port_is_pulled_out(site: &Site) -> Result<()> {
+    let before = property(site, AGENT, "MainPID")?;
+    site.vm.shell("rm -f /run/told /run/connected")?;
+    let mut create = site.bridge.start(&["create"], Some("frozen"))?;
+    create.wait_stopped().with_context(|| site.log())?;
+    site.vm.pull_port(AGENT_PORT)?;
+    site.vm.shell("touch /mnt/a/probe /mnt/b/probe")?;
+    everybody_hears_of_the_end(site)?;
+    create.go_on()?;
+    let answer = create.wait(3 * wait::STEP)?;
+    site.was_refused(&answer, &["VM_DISTURBED"])?;
+    site.vm.put_port_back(AGENT_PORT)?;
+    a_set_is_good(site)?;
+    let after = property(site, AGENT, "MainPID")?;
+    ensure!(after == before, "started anew: {before}, {after}");
+    Ok(())
 }
 
 /// From the older version that is installed to ours. The upgrade begins while no set is made, and comes to its end, which starts the
