@@ -57,6 +57,15 @@ impl QgaClient {
             .with_context(|| text.chars().take(200).collect::<String>())
     }
 
+    /// What is answered to these bytes, which begin with a delimited sync, from its delimiter on: so many lines.
+    pub fn ask_delimited(&mut self, bytes: &[u8], lines: usize) -> Result<Vec<Value>> {
+        self.port.get_mut().write_all(bytes)?;
+        let mut skipped = Vec::new();
+        self.port.read_until(0xff, &mut skipped)?;
+        ensure!(skipped.ends_with(b"\xff"), "no delimiter: {skipped:?}");
+        (0..lines).map(|_| self.reply()).collect()
+    }
+
     /// A command that is not answered when it succeeds.
     pub fn tell(&mut self, name: &str, arguments: &Value) -> Result<()> {
         let request = json!({"execute": name, "arguments": arguments});

@@ -82,6 +82,7 @@ pub(crate) fn script(agent: &mut QgaClient, shell: Shell<'_>) -> Result<Vec<Repl
         replies: Vec::new(),
     };
     script.sync()?;
+    script.framing()?;
     script.describe()?;
     script.files()?;
     script.programs()?;
@@ -129,6 +130,18 @@ impl Script<'_> {
     fn look(&mut self, command: &str) -> Result<()> {
         let said = self.run(command)?;
         self.keep(command, json!(said));
+        Ok(())
+    }
+
+    /// Two commands in one write, as Proxmox does it, and behind half a command of somebody before. The answer to the sync, and that alone, has
+    /// the delimiter before it.
+    fn framing(&mut self) -> Result<()> {
+        const BOTH: &str = "{\"execute\":\"guest-sync-delimited\",\"arguments\":{\"id\":179532812619101}}\n{\"execute\":\"guest-ping\",\"arguments\":{}}\n";
+        for before in [&b""[..], b"\xff", b"{\"execute\":\"guest-sy\xff"] {
+            let bytes = [before, BOTH.as_bytes()].concat();
+            let replies = self.agent.ask_delimited(&bytes, 2)?;
+            self.keep(&bytes.escape_ascii().to_string(), json!(replies));
+        }
         Ok(())
     }
 
